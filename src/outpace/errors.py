@@ -1,0 +1,50 @@
+"""What can go wrong for a user.
+
+    OutpaceError
+    ├── ParameterError        a value out of range, or a combination that does not work
+    ├── ModelError            a model cannot be found, read or run
+    │   ├── ModelNotFound     no such name, path or file in the cache (and no network)
+    │   ├── DownloadError     the file could not be fetched whole
+    │   ├── CorruptModel      damaged, truncated, wrong digest
+    │   └── UnsupportedModel  unknown architecture, quantisation or file format
+    ├── CapacityError         the request does not fit the KV cache or the context
+    └── MethodError           a decoding method is unknown, or its needs are not met
+
+Every message says what was wrong, what is allowed and what to do. Broken invariants are assertions, not these.
+"""
+
+
+class OutpaceError(Exception):
+    """Base of every error that a user can cause and mend."""
+
+
+class ParameterError(OutpaceError, ValueError):
+    """A parameter is out of range, or a combination of parameters does not work."""
+
+
+class ModelError(OutpaceError):
+    """A model cannot be found, read or run."""
+
+
+class ModelNotFound(ModelError):
+    """No model of that name, or no file at that path."""
+
+
+class DownloadError(ModelError):
+    """A model file could not be fetched whole."""
+
+
+class CorruptModel(ModelError):
+    """A model file is damaged, truncated or has the wrong digest."""
+
+
+class UnsupportedModel(ModelError):
+    """The file is sound but its architecture, quantisation or format is not supported."""
+
+
+class CapacityError(OutpaceError):
+    """The request does not fit into the KV cache or the model's context."""
+
+
+class MethodError(OutpaceError):
+    """A decoding method is unknown, or what it needs is not there."""

@@ -1,0 +1,175 @@
+"""The words of the engine as data. No torch at import time.
+
+Shapes: `n` nodes of a draft, `V` vocabulary, `R` rows of logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import ParameterError
+
+Exactness = Literal["identical", "distribution", "approximate"]
+FinishReason = Literal["stop", "length", "cancelled"]
+Precision = Literal["float32", "bfloat16", "int8", "int4"]
+IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float32]
+
+NO_PARENT = -1  # the parent of a draft's first nodes: the last committed token
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one request chooses its tokens.
+
+    `temperature=0` is greedy. `seed` keys the randomness together with the position, never with draw order:
+    two runs of one seed give the same text whatever was batched or drafted beside it.
+    Raises ParameterError for a value out of range.
+    """
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int = 0  # 0: no limit
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=lambda: MappingProxyType({}))
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None  # None: none; k: the chosen token's and the k most likely ones'
+
+    def __post_init__(self) -> None:
+        def need(ok: bool, name: str, allowed: str) -> None:
+            if not ok:
+                raise ParameterError(f"{name}={getattr(self, name)!r} is out of range: it must be {allowed}")
+
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        need(self.max_tokens >= 1, "max_tokens", "at least 1")
+        need(0 <= self.temperature <= 100, "temperature", "from 0 (greedy) to 100")
+        need(self.top_k >= 0, "top_k", "0 (no limit) or more")
+        need(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
+        need(0 <= self.min_p < 1, "min_p", "from 0 to below 1")
+        need(0 < self.repetition_penalty <= 100, "repetition_penalty", "above 0 and at most 100")
+        need(-2 <= self.presence_penalty <= 2, "presence_penalty", "from -2 to 2")
+        need(-2 <= self.frequency_penalty <= 2, "frequency_penalty", "from -2 to 2")
+        need(0 <= self.seed < 2**63, "seed", "from 0 to 2**63 - 1")
+        need(self.logprobs is None or 0 <= self.logprobs <= 20, "logprobs", "None or from 0 to 20")
+        need(all(self.stop), "stop", "non-empty strings")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    @property
+    def edits_logits(self) -> bool:
+        """Whether anything but the temperature changes the target's logits."""
+        return bool(
+            self.logit_bias
+            or self.repetition_penalty != 1
+            or self.presence_penalty != 0
+            or self.frequency_penalty != 0
+        )
+
+
+@dataclass(slots=True, eq=False)
+class Draft:
+    """A token tree that a drafter proposes. A chain is a tree; an empty draft is plain decoding.
+
+    Nodes are in topological order: `parents[i] < i`, and `NO_PARENT` for children of the last committed token.
+    """
+
+    tokens: IntArray  # [n]
+    parents: IntArray  # [n]
+    sources: list[str]  # [n] name of the drafter that proposed the node first
+    scores: FloatArray | None = None  # [n] drafter's estimate of P(node is accepted | its parent is)
+    q: FloatArray | None = None  # [n, V] distribution each node was *sampled* from; None: proposed outright
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @staticmethod
+    def empty() -> Draft:
+        z = np.empty(0, dtype=np.int64)
+        return Draft(z, z, [])
+
+    @staticmethod
+    def chain(
+        tokens: IntArray | list[int],
+        source: str,
+        scores: FloatArray | None = None,
+        q: FloatArray | None = None,
+    ) -> Draft:
+        t = np.asarray(tokens, dtype=np.int64)
+        return Draft(t, np.arange(-1, len(t) - 1, dtype=np.int64), [source] * len(t), scores, q)
+
+
+@dataclass(slots=True, eq=False)
+class Accepted:
+    """What a verifier decided for one sequence and one step."""
+
+    path: IntArray  # [a] accepted draft nodes, from the root down
+    tokens: IntArray  # [a + 1] their tokens, then the target's own next token
+    logprobs: FloatArray | None = None  # [a + 1] of `tokens` under the target's processed distribution
+    top_logprobs: list[list[tuple[int, float]]] | None = None  # [a + 1][k] (token, log-probability)
+
+
+@dataclass(slots=True)
+class DecodingStats:
+    """Of one request. Times in seconds; `steps` are target forwards that decoded (prefill apart)."""
+
+    prompt_tokens: int = 0
+    tokens: int = 0
+    steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    accepted_by_source: dict[str, int] = field(default_factory=dict)
+    drafted_by_source: dict[str, int] = field(default_factory=dict)
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    draft_s: float = 0.0
+    time_to_first_token_s: float = 0.0
+
+    @property
+    def mean_accepted(self) -> float:
+        """tau: tokens committed per target step, the bonus token included. The first token comes from prefill."""
+        return (self.tokens - 1) / self.steps if self.steps else 1.0
+
+    @property
+    def acceptance_rate(self) -> float:
+        """alpha: accepted draft tokens per drafted token."""
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Decoding speed: tokens after the first over the time after prefill."""
+        return (self.tokens - 1) / self.decode_s if self.decode_s > 0 and self.tokens > 1 else 0.0
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        return self.prompt_tokens / self.prefill_s if self.prefill_s > 0 else 0.0
+
+
+@dataclass(slots=True)
+class Result:
+    """A finished request."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    method: str
+    exactness: Exactness
+    stats: DecodingStats
+    sources: list[str]  # per token: the drafter that proposed it, or "target"
+    logprobs: list[float] | None = None
+    top_logprobs: list[list[tuple[int, float]]] | None = None
