@@ -1,0 +1,83 @@
+"""The contract of drafters and verifiers: reserve -> propose -> forward -> verify -> commit.
+
+Whoever drafted, every drafter observes every commit. A verifier is a pure function. Neither touches the cache.
+
+Shapes: `n` draft nodes, `V` vocabulary; `outputs` of a step has n + 1 rows: row 0 is the target's answer after the
+last committed token, row i + 1 its answer after draft node i.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from ..types import Accepted, Draft, Exactness, IntArray, SamplingParams
+from .outputs import TargetOutputs
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One sequence being decoded, as drafters and verifiers see it. The engine alone appends to `tokens`."""
+
+    id: int
+    tokens: list[int]  # prompt and output so far; the last one is not in the KV cache yet
+    prompt_length: int
+    params: SamplingParams
+
+    @property
+    def output(self) -> list[int]:
+        return self.tokens[self.prompt_length :]
+
+
+@dataclass(slots=True, eq=False)
+class Observation:
+    """What a step revealed of one sequence. `outputs` is None after prefill (only the prompt was read)."""
+
+    new_tokens: IntArray  # committed by this step, already appended to sequence.tokens
+    draft: Draft
+    accepted: Accepted | None
+    outputs: TargetOutputs | None  # valid during `observe` only
+
+
+class Drafter(ABC):
+    """Proposes drafts. State is kept per sequence id, made in `begin` and dropped in `end`."""
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+
+    def begin(self, sequence: Sequence) -> None:
+        """A sequence starts; its prompt is in `sequence.tokens`."""
+
+    @abstractmethod
+    def propose(self, sequences: Seq[Sequence], budgets: Seq[int]) -> list[Draft]:
+        """One draft per sequence, of at most `budgets[i]` nodes (0: return an empty one)."""
+
+    def observe(self, sequence: Sequence, seen: Observation) -> None:
+        """A step was committed."""
+
+    def end(self, sequence: Sequence) -> None:
+        """The sequence is finished or cancelled; forget everything of it. Safe to call twice."""
+
+
+class Verifier(ABC):
+    """Decides which draft nodes the target accepts. Pure: frees nothing, edits nothing in place."""
+
+    name: ClassVar[str]
+    exactness: ClassVar[Exactness]
+
+    @abstractmethod
+    def verify(self, sequence: Sequence, draft: Draft, outputs: TargetOutputs) -> Accepted:
+        """`outputs` rows as in the module's legend; returns at least one token."""
+
+
+def node_depths(parents: IntArray) -> IntArray:
+    """Depth of each node, 0 for children of the last committed token. [n] -> [n]"""
+    depths = np.zeros(len(parents), dtype=np.int64)
+    for i, p in enumerate(parents):
+        if p >= 0:
+            depths[i] = depths[p] + 1
+    return depths

@@ -1,0 +1,41 @@
+"""The contract of a model source: a config, named tensors, and what the tokenizer needs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .config import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerFiles:
+    """Contents of `tokenizer.json` and of `tokenizer_config.json` (chat template and special tokens in it)."""
+
+    tokenizer_json: str
+    tokenizer_config: dict[str, Any]
+
+
+class Checkpoint(ABC):
+    """Read-only. Tensors carry their `transformers` names and layout, whatever the file's own convention:
+    `model.embed_tokens.weight`, `model.layers.{i}.self_attn.{q,k,v,o}_proj.{weight,bias}`,
+    `model.layers.{i}.self_attn.{q,k}_norm.weight`, `model.layers.{i}.mlp.{gate,up,down}_proj.weight`,
+    `model.layers.{i}.{input,post_attention,pre_feedforward,post_feedforward}_layernorm.weight`,
+    `model.norm.weight`, `lm_head.weight` (absent when tied).
+    """
+
+    config: ModelConfig
+
+    @abstractmethod
+    def names(self) -> set[str]: ...
+
+    @abstractmethod
+    def tensor(self, name: str) -> NDArray[np.float32]:
+        """Read (and dequantise) one tensor. Raises CorruptModel, or UnsupportedModel for an unknown quantisation."""
+
+    @abstractmethod
+    def tokenizer_files(self) -> TokenizerFiles: ...
