@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 LayerType = Literal["full", "sliding"]
 
@@ -34,7 +38,7 @@ class ModelConfig:
     rope_theta: float
     layer_types: tuple[LayerType, ...]
     rope_local_theta: float | None = None  # of sliding layers (gemma3); None: rope_theta
-    rope_scaling: RopeScaling | None = None  # of full-attention layers
+    rope_scaling: RopeScaling | None = None  # of all layers but those with a local theta
     sliding_window: int | None = None  # a sliding layer's row at p sees positions > p - sliding_window
     tie_embeddings: bool = False
     qkv_bias: bool = False
@@ -46,3 +50,35 @@ class ModelConfig:
     attention_scale: float = 0.0  # always set by the loaders
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
+
+    @classmethod
+    def from_hf(cls, raw: Mapping[str, Any], *, source: str) -> ModelConfig:
+        """Read a `transformers` configuration of old or new style; a nested `text_config` is found.
+
+        `source` names the file in messages. Raises UnsupportedModel for an unknown architecture, rope type or
+        feature, CorruptModel for a field that is missing or out of range.
+        """
+        from .hf_config import parse
+
+        return parse(raw, source)
+
+
+def rope_inv_freq(config: ModelConfig, layer_type: LayerType) -> NDArray[np.float64]:
+    """Rotary inverse frequencies of the layers of one type, scaling applied: radians per position. [C/2]"""
+    from ..ops.rope import inverse_frequencies, scale_llama3
+
+    if layer_type == "sliding" and config.rope_local_theta is not None:
+        return inverse_frequencies(config.head_dim, config.rope_local_theta)
+    inv_freq = inverse_frequencies(config.head_dim, config.rope_theta)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return inv_freq
+    if scaling.kind == "linear":
+        return inv_freq / scaling.factor
+    return scale_llama3(
+        inv_freq,
+        scaling.factor,
+        scaling.low_freq_factor,
+        scaling.high_freq_factor,
+        scaling.original_max_position,
+    )
