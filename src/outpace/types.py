@@ -173,3 +173,4 @@ class Result:
     sources: list[str]  # per token: the drafter that proposed it, or "target"
     logprobs: list[float] | None = None
     top_logprobs: list[list[tuple[int, float]]] | None = None
+    notes: list[str] = field(default_factory=list)  # why `exactness` is less than the method could give
