@@ -195,29 +195,29 @@ def _layers(r: _Reader, architecture: str, n: int) -> tuple[tuple[LayerType, ...
     window = r.integer("sliding_window") if r.values.get("sliding_window") is not None else None
     if architecture == "llama" or (architecture.startswith("qwen") and not r.flag("use_sliding_window")):
         window = None
-    types: tuple[LayerType, ...]
+    types: list[LayerType]
     names = r.values.get("layer_types")
     if names is not None:
         if not isinstance(names, list | tuple) or len(names) != n:
             r.corrupt("layer_types", f"a list of num_hidden_layers={n} names")
         if any(name not in _LAYER_TYPES for name in names):
             r.unsupported("layer_types", "full_attention and sliding_attention")
-        types = tuple(_LAYER_TYPES[name] for name in names)
+        types = [_LAYER_TYPES[name] for name in names]
     elif window is None:
-        types = ("full",) * n
+        types = ["full"] * n
     elif architecture == "gemma3":
         every = r.integer("sliding_window_pattern")
-        types = tuple("sliding" if (i + 1) % every else "full" for i in range(n))
+        types = ["sliding" if (i + 1) % every else "full" for i in range(n)]
     elif architecture == "mistral":
-        types = ("sliding",) * n
+        types = ["sliding"] * n
     else:
         first = r.integer("max_window_layers", low=0)
-        types = tuple("sliding" if i >= first else "full" for i in range(n))
+        types = ["sliding" if i >= first else "full" for i in range(n)]
     if "sliding" not in types:
-        return types, None
+        return tuple(types), None
     if window is None:
         r.corrupt("sliding_window", "a whole number, because layer_types has sliding layers")
-    return types, window
+    return tuple(types), window
 
 
 def _rope(r: _Reader, architecture: str) -> tuple[float, float | None, RopeScaling | None]:
