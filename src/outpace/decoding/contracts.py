@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
 
 from ..types import Accepted, Draft, Exactness, IntArray, SamplingParams
 from .outputs import TargetOutputs
+from .sampling import History
 
 
 @dataclass(slots=True, eq=False)
@@ -27,6 +28,19 @@ class Sequence:
     tokens: list[int]  # prompt and output so far; the last one is not in the KV cache yet
     prompt_length: int
     params: SamplingParams
+    _history: History | None = field(default=None, init=False, repr=False)
+
+    @property
+    def history(self) -> History:
+        """Counts of `tokens` for the penalties, caught up in time proportional to what was appended.
+
+        A verifier may append the path that it walks, and truncates it again before it returns.
+        """
+        if self._history is None:
+            self._history = History(prompt_length=self.prompt_length)
+        for token in self.tokens[len(self._history) :]:
+            self._history.append(token)
+        return self._history
 
     @property
     def output(self) -> list[int]:
