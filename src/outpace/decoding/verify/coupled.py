@@ -1,0 +1,65 @@
+"""Coupled verification: accept what the target itself would have said."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from ...registry import register
+from ...types import NO_PARENT, Accepted, Draft, Exactness
+from ..contracts import Sequence, Verifier
+from ..outputs import TargetOutputs
+from ..tree import child_lookup
+from .walk import Recorder, accepted, target_row
+
+
+@register(
+    kind="verifier",
+    family="SPEC",
+    title="Greedy and coupled sampling",
+    paper="https://arxiv.org/abs/2408.07978",
+    exactness="identical",
+)
+class CoupledVerifier(Verifier):
+    """Walks the draft tree from the root. At each node the target's own token is drawn exactly as plain
+    decoding draws it at that position, with the uniform of (seed, position); a child that carries the token
+    is accepted, and without one the token ends the step as correction or bonus. Greedy is the case of
+    temperature zero.
+
+    Exactness: identical, for every drafter and tree, because the output never looks at the draft.
+    Acceptance: sum over proposed x of p(x) at a node, which is what rejection sampling with point masses
+    reaches. Only rows on the accepted path are sampled. Sampling with shared randomness for speculation:
+    Daliri, Musco and Suresh, "Coupling without Communication and Drafter-Invariant Speculative Decoding"
+    (section 3).
+    """
+
+    name = "coupled"
+    exactness: ClassVar[Exactness] = "identical"
+
+    def verify(self, sequence: Sequence, draft: Draft, outputs: TargetOutputs) -> Accepted:
+        lookup = child_lookup(draft)
+        params = sequence.params
+        if params.greedy and not params.edits_logits and params.logprobs is None:
+            best = outputs.argmax().tolist()
+            path: list[int] = []
+            tokens: list[int] = []
+            node: int | None = NO_PARENT
+            while node is not None:
+                token = best[node + 1]
+                tokens.append(token)
+                node = lookup.get((node, token))
+                if node is not None:
+                    path.append(node)
+            return accepted(path, tokens)
+        return self._walk(sequence, lookup, outputs)
+
+    def _walk(
+        self, sequence: Sequence, lookup: dict[tuple[int, int], int], outputs: TargetOutputs
+    ) -> Accepted:
+        with Recorder(sequence) as record:
+            node: int | None = NO_PARENT
+            while node is not None:
+                processed = record.process(target_row(outputs, node))
+                token = record.choose(processed)
+                node = lookup.get((node, token))
+                record.emit(processed, token, node)
+            return record.result()

@@ -1,0 +1,71 @@
+"""What verifiers share: walking down a tree with the sampler's history and log-probabilities in step."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+import numpy as np
+
+from ...types import Accepted, FloatArray
+from .. import sampling
+from ..contracts import Sequence
+from ..outputs import TargetOutputs
+from ..sampling import host_row
+
+
+def target_row(outputs: TargetOutputs, node: int) -> FloatArray:
+    """Raw logits f32[V] of the target's answer after `node` (NO_PARENT: after the last committed token)."""
+    return host_row(outputs.logits(node + 1))
+
+
+def accepted(path: list[int], tokens: list[int]) -> Accepted:
+    return Accepted(np.array(path, dtype=np.int64), np.array(tokens, dtype=np.int64))
+
+
+class Recorder:
+    """Collects a walk's tokens. As a context manager it leaves the sequence's history as it found it."""
+
+    def __init__(self, sequence: Sequence) -> None:
+        self.params = sequence.params
+        self.history = sequence.history if sequence.params.edits_logits else None
+        self.position = len(sequence.tokens)  # of the token to be chosen next
+        self._length = len(sequence.tokens)
+        self._path: list[int] = []
+        self._tokens: list[int] = []
+        self._logprobs: list[float] = []
+        self._top: list[list[tuple[int, float]]] = []
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.history is not None:
+            self.history.truncate(self._length)
+
+    def process(self, logits: FloatArray) -> FloatArray:
+        return sampling.process(logits, self.params, self.history)
+
+    def choose(self, processed: FloatArray) -> int:
+        return sampling.choose(processed, self.params, self.position)
+
+    def emit(self, processed: FloatArray, token: int, node: int | None) -> None:
+        """`token` was chosen from `processed`; `node` is the draft node that carried it, None if none did."""
+        if self.params.logprobs is not None:
+            chosen, top = sampling.logprobs(processed, token, self.params.logprobs)
+            self._logprobs.append(chosen)
+            self._top.append(top)
+        if self.history is not None:
+            self.history.append(token)
+        self._tokens.append(token)
+        if node is not None:
+            self._path.append(node)
+        self.position += 1
+
+    def result(self) -> Accepted:
+        done = accepted(self._path, self._tokens)
+        if self.params.logprobs is not None:
+            done.logprobs = np.array(self._logprobs, dtype=np.float32)
+            done.top_logprobs = self._top
+        return done
