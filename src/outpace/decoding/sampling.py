@@ -52,7 +52,7 @@ def uniform(seed: int, position: int, stream: Stream = Stream.TARGET, draw: int 
 
 
 class History:
-    """Tokens so far with their counts, kept up incrementally: append and truncate take constant time a token."""
+    """Tokens so far with their counts. Append and truncate take constant time a token."""
 
     __slots__ = ("_ids", "_output", "_seen", "_slot", "prompt_length", "tokens")
 
@@ -184,12 +184,16 @@ def distribution(
     logits: FloatArray, params: SamplingParams, history: History | None = None
 ) -> NDArray[np.float64]:
     """The distribution that `sample` draws from, f64[V], summing to 1. Greedy is a point mass."""
-    logits = process(logits, params, history)
-    p = np.zeros(len(logits), dtype=np.float64)
+    return distribution_of(process(logits, params, history), params)
+
+
+def distribution_of(processed: FloatArray, params: SamplingParams) -> NDArray[np.float64]:
+    """`distribution` for logits already processed."""
+    p = np.zeros(len(processed), dtype=np.float64)
     if params.greedy:
-        p[int(logits.argmax())] = 1.0
+        p[int(processed.argmax())] = 1.0
         return p
-    ids, weights = _weights(logits, params)
+    ids, weights = _weights(processed, params)
     exact = weights.astype(np.float64)
     exact /= exact.sum()
     if ids is None:
