@@ -35,7 +35,7 @@ class ArrayStorage(KVStorage):
 
 
 class Modelled(RuleBasedStateMachine):
-    """`held[seq]` lists committed contents, `open_[seq]` contents of the provisional region (None: unwritten)."""
+    """`held[seq]` lists committed contents, `open_[seq]` contents of the open region (None: unwritten)."""
 
     sequences = Bundle("sequences")
 
@@ -63,7 +63,7 @@ class Modelled(RuleBasedStateMachine):
         self.held[seq] = []
         return seq
 
-    @rule(seq=sequences, n=st.integers(0, 40), data=st.data())
+    @rule(seq=sequences, n=st.integers(0, 40) | st.integers(0, 200), data=st.data())
     def reserve(self, seq, n, data):
         before = self.cache.free_pages, self.cache.page_table(seq).tolist(), self.cache.reserved(seq)
         needed = self.cache.pages_needed(seq, n)

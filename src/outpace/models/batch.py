@@ -1,19 +1,23 @@
 """One packed forward step, spelled out. No global context: what a decoder needs is in here.
 
-Shapes: `B` sequences, `T` packed rows (tokens of this step), `P` pages of the longest sequence, `R` rows whose
-logits are wanted.
+Shapes: `B` sequences, `T` packed rows (tokens of this step), `P` pages of the longest sequence, `R` rows
+whose logits are wanted.
 
-Where a row's K and V live. A sequence's cache is its `committed` tokens followed by a *provisional region* that the
-cache reserved for this step. Place `i` of the cache (committed token or provisional offset `i - committed`) is lane
-`i % PAGE_SIZE` of page `page_tables[b, i // PAGE_SIZE]`. Row `t` writes its K and V to place
-`committed[b] + offsets[t]` and its rotary position is `positions[t]`.
+Where a row's K and V live. A sequence's cache is its `committed` tokens followed by a *provisional region*
+that the cache reserved for this step. Place `i` of the cache (committed token or provisional offset `i -
+committed`) is lane `i % PAGE_SIZE` of page `page_tables[b, i // PAGE_SIZE]`. Row `t` writes its K and V to
+place `committed[b] + offsets[t]` and its rotary position is `positions[t]`.
 
-What a row sees. All committed tokens of its sequence (within the layer's sliding window), and of the provisional
-region:
+What a row sees. All committed tokens of its sequence (within the layer's sliding window), and of the
+provisional region:
   causal[b]      offsets 0..offsets[t]
-  otherwise      visible[visible_start[t] : visible_start[t + 1]], offsets in order of their position, own one included
-A chain of draft tokens is causal. A tree lists each node's ancestors, a bidirectional block lists the whole block.
-Offsets may have been written by an earlier step of the same reservation (a draft model growing a tree).
+  otherwise      visible[visible_start[t] : visible_start[t + 1]], offsets in order of position, own one
+  included
+A chain of draft tokens is causal. A tree lists each node's ancestors, a bidirectional block lists the
+whole block. Offsets may have been written by an earlier step of the same reservation (a draft model
+growing a tree). The j-th visible offset of a row has position `committed + j`; a layer's sliding window
+holds for these too: a row at position p sees positions above p - window, later ones included where the
+mask shows them.
 
 Example: committed = 5, the last sampled token `a` and a tree below it
 
@@ -25,10 +29,25 @@ Example: committed = 5, the last sampled token `a` and a tree below it
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ..ops.masks import (
+    CAUSAL,
+    Bidirectional,
+    Block,
+    Mask,
+    Tree,
+    Visible,
+    bidirectional_visible,
+    block_visible,
+    is_chain,
+    tree_visible,
+)
 
 PAGE_SIZE = 16
 
@@ -48,3 +67,98 @@ class ForwardBatch:
     page_tables: NDArray[np.int32]  # [B, P]
     # filled by the runner
     logit_rows: NDArray[np.int64]  # [R] ascending
+
+
+@dataclass(slots=True, eq=False)
+class Span:
+    """One sequence's slice of a step. Its rows take the offsets `offset`.. of the provisional region.
+
+    A decoding step is `Span([last token, *draft tokens], committed, Tree(draft.parents))`; a chunk of a
+    prompt is `Span(tokens, committed, logits="last")`, or "none" when the prompt goes on; a draft model
+    adds one layer to its tree with `Span(layer tokens, committed, Tree(parents of all nodes so far),
+    offset=1 + nodes before)`.
+    """
+
+    tokens: NDArray[np.int64] | Sequence[int]  # [n]
+    committed: int
+    mask: Mask = CAUSAL
+    offset: int = 0
+    logits: Literal["all", "last", "none"] = "all"
+
+
+_NOTHING = np.empty(0, dtype=np.int32)
+
+
+def pack(spans: Sequence[Span], page_tables: NDArray[np.int32]) -> ForwardBatch:
+    """Assemble a step; `page_tables` i32[B, P] as `PagedKVCache.page_tables` gives them, after reserving.
+
+    The batch may hold views of `page_tables` and of the spans' tokens: use it before the cache changes.
+    """
+    assert len(spans) == len(page_tables), f"{len(spans)} spans, {len(page_tables)} page tables"
+    parts = [_rows(span) for span in spans]
+    row_start = [0]
+    for span in spans:
+        row_start.append(row_start[-1] + len(span.tokens))
+    logit_rows = [
+        np.arange(stop - 1 if span.logits == "last" else start, stop)
+        for span, start, stop in zip(spans, row_start, row_start[1:], strict=False)
+        if span.logits != "none" and stop > start
+    ]
+    seen = [visible for _, _, visible in parts]
+    visible_start, visible = _join(seen, row_start)
+    return ForwardBatch(
+        tokens=_concat([np.asarray(span.tokens, dtype=np.int64) for span in spans], np.int64),
+        positions=_concat([positions for positions, _, _ in parts], np.int64),
+        row_start=np.array(row_start, dtype=np.int32),
+        offsets=_concat([offsets for _, offsets, _ in parts], np.int32),
+        causal=np.array([v is None for v in seen], dtype=np.bool_),
+        visible_start=visible_start,
+        visible=visible,
+        committed=np.array([span.committed for span in spans], dtype=np.int32),
+        page_tables=page_tables,
+        logit_rows=_concat(logit_rows, np.int64),
+    )
+
+
+def _rows(span: Span) -> tuple[NDArray[np.int64], NDArray[np.int32], Visible | None]:
+    """Positions, offsets and, unless it is causal, what the rows see."""
+    first, n, mask = span.offset, len(span.tokens), span.mask
+    offsets = np.arange(first, first + n, dtype=np.int32)
+    if isinstance(mask, Tree):
+        nodes = first + n - mask.rooted
+        assert len(mask.parents) == nodes, (
+            f"{len(mask.parents)} parents for the {nodes} nodes up to the last row"
+        )
+        if not is_chain(mask.parents):
+            start, visible = tree_visible(mask.parents, first, mask.rooted)
+            return (start[1:] - start[:-1]).astype(np.int64) + (span.committed - 1), offsets, (start, visible)
+    positions = np.arange(span.committed + first, span.committed + first + n)
+    if isinstance(mask, Block):
+        return positions, offsets, block_visible(n, mask.size, first)
+    if isinstance(mask, Bidirectional):
+        return positions, offsets, bidirectional_visible(n, first)
+    return positions, offsets, None
+
+
+def _join(seen: list[Visible | None], row_start: list[int]) -> Visible:
+    """One list of visible offsets for the whole step. [T + 1], [nnz]"""
+    if len(seen) == 1 and seen[0] is not None:
+        return seen[0]
+    starts = np.zeros(row_start[-1] + 1, dtype=np.int32)
+    parts, total = [], 0
+    for b, one in enumerate(seen):
+        if one is not None:
+            start, visible = one
+            starts[row_start[b] : row_start[b + 1]] = start[:-1] + total
+            parts.append(visible)
+            total += len(visible)
+        else:
+            starts[row_start[b] : row_start[b + 1]] = total
+    starts[-1] = total
+    return starts, _concat(parts, np.int32) if parts else _NOTHING
+
+
+def _concat(parts: list[NDArray], dtype: type) -> NDArray:
+    if len(parts) == 1:
+        return parts[0]
+    return np.concatenate(parts) if parts else np.empty(0, dtype=dtype)
