@@ -1,0 +1,207 @@
+"""Text to token ids and back, chat templates included. Uses the `tokenizers` library; imports no torch.
+
+Text of users never becomes a control token: `<|im_end|>` typed into a message is encoded as the letters it is made
+of, while the same string written by the chat template becomes the one token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from threading import Lock
+from typing import Any
+
+from ..errors import CorruptModel, ParameterError
+from .chat_template import render
+from .checkpoint import TokenizerFiles
+
+#: Tokens that end an answer, whatever the configuration says, if the vocabulary has them as control tokens
+_END_TOKENS = ("<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>", "<|end_of_text|>")
+_ROLE = re.compile(r"[A-Za-z0-9_-]{1,40}")
+_NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class Tokenizer:
+    """Raises CorruptModel when the files cannot be read. Safe to use from several threads."""
+
+    def __init__(
+        self, files: TokenizerFiles, eos_ids: Iterable[int] = (), source: str = "tokenizer.json"
+    ) -> None:
+        from tokenizers import Tokenizer as Rust
+
+        try:
+            self._rust = Rust.from_str(files.tokenizer_json)
+        except Exception as e:  # the library raises plain Exception
+            raise CorruptModel(f"{source}: damaged tokenizer: {e}") from e
+        self._lock = Lock()  # `encode_special_tokens` is a switch of the shared object
+        added = self._rust.get_added_tokens_decoder()
+        self._special_ids = frozenset(i for i, token in added.items() if token.special)
+        self._named = {name: _content(files.tokenizer_config.get(name)) for name in _NAMED}
+        self._template = _template(files.tokenizer_config.get("chat_template"))
+        self.vocab_size: int = self._rust.get_vocab_size(with_added_tokens=True)
+        ends = [self._rust.token_to_id(t) for t in (*_END_TOKENS, self._named["eos_token"] or "")]
+        self.eos_ids: frozenset[int] = frozenset(eos_ids) | {i for i in ends if i in self._special_ids}
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._template is not None
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Ids of `text` alone. `special`: control tokens written out in it become their ids (trusted text only)."""
+        return self._encode(text, special).ids
+
+    def prompt(self, text: str) -> list[int]:
+        """Ids of a raw prompt: `text` as plain text, with the beginning token where the model wants one."""
+        return self._encode(text, special=False, wrap=True).ids
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        return self._rust.decode(list(ids), skip_special_tokens=skip_special)
+
+    def detokenizer(self) -> Detokenizer:
+        """For one stream of tokens."""
+        return Detokenizer(self)
+
+    def token_id(self, token: str) -> int | None:
+        return self._rust.token_to_id(token)
+
+    def is_special(self, token: int) -> bool:
+        return token in self._special_ids
+
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **values: Any
+    ) -> list[int]:
+        """Ids of a conversation in the model's own format; each message has a `role` and (mostly) a `content`.
+
+        `values` are passed to the template (`tools`, `enable_thinking`, …). Raises ParameterError if the model has
+        no chat template, if a message is malformed, or if the template refuses it.
+        """
+        if self._template is None:
+            raise ParameterError("this model has no chat template; give it a raw prompt instead")
+        literals: list[str] = []
+        mark = f"\ue000{secrets.randbelow(10**15):015}:"
+        safe = [self._disarm(_checked(m), mark, literals) for m in messages]
+        if not safe:
+            raise ParameterError("a conversation needs at least one message")
+        values = self._disarm(values, mark, literals)
+        named = {name: token or "" for name, token in self._named.items()}
+        text = render(
+            self._template,
+            safe,
+            add_generation_prompt=add_generation_prompt,
+            **(named | {"tools": None} | values),
+        )
+        return self._rearm(text, mark, literals) if literals else self.encode(text, special=True)
+
+    def same_vocabulary(self, other: Tokenizer) -> bool:
+        """Whether both give every token the same id, so that one model's drafts are the other's tokens."""
+        return self is other or self._fingerprint() == other._fingerprint()
+
+    def _fingerprint(self) -> bytes:
+        vocab = sorted(self._rust.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1])
+        return hashlib.sha256("\0".join(f"{i} {token}" for token, i in vocab).encode()).digest()
+
+    def _encode(self, text: str, special: bool, wrap: bool = False) -> Any:
+        try:
+            text.encode()
+        except UnicodeEncodeError as e:
+            raise ParameterError(f"the text is not valid Unicode: {e.reason} at character {e.start}") from e
+        with self._lock:
+            self._rust.encode_special_tokens = not special
+            return self._rust.encode(text, add_special_tokens=wrap)
+
+    def _special_spans(self, text: str) -> list[tuple[int, int, int]]:
+        """(start, end, id) of the control tokens written out in `text`."""
+        found = self._encode(text, special=True)
+        spans = zip(found.ids, found.offsets, strict=True)
+        return [(a, b, i) for i, (a, b) in spans if i in self._special_ids and b > a]
+
+    def _disarm(self, value: Any, mark: str, literals: list[str]) -> Any:
+        """Replace control tokens written out in a user's strings by marks, which no template can mistake."""
+        if isinstance(value, str):
+            at, pieces = 0, []
+            for a, b, _ in self._special_spans(value):
+                pieces += [value[at:a], f"{mark}{len(literals)}\ue001"]
+                literals.append(value[a:b])
+                at = b
+            return "".join([*pieces, value[at:]]) if pieces else value
+        if isinstance(value, Mapping):
+            return {
+                self._disarm(k, mark, literals): self._disarm(v, mark, literals) for k, v in value.items()
+            }
+        if isinstance(value, list | tuple):
+            return [self._disarm(v, mark, literals) for v in value]
+        return value
+
+    def _rearm(self, text: str, mark: str, literals: list[str]) -> list[int]:
+        """Encode a rendered text: the template's control tokens as such, everything between as plain text."""
+        pattern = re.compile(re.escape(mark) + "(\\d+)\ue001")
+        ids: list[int] = []
+        at = 0
+        for a, b, token in [*self._special_spans(text), (len(text), len(text), -1)]:
+            plain = pattern.sub(lambda m: literals[int(m[1])], text[at:a])
+            if mark in plain:
+                raise ParameterError(
+                    "the chat template cut a message apart at a control token; remove it from the text"
+                )
+            ids += self.encode(plain) if plain else []
+            ids += [token] if token >= 0 else []
+            at = b
+        return ids
+
+
+class Detokenizer:
+    """Turns one sequence's tokens into text as they come; never emits half a character.
+
+    The pieces and `finish()` joined equal `decode` of all tokens.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []  # from the start of the last emitted piece: decoders look back one piece
+        self._emitted = 0  # how many of `_ids` have been emitted
+
+    def add(self, ids: Iterable[int]) -> str:
+        """The text that has become certain with these tokens; may be empty."""
+        self._ids += ids
+        piece = self._pending()
+        if piece.endswith(_REPLACEMENT):
+            return ""  # the bytes of a character are still incomplete
+        if piece:
+            self._ids, self._emitted = self._ids[self._emitted :], len(self._ids) - self._emitted
+        return piece
+
+    def finish(self) -> str:
+        """What is left, incomplete characters included. The stream is over."""
+        piece = self._pending()
+        self._ids, self._emitted = [], 0
+        return piece
+
+    def _pending(self) -> str:
+        known = self._tokenizer.decode(self._ids[: self._emitted])
+        return self._tokenizer.decode(self._ids)[len(known) :]
+
+
+def _content(token: Any) -> str | None:
+    """A special token of a tokenizer_config: a string, or an object with its string in `content`."""
+    if isinstance(token, Mapping):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+
+def _template(value: Any) -> str | None:
+    """The chat template: a string, or a list of named ones of which the default is meant."""
+    if isinstance(value, list):
+        named = {t.get("name"): t.get("template") for t in value if isinstance(t, Mapping)}
+        value = named.get("default")
+    return value if isinstance(value, str) and value else None
+
+
+def _checked(message: Any) -> Mapping[str, Any]:
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise ParameterError(f"a message must be an object with a role and a content, not {message!r}")
+    if not _ROLE.fullmatch(message["role"]):
+        raise ParameterError(f"role {message['role']!r}: a role is a word such as system, user or assistant")
+    return message
