@@ -1,0 +1,60 @@
+"""Outpace: language-model inference that emits more than one token per model step, with the same text.
+
+>>> from outpace import LLM, SamplingParams
+>>> llm = LLM("smollm2-135m")
+>>> llm.generate("The capital of France is", SamplingParams(max_tokens=8))[0].text
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .engine.llm import LLM
+    from .errors import (
+        CapacityError,
+        CorruptModel,
+        DownloadError,
+        MethodError,
+        ModelError,
+        ModelNotFound,
+        OutpaceError,
+        ParameterError,
+        UnsupportedModel,
+    )
+    from .types import DecodingStats, Result, SamplingParams
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LLM",
+    "CapacityError",
+    "CorruptModel",
+    "DecodingStats",
+    "DownloadError",
+    "MethodError",
+    "ModelError",
+    "ModelNotFound",
+    "OutpaceError",
+    "ParameterError",
+    "Result",
+    "SamplingParams",
+    "UnsupportedModel",
+    "__version__",
+]
+
+_MODULES = {"LLM": ".engine.llm", "DecodingStats": ".types", "Result": ".types", "SamplingParams": ".types"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name at its first use, so that `import outpace` stays light."""
+    if name not in __all__:
+        raise AttributeError(f"module 'outpace' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULES.get(name, ".errors"), __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

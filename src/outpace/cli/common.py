@@ -1,0 +1,203 @@
+"""What several commands share: options, opening a model, Ctrl-C between steps, the line after a run."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, fields
+from types import FrameType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from ..errors import ParameterError
+from ..types import Result, SamplingParams
+
+if TYPE_CHECKING:
+    from ..engine.llm import LLM, Stream
+
+F = TypeVar("F", bound=Callable[..., Any])
+DEFAULTS = {f.name: f.default for f in fields(SamplingParams) if f.default is not MISSING}
+DEFAULT_MODEL = "smollm2-135m"
+
+
+def _apply(options: list[Callable[[Any], Any]], function: F) -> F:
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def model_options(function: F) -> F:
+    """Which model, how it decodes and with what arithmetic."""
+    precisions = click.Choice(["auto", "float32", "bfloat16", "int8", "int4"])
+    options = [
+        click.option(
+            "-m",
+            "--model",
+            default=DEFAULT_MODEL,
+            show_default=True,
+            help="A known name (see `outpace models`), a GGUF file, a folder or a hub id.",
+        ),
+        click.option("--draft-model", metavar="MODEL", help="A small model of the same vocabulary that drafts."),
+        click.option(
+            "--method",
+            default="auto",
+            show_default=True,
+            help="How tokens are drafted, see `outpace methods`; a+b merges two; plain drafts nothing.",
+        ),
+        click.option(
+            "--verifier",
+            default="auto",
+            show_default=True,
+            help="How drafts are accepted; auto: coupled, the same tokens as plain decoding.",
+        ),
+        click.option(
+            "--precision",
+            type=precisions,
+            default="auto",
+            show_default=True,
+            help="Arithmetic of the model; auto: int8 on a CPU, bfloat16 on CUDA.",
+        ),
+        click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: one per core]"),
+        click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto: cuda if there is one."),
+    ]
+    return _apply(options, function)
+
+
+def sampling_options(function: F) -> F:
+    """How tokens are chosen; defaults are those of SamplingParams."""
+
+    def option(flag: str, kind: type, text: str) -> Callable[[Any], Any]:
+        name = flag[2:].replace("-", "_")
+        return click.option(flag, type=kind, default=DEFAULTS[name], show_default=True, help=text)
+
+    options = [
+        click.option(
+            "-n",
+            "--max-tokens",
+            type=click.IntRange(min=1),
+            help=f"Longest answer.  [default: {DEFAULTS['max_tokens']}, or the room left in the context]",
+        ),
+        option("--temperature", float, "0 takes the likeliest token, higher is more varied."),
+        option("--top-k", int, "Sample among the k likeliest tokens; 0: all."),
+        option("--top-p", float, "Sample among the likeliest tokens that make up this probability."),
+        option("--min-p", float, "Leave out tokens less likely than this share of the likeliest."),
+        option("--seed", int, "The same seed gives the same text."),
+        click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be repeated."),
+        click.option("--system", metavar="TEXT", help="System message of the chat."),
+    ]
+    return _apply(options, function)
+
+
+def sampling_params(options: dict[str, Any]) -> SamplingParams:
+    """From the options of `sampling_options`; ParameterError for a value out of range."""
+    names = ("temperature", "top_k", "top_p", "min_p", "seed", "stop")
+    limit = options["max_tokens"]
+    most = {} if limit is None else {"max_tokens": limit}
+    return SamplingParams(**{name: options[name] for name in names}, **most)
+
+
+def open_llm(options: dict[str, Any], **more: Any) -> LLM:
+    """The model of `model_options`, with progress on a terminal."""
+    from ..engine.llm import LLM  # torch, only now
+
+    names = ("draft_model", "method", "verifier", "precision", "threads", "device")
+    with loading_progress() as progress:
+        return LLM(options["model"], **{name: options[name] for name in names}, progress=progress, **more)
+
+
+@contextmanager
+def loading_progress() -> Iterator[Callable[[str, int, int], None] | None]:
+    """A bar on stderr for what takes long at first use; nothing where stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def progress(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done, total=total)
+
+        yield progress
+
+
+def say(text: str = "") -> None:
+    """To the person, on stderr: stdout carries the answer alone."""
+    click.echo(text, err=True)
+
+
+def read_stdin() -> str:
+    """What is piped in; "" when stdin is a terminal or closed."""
+    if sys.stdin is None or sys.stdin.closed or sys.stdin.isatty():
+        return ""
+    try:
+        return click.get_text_stream("stdin").read()
+    except UnicodeDecodeError as error:
+        raise ParameterError(f"stdin is not text in UTF-8 ({error.reason} at byte {error.start})") from error
+
+
+@contextmanager
+def cancel_on_interrupt(stream: Stream) -> Iterator[None]:
+    """Ctrl-C ends the stream after the current step, with what it has; a second one ends at once."""
+
+    def handler(signum: int, frame: FrameType | None) -> None:
+        if stream.cancelled:
+            raise KeyboardInterrupt
+        stream.cancel()
+
+    try:
+        before = signal.signal(signal.SIGINT, handler)
+    except ValueError:  # not the main thread: the caller has its own way to stop
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def summary(result: Result, precision: str, extra: str = "") -> str:
+    """The one line after a run."""
+    stats = result.stats
+    parts = [f"{stats.tokens} token{'s' if stats.tokens != 1 else ''}"]
+    if stats.tokens:
+        parts.append(f"first after {stats.time_to_first_token_s:.2f} s")
+    if stats.tokens_per_s:
+        parts.append(f"{stats.tokens_per_s:.1f} tokens/s")
+        parts.append(f"mean_accepted {stats.mean_accepted:.2f}")
+    if extra:
+        parts.append(extra)
+    parts.append(f"{result.exactness} ({result.method}, {precision})")
+    if result.finish_reason != "stop":
+        parts.append({"length": "cut at --max-tokens", "cancelled": "stopped"}[result.finish_reason])
+    return " · ".join(parts)
+
+
+def stats_object(result: Result) -> dict[str, Any]:
+    """`stats` of `--json`. Times in seconds."""
+    s = result.stats
+    return {
+        "prompt_tokens": s.prompt_tokens,
+        "tokens": s.tokens,
+        "steps": s.steps,
+        "mean_accepted": round(s.mean_accepted, 4),
+        "tokens_per_s": round(s.tokens_per_s, 3),
+        "prefill_tokens_per_s": round(s.prefill_tokens_per_s, 3),
+        "time_to_first_token_s": round(s.time_to_first_token_s, 5),
+        "acceptance_rate": round(s.acceptance_rate, 4),
+        "drafted": s.drafted,
+        "accepted": s.accepted,
+        "drafted_by_source": s.drafted_by_source,
+        "accepted_by_source": s.accepted_by_source,
+        "prefill_s": round(s.prefill_s, 5),
+        "decode_s": round(s.decode_s, 5),
+        "draft_s": round(s.draft_s, 5),
+    }

@@ -1,0 +1,218 @@
+"""`outpace run`: answer one prompt."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import ParameterError
+from ..types import Result, SamplingParams
+from . import INTERRUPTED
+from .common import (
+    cancel_on_interrupt,
+    model_options,
+    open_llm,
+    read_stdin,
+    sampling_options,
+    sampling_params,
+    say,
+    stats_object,
+    summary,
+)
+
+if TYPE_CHECKING:
+    from ..engine.llm import LLM, Prompt
+
+PALETTE = ("green", "cyan", "magenta", "yellow", "blue", "bright_red")
+
+
+@click.command(short_help="Answer one prompt.")
+@click.argument("prompt", required=False)
+@model_options
+@sampling_options
+@click.option("--raw", is_flag=True, help="Continue the text as it is, without the model's chat template.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@click.option("--no-stream", is_flag=True, help="Print the answer when it is complete.")
+@click.option("--show-draft", is_flag=True, help="Colour tokens by who drafted them.")
+@click.option("--against-plain", is_flag=True, help="Run plain decoding afterwards and compare speed and tokens.")
+def run(prompt: str | None, as_json: bool, no_stream: bool, show_draft: bool, **options: Any) -> None:
+    """Answer PROMPT. Piped text is appended to it, or is the prompt.
+
+    \b
+      outpace run "Why is the sky blue?"
+      cat main.py | outpace run "Explain this code"
+      outpace run --against-plain --max-tokens 128 "List the planets"
+
+    The answer goes to stdout, one line of figures to stderr.
+    """
+    text = read_prompt(prompt)
+    params = sampling_params(options)
+    if options["raw"] and options["system"]:
+        raise ParameterError("--system needs the chat template that --raw leaves out: drop one of them")
+    if as_json and show_draft:
+        raise ParameterError("--json and --show-draft cannot go together: drop one of them")
+    with open_llm(options, max_batch=1) as llm:
+        ask, params = prepare(llm, text, params, options)
+        if as_json or no_stream:
+            result = collect(llm, ask, params)
+            if not as_json:
+                click.echo(result.text)
+        else:
+            result = show(llm, ask, params, show_draft)
+        cancelled = result.finish_reason == "cancelled"
+        compared = compare(llm, ask, params, result) if options["against_plain"] and not cancelled else None
+        if as_json:
+            click.echo(json.dumps(json_object(llm, result, compared), ensure_ascii=False))
+        else:
+            figures(llm, result, compared)
+    if cancelled:
+        sys.exit(INTERRUPTED)
+
+
+def read_prompt(prompt: str | None) -> str:
+    """PROMPT and stdin together; ParameterError when there is neither."""
+    if prompt is None and sys.stdin is not None and sys.stdin.isatty():
+        raise ParameterError('no prompt: write one, as in  outpace run "Why is the sky blue?", or pipe text in')
+    piped = read_stdin().rstrip("\n")
+    text = "\n\n".join(part for part in (prompt or "", piped) if part.strip())
+    if not text:
+        raise ParameterError('the prompt is empty: write one, as in  outpace run "Why is the sky blue?"')
+    return text
+
+
+def prepare(llm: LLM, text: str, params: SamplingParams, options: dict[str, Any]) -> tuple[Prompt, SamplingParams]:
+    """The prompt as the model wants it, and max_tokens that fits when the user named none."""
+    from dataclasses import replace
+
+    ask: Prompt = text
+    if not options["raw"]:
+        if llm.tokenizer.has_chat_template:
+            system = [{"role": "system", "content": options["system"]}] if options["system"] else []
+            ask = [*system, {"role": "user", "content": text}]
+        elif options["system"]:
+            raise ParameterError(f"{llm.name} has no chat template, so --system cannot be used")
+        else:
+            say(f"({llm.name} has no chat template: the text is continued as it is)")
+    if options["max_tokens"] is None:
+        params = replace(params, max_tokens=min(params.max_tokens, llm.room(ask)))
+    return ask, params
+
+
+def collect(llm: LLM, ask: Prompt, params: SamplingParams) -> Result:
+    stream = llm.stream(ask, params)
+    with cancel_on_interrupt(stream):
+        for _ in stream:
+            pass
+    assert stream.result is not None
+    return stream.result
+
+
+def show(llm: LLM, ask: Prompt, params: SamplingParams, show_draft: bool) -> Result:
+    """Print the answer as it comes; ends with a newline whatever happens."""
+    write = _coloured(llm, params) if show_draft else None
+    stream = llm.stream(ask, params)
+    ended_line = True
+    with cancel_on_interrupt(stream):
+        for event in stream:
+            if write is not None:
+                write(event.token_ids, event.sources)
+            elif event.text:
+                click.echo(event.text, nl=False)
+                ended_line = event.text.endswith("\n")
+    assert stream.result is not None
+    if write is not None:
+        write([], [])
+        ended_line = False
+    if not ended_line:
+        click.echo()
+    return stream.result
+
+
+def _coloured(llm: LLM, params: SamplingParams) -> Any:
+    """A writer of tokens in their drafter's colour. It cuts the text into tokens, and ends it where the engine did."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from ..engine.text import TextStream
+
+    console = Console(highlight=False, soft_wrap=True)
+    text = TextStream(llm.tokenizer.detokenizer(), params.stop)
+    stop_ids = {*params.stop_token_ids, *llm.tokenizer.eos_ids, *llm.config.eos_ids}
+    colours: dict[str, str] = {}
+
+    def write(token_ids: list[int], sources: list[str]) -> None:
+        """No tokens: the end."""
+        for token, source in zip(token_ids, sources, strict=True):
+            if token in stop_ids or text.stopped:
+                continue
+            piece, _ = text.push([token])
+            if source != "target":
+                colours.setdefault(source, PALETTE[len(colours) % len(PALETTE)])
+            console.print(Text(piece, style=colours.get(source, "")), end="")
+        if not token_ids:
+            console.print(Text(text.flush()), end="")
+            legend = Text.assemble("\n", "■ target", *((f"  ■ {s}", colour) for s, colour in colours.items()))
+            Console(stderr=True, highlight=False).print(legend)
+
+    return write
+
+
+def compare(llm: LLM, ask: Prompt, params: SamplingParams, result: Result) -> dict[str, Any]:
+    """Plain decoding of the same prompt, on the same loaded model, after the run it is compared with."""
+    with llm.with_method("plain") as plain:
+        other = collect(plain, ask, params)
+    pairs = enumerate(zip(result.token_ids, other.token_ids, strict=False))
+    differs = next((i for i, (a, b) in pairs if a != b), None)
+    if differs is None and len(result.token_ids) != len(other.token_ids) and other.finish_reason != "cancelled":
+        differs = min(len(result.token_ids), len(other.token_ids))
+    speed, base = result.stats.tokens_per_s, other.stats.tokens_per_s
+    return {
+        "tokens_per_s": round(base, 3),
+        "time_to_first_token_s": round(other.stats.time_to_first_token_s, 5),
+        "speedup": round(speed / base, 4) if base else None,
+        "identical": differs is None,
+        "first_difference": differs,
+        "complete": other.finish_reason != "cancelled",
+        "order": "plain ran second, on the warm model",
+    }
+
+
+def figures(llm: LLM, result: Result, compared: dict[str, Any] | None) -> None:
+    extra = f"{compared['speedup']:.2f}x plain" if compared and compared["speedup"] else ""
+    say(summary(result, llm.precision, extra))
+    for note in result.notes:
+        say(f"note: {note}")
+    if compared:
+        same = (
+            "the same tokens"
+            if compared["identical"]
+            else f"DIFFERENT from token {compared['first_difference'] + 1} on"
+        )
+        stopped = "" if compared["complete"] else " (stopped early)"
+        say(f"plain decoding{stopped}: {compared['tokens_per_s']:.1f} tokens/s, {same}; {compared['order']}")
+    if result.stats.drafted:
+        kept = result.stats.accepted_by_source
+        each = ", ".join(f"{kept.get(s, 0)} of {n} by {s}" for s, n in result.stats.drafted_by_source.items())
+        if sys.stderr.isatty():
+            say(f"drafted tokens accepted: {each}")
+
+
+def json_object(llm: LLM, result: Result, compared: dict[str, Any] | None) -> dict[str, Any]:
+    record = {
+        "text": result.text,
+        "token_ids": result.token_ids,
+        "finish_reason": result.finish_reason,
+        "model": llm.name,
+        "precision": llm.precision,
+        "method": result.method,
+        "verifier": llm.verifier,
+        "exactness": result.exactness,
+        "notes": result.notes,
+        "stats": stats_object(result),
+    }
+    if compared is not None:
+        record["against_plain"] = compared
+    return record

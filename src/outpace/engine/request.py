@@ -1,0 +1,151 @@
+"""One request from arrival to result: what it has, when it ends, what it cost. No tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from time import perf_counter
+
+from ..decoding.contracts import Sequence
+from ..types import Accepted, DecodingStats, Draft, Exactness, FinishReason, IntArray, Result
+from .text import TextStream
+
+TARGET = "target"  # the source of tokens that nobody drafted
+NOT_CACHED = -1
+
+
+@dataclass(slots=True, eq=False)
+class DraftTrace:
+    """A step's draft and what became of it, for people who want to look."""
+
+    tokens: IntArray  # [n]
+    parents: IntArray  # [n]
+    sources: list[str]  # [n]
+    accepted: IntArray  # [a] nodes, from the root down
+
+
+@dataclass(slots=True, eq=False)
+class StepEvent:
+    """What one step gave one request. `text` may lag behind `token_ids` (stop strings, unfinished characters)."""
+
+    id: int
+    token_ids: list[int]
+    sources: list[str]  # per token: who drafted it, or "target"
+    text: str
+    draft: DraftTrace | None  # None for the token that prefill gives
+    result: Result | None  # set by the last event of a request
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """State of one request inside the engine. `prefilled` counts prompt tokens already in the KV cache."""
+
+    sequence: Sequence
+    text: TextStream | None
+    stop_ids: frozenset[int]
+    method: str
+    kv: int = NOT_CACHED  # handle in the KV cache while it runs
+    prefilled: int = 0
+    alone: bool = True  # no step had rows of another sequence in it
+    finish: FinishReason | None = None
+    sources: list[str] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
+    stats: DecodingStats = field(default_factory=DecodingStats)
+    arrived: float = field(default_factory=perf_counter)
+    prefill_began: float = 0.0
+    first_token: float = 0.0
+
+    @property
+    def id(self) -> int:
+        return self.sequence.id
+
+    @property
+    def remaining(self) -> int:
+        """Tokens it may still emit."""
+        return self.sequence.params.max_tokens - (len(self.sequence.tokens) - self.sequence.prompt_length)
+
+    @property
+    def decoding(self) -> bool:
+        return self.prefilled == self.sequence.prompt_length
+
+    def keep(self, accepted: Accepted) -> tuple[int, str]:
+        """How many of the accepted tokens stay, and the text they make; sets `finish` when one of them ends it.
+
+        The token that ends the output is kept in `token_ids`. A stop token gives no text.
+        """
+        tokens = accepted.tokens.tolist()[: self.remaining]
+        ended = next((i for i, t in enumerate(tokens) if t in self.stop_ids), None)
+        visible = tokens if ended is None else tokens[:ended]
+        text, used = ("", len(visible)) if self.text is None else self.text.push(visible)
+        if self.text is not None and self.text.stopped:
+            self.finish = "stop"
+            return used, text
+        if ended is not None:
+            self.finish = "stop"
+            return ended + 1, text
+        if len(tokens) == self.remaining:
+            self.finish = "length"
+        return len(tokens), text
+
+    def record(self, draft: Draft | None, path: list[int], accepted: Accepted, now: float) -> list[str]:
+        """Count a committed step (`draft` None: prefill). Returns the source of each token.
+
+        `path` is all that the verifier accepted, `accepted` what of it was kept.
+        """
+        stats = self.stats
+        kept = len(accepted.tokens)
+        if draft is None:
+            self.first_token = now
+            stats.prefill_s = now - self.prefill_began
+            stats.time_to_first_token_s = now - self.arrived
+            sources = [TARGET]
+        else:
+            names = draft.sources
+            drafted = [names[i] for i in path[:kept]]
+            sources = drafted + [TARGET] * (kept - len(drafted))
+            stats.steps += 1
+            stats.drafted += len(names)
+            stats.accepted += len(drafted)
+            stats.decode_s = now - self.first_token
+            for name in names:
+                stats.drafted_by_source[name] = stats.drafted_by_source.get(name, 0) + 1
+            for name in drafted:
+                stats.accepted_by_source[name] = stats.accepted_by_source.get(name, 0) + 1
+        stats.tokens += kept
+        self.sources += sources
+        if accepted.logprobs is not None:
+            self.logprobs += accepted.logprobs.tolist()
+        if accepted.top_logprobs is not None:
+            self.top_logprobs += accepted.top_logprobs
+        return sources
+
+    def result(self, exactness: Exactness, notes: list[str]) -> Result:
+        assert self.finish is not None
+        wants = self.sequence.params.logprobs is not None
+        return Result(
+            text=self.text.text if self.text is not None else "",
+            token_ids=self.sequence.output,
+            finish_reason=self.finish,
+            method=self.method,
+            exactness=exactness,
+            stats=self.stats,
+            sources=self.sources,
+            logprobs=self.logprobs if wants else None,
+            top_logprobs=self.top_logprobs if wants else None,
+            notes=notes,
+        )
+
+
+def truncate(accepted: Accepted, kept: int) -> Accepted:
+    """The first `kept` tokens of an accepted path, as if the target had stopped there.
+
+    A kept draft token at the end counts as the target's own: its KV is not wanted, it is the last token.
+    """
+    if kept == len(accepted.tokens):
+        return accepted
+    return Accepted(
+        path=accepted.path[: kept - 1],
+        tokens=accepted.tokens[:kept],
+        logprobs=None if accepted.logprobs is None else accepted.logprobs[:kept],
+        top_logprobs=None if accepted.top_logprobs is None else accepted.top_logprobs[:kept],
+    )

@@ -1,0 +1,132 @@
+"""One packed step over any number of sequences: propose, reserve, pack, forward, verify; then commit.
+
+    rows of a step    | t d d d | t d | p p p p p p p p |
+                        seq 3     seq 5   prompt of seq 7
+    logits of           all four  both    the last row, if the prompt ends here
+
+`t` is a sequence's last token, which is not in the KV cache yet, `d` its draft nodes. `forward` leaves every
+sequence's region reserved; each must then be committed, or all rolled back with `abandon`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from time import perf_counter
+
+from ..cache.pages import PagedKVCache
+from ..decoding.contracts import Drafter, Observation, Verifier
+from ..decoding.outputs import StepOutputs, TargetOutputs
+from ..models.batch import Span, Tree, pack
+from ..models.decoder import Decoder
+from ..types import Accepted, Draft
+from .request import NOT_CACHED, Request
+
+NO_DRAFT = Draft.empty()
+
+
+@dataclass(slots=True, eq=False)
+class Verified:
+    """What the target said to one sequence. `draft` and `outputs` are None for the token that prefill gives."""
+
+    request: Request
+    draft: Draft | None
+    outputs: TargetOutputs | None  # valid until the next forward
+    accepted: Accepted
+
+
+class Runner:
+    """Moves sequences through a decoder. The only caller of the cache; keeps no sequence itself."""
+
+    def __init__(self, decoder: Decoder, cache: PagedKVCache, drafter: Drafter, verifier: Verifier) -> None:
+        self.decoder, self.cache, self.drafter, self.verifier = decoder, cache, drafter, verifier
+
+    def begin(self, request: Request) -> None:
+        request.kv = self.cache.new()
+        self.drafter.begin(request.sequence)
+
+    def end(self, request: Request) -> None:
+        """Forget a request, at any moment outside `forward`. Safe after a failed `begin`."""
+        if request.kv != NOT_CACHED:
+            self.cache.free(request.kv)
+            request.kv = NOT_CACHED
+        self.drafter.end(request.sequence)
+
+    def forward(self, decoding: list[Request], budgets: list[int], chunks: list[tuple[Request, int]]) -> list[Verified]:
+        """One step. `chunks` are prompts to read on, each with its number of rows; a chunk is committed here
+        unless it ends its prompt, and what ends a prompt or decodes is verified and left for `commit`.
+        """
+        drafts = self._propose(decoding, budgets)
+        try:
+            step, ends = self._run(decoding, drafts, chunks)
+            verified, row = [], 0
+            for request, draft in zip(decoding, drafts, strict=True):
+                outputs = TargetOutputs(step, row, row + 1 + len(draft))
+                row += 1 + len(draft)
+                accepted = self.verifier.verify(request.sequence, draft, outputs)
+                verified.append(Verified(request, draft, outputs, accepted))
+            for request, ended in ends:
+                if ended:
+                    outputs = TargetOutputs(step, row, row + 1)
+                    row += 1
+                    accepted = self.verifier.verify(request.sequence, NO_DRAFT, outputs)
+                    verified.append(Verified(request, None, None, accepted))
+        except BaseException:
+            self.abandon([*decoding, *(r for r, _ in chunks)])
+            raise
+        for request, n in chunks:
+            self.cache.commit(request.kv, range(n))
+            request.prefilled += n
+        return verified
+
+    def commit(self, verified: Verified, kept: Accepted) -> None:
+        """Keep the KV of the accepted path and append its tokens; the drafter observes."""
+        request = verified.request
+        if verified.draft is not None:
+            path = kept.path.tolist()
+            chain = not path or path[-1] == len(path) - 1
+            offsets = range(len(path) + 1) if chain else [0, *(i + 1 for i in path)]
+            self.cache.commit(request.kv, offsets)
+        request.sequence.tokens += kept.tokens.tolist()
+        draft = NO_DRAFT if verified.draft is None else verified.draft
+        self.drafter.observe(request.sequence, Observation(kept.tokens, draft, kept, verified.outputs))
+
+    def abandon(self, requests: Seq[Request]) -> None:
+        """Drop what a failed step reserved; nothing was committed."""
+        for request in requests:
+            if request.kv != NOT_CACHED:
+                self.cache.rollback(request.kv)
+
+    def _propose(self, decoding: list[Request], budgets: list[int]) -> list[Draft]:
+        if not decoding:
+            return []
+        began = perf_counter()
+        drafts = self.drafter.propose([r.sequence for r in decoding], budgets)
+        share = (perf_counter() - began) / len(decoding)
+        for request, draft, budget in zip(decoding, drafts, budgets, strict=True):
+            assert len(draft) <= budget, f"drafter {self.drafter.name!r} proposed {len(draft)} nodes of {budget}"
+            request.stats.draft_s += share
+        return drafts
+
+    def _run(
+        self, decoding: list[Request], drafts: list[Draft], chunks: list[tuple[Request, int]]
+    ) -> tuple[StepOutputs, list[tuple[Request, bool]]]:
+        """Reserve, pack and run. Returns the outputs, and for each chunk whether its prompt ends in it."""
+        cache, spans, ends = self.cache, [], []
+        for request, draft in zip(decoding, drafts, strict=True):
+            cache.reserve(request.kv, 1 + len(draft))
+            tokens = request.sequence.tokens
+            rows = [tokens[-1], *draft.tokens.tolist()]
+            spans.append(Span(rows, len(tokens) - 1, Tree(draft.parents)))
+        for request, n in chunks:
+            cache.reserve(request.kv, n)
+            at = request.prefilled
+            ended = at + n == request.sequence.prompt_length
+            spans.append(Span(request.sequence.tokens[at : at + n], at, logits="last" if ended else "none"))
+            ends.append((request, ended))
+        stepping = [*decoding, *(request for request, _ in chunks)]
+        if len(stepping) > 1:
+            for request in stepping:
+                request.alone = False
+        batch = pack(spans, cache.page_tables([request.kv for request in stepping]))
+        return StepOutputs(self.decoder.forward(batch, cache.storage).logits), ends
