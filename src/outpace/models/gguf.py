@@ -46,9 +46,7 @@ _GEMMA_BLOCK = _BLOCK | {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
-_IGNORED = re.compile(
-    r"rope_freqs\.weight|blk\.\d+\.(rope_freqs\.weight|attn_rot_embd|attn\.rotary_emb\.inv_freq)"
-)
+_IGNORED = re.compile(r"rope_freqs\.weight|blk\.\d+\.(rope_freqs\.weight|attn_rot_embd|attn\.rotary_emb\.inv_freq)")
 _BLOCK_NAME = re.compile(r"blk\.(0|[1-9]\d{0,3})\.([a-z_]+)\.(weight|bias)")
 _GEMMA_27B_LAYERS = 62  # the one gemma 3 whose attention scale is not the head width's
 
@@ -74,9 +72,7 @@ class GGUFCheckpoint(Checkpoint):
                     f"supported: {', '.join(SUPPORTED_TYPES)}"
                 )
         rope_factors = self._rope_factors()
-        self.config = ModelConfig.from_hf(
-            hf_config(path, self._header, self._infos, rope_factors), source=str(path)
-        )
+        self.config = ModelConfig.from_hf(hf_config(path, self._header, self._infos, rope_factors), source=str(path))
         check_layout(str(path), self.config, {n: i.shape for n, i in self._infos.items()}, unknown)
 
     def names(self) -> set[str]:
@@ -149,9 +145,7 @@ def hf_config(
 ) -> dict[str, Any]:
     """The metadata in the words of a `transformers` configuration. Raises CorruptModel, UnsupportedModel."""
     meta, architecture = header.metadata, header.metadata["general.architecture"]
-    tokenizer = {
-        k.removeprefix("tokenizer.ggml."): v for k, v in meta.items() if k.startswith("tokenizer.ggml.")
-    }
+    tokenizer = {k.removeprefix("tokenizer.ggml."): v for k, v in meta.items() if k.startswith("tokenizer.ggml.")}
     embedding = infos.get("model.embed_tokens.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise CorruptModel(f"{path}: there is no token embedding (token_embd.weight)")

@@ -13,6 +13,7 @@ import mmap
 import os
 import struct
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -63,9 +64,7 @@ class _Cursor:
         self.path, self.data, self.at, self.end = path, data, 0, len(data)
 
     def corrupt(self, what: str) -> NoReturn:
-        raise CorruptModel(
-            f"{self.path}: {what} (byte {self.at} of {self.end}); fetch or copy the file again"
-        )
+        raise CorruptModel(f"{self.path}: {what} (byte {self.at} of {self.end}); fetch or copy the file again")
 
     def take(self, n: int) -> bytes:
         if n > self.end - self.at:
@@ -153,9 +152,7 @@ def _describe(c: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
     return name, shape, c.scalar(_U32), c.scalar(_U64)
 
 
-def _place(
-    c: _Cursor, described: list[tuple[str, tuple[int, ...], int, int]], alignment: int
-) -> dict[str, TensorInfo]:
+def _place(c: _Cursor, described: list[tuple[str, tuple[int, ...], int, int]], alignment: int) -> dict[str, TensorInfo]:
     """Give every tensor its bytes in the file, or refuse the file."""
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
@@ -177,7 +174,7 @@ def _place(
             c.corrupt(f"tensor {name!r} does not lie within the file")
         tensors[name] = TensorInfo(name, shape, type_id, kind.name, base + offset, nbytes)
     placed = sorted(tensors.values(), key=lambda t: t.start)
-    for a, b in zip(placed, placed[1:], strict=False):
+    for a, b in pairwise(placed):
         if a.start + a.nbytes > b.start:
             c.corrupt(f"tensors {a.name!r} and {b.name!r} overlap")
     return tensors

@@ -135,14 +135,8 @@ class _Vocabulary:
         if bos is None and eos is None:
             return None
         text = [{"Sequence": {"id": "A", "type_id": 0}}]
-        before, after = (
-            [{"SpecialToken": {"id": str(i), "type_id": 0}}] if i is not None else [] for i in (bos, eos)
-        )
-        used = {
-            str(i): {"id": str(i), "ids": [i], "tokens": [self.tokens[i]]}
-            for i in (bos, eos)
-            if i is not None
-        }
+        before, after = ([{"SpecialToken": {"id": str(i), "type_id": 0}}] if i is not None else [] for i in (bos, eos))
+        used = {str(i): {"id": str(i), "ids": [i], "tokens": [self.tokens[i]]} for i in (bos, eos) if i is not None}
         return {
             "type": "TemplateProcessing",
             "single": [*before, *text, *after],
@@ -152,9 +146,7 @@ class _Vocabulary:
 
 
 def _tokenizer(**parts: Any) -> dict[str, Any]:
-    empty = dict.fromkeys(
-        ("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder")
-    )
+    empty = dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder"))
     return {"version": "1.0"} | empty | {"added_tokens": []} | parts
 
 
@@ -175,9 +167,7 @@ def _bpe(vocab: dict[str, int], merges: list[tuple[str, str]], **more: Any) -> d
 def _byte_level_bpe(v: _Vocabulary) -> dict[str, Any]:
     pre = v.get("pre", "default")
     if pre not in _PRE:
-        raise UnsupportedModel(
-            f"{v.source}: text splitting {pre!r} (tokenizer.ggml.pre); supported: {', '.join(_PRE)}"
-        )
+        raise UnsupportedModel(f"{v.source}: text splitting {pre!r} (tokenizer.ggml.pre); supported: {', '.join(_PRE)}")
     splitters, nfc, ignore_merges = _PRE[pre]
     vocab = v.vocabulary(v.tokens)
     merges: list[tuple[str, str]] = []
@@ -246,9 +236,7 @@ def _merges_from_scores(
     merge, ordered by the piece's score. Runs of spaces are user-defined whole, so they come first, longest last.
     """
     mergeable = {
-        i
-        for i, kind in enumerate(v.types)
-        if kind == _NORMAL or (kind == _USER_DEFINED and tokens[i] != v.tokens[i])
+        i for i, kind in enumerate(v.types) if kind == _NORMAL or (kind == _USER_DEFINED and tokens[i] != v.tokens[i])
     }
     ranked = sorted(
         (i for i in mergeable if len(tokens[i]) > 1),

@@ -55,9 +55,7 @@ def _block_shapes(config: ModelConfig) -> dict[str, Shape]:
     return shapes
 
 
-def check_layout(
-    source: str, config: ModelConfig, found: Mapping[str, Shape], unknown: Iterable[str] = ()
-) -> None:
+def check_layout(source: str, config: ModelConfig, found: Mapping[str, Shape], unknown: Iterable[str] = ()) -> None:
     """Raises CorruptModel for a missing tensor or a wrong shape, UnsupportedModel for one that has no place.
 
     `unknown` are tensors of the file that have no canonical name.

@@ -27,9 +27,7 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 class Tokenizer:
     """Raises CorruptModel when the files cannot be read. Safe to use from several threads."""
 
-    def __init__(
-        self, files: TokenizerFiles, eos_ids: Iterable[int] = (), source: str = "tokenizer.json"
-    ) -> None:
+    def __init__(self, files: TokenizerFiles, eos_ids: Iterable[int] = (), source: str = "tokenizer.json") -> None:
         from tokenizers import Tokenizer as Rust
 
         try:
@@ -128,9 +126,7 @@ class Tokenizer:
                 at = b
             return "".join([*pieces, value[at:]]) if pieces else value
         if isinstance(value, Mapping):
-            return {
-                self._disarm(k, mark, literals): self._disarm(v, mark, literals) for k, v in value.items()
-            }
+            return {self._disarm(k, mark, literals): self._disarm(v, mark, literals) for k, v in value.items()}
         if isinstance(value, list | tuple):
             return [self._disarm(v, mark, literals) for v in value]
         return value

@@ -1,0 +1,147 @@
+"""What is kept of a model after its first use, so that later starts read neither the GGUF header nor transformers.
+
+    CACHE/prepared/<key>/config.json             ModelConfig
+                         tokenizer.json          of the `tokenizers` library
+                         tokenizer_config.json   chat template, special tokens
+                         manifest.json           format version and digests of the above, written last
+                         weights-*.bin           packed weights, written by the decoders
+
+Each file is replaced as a whole and the manifest comes last: a folder is right if its digests are, whoever was
+interrupted. Anything else is made anew from the checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import ParameterError
+from .checkpoint import Checkpoint, TokenizerFiles
+from .config import ModelConfig, RopeScaling
+from .fetch import Progress
+from .paths import prepared_dir
+from .source import ModelSource, resolve
+from .tokenizer import Tokenizer
+
+#: Raise it when ModelConfig, the tokenizers built here, or these files change.
+VERSION = 1
+_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
+
+
+@dataclass(slots=True, eq=False)
+class OpenModel:
+    """A model that can be run; its weights are opened only when asked for."""
+
+    source: ModelSource
+    config: ModelConfig
+    tokenizer: Tokenizer
+    prepared_dir: Path
+    _checkpoint: Checkpoint | None = field(default=None, repr=False)
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    def checkpoint(self) -> Checkpoint:
+        """Raises CorruptModel or UnsupportedModel."""
+        if self._checkpoint is None:
+            self._checkpoint = self.source.checkpoint()
+        return self._checkpoint
+
+
+def open_model(name: str, progress: Progress | None = None) -> OpenModel:
+    """`name`: a known name, a `.gguf` file, a folder with safetensors, or a hub id. Fetches and prepares it if need be.
+
+    `progress(what, done, total)` is told of a download; without it a bar or lines on stderr.
+    Raises ModelError of every kind, and ParameterError if the cache cannot be written.
+    """
+    source = resolve(name, progress)
+    folder = prepared_dir() / source.key
+    checkpoint = None
+    if (texts := _load(folder)) is None:
+        checkpoint = source.checkpoint()
+        texts = _texts(checkpoint)
+        # first of all that the tokenizer can be read: nothing damaged is ever kept
+        config, tokenizer = _parse(texts, source)
+        _store(folder, texts, source)
+    else:
+        config, tokenizer = _parse(texts, source)
+    return OpenModel(source, config, tokenizer, folder, checkpoint)
+
+
+def config_to_json(config: ModelConfig) -> str:
+    return json.dumps(dataclasses.asdict(config), indent=1)
+
+
+def config_from_json(text: str) -> ModelConfig:
+    """Raises ValueError, TypeError or KeyError for anything but what `config_to_json` wrote."""
+    raw: dict[str, Any] = json.loads(text)
+    scaling = raw.pop("rope_scaling")
+    raw |= {"layer_types": tuple(raw["layer_types"]), "eos_ids": tuple(raw["eos_ids"])}
+    return ModelConfig(**raw, rope_scaling=RopeScaling(**scaling) if scaling else None)
+
+
+def _texts(checkpoint: Checkpoint) -> dict[str, str]:
+    files = checkpoint.tokenizer_files()
+    contents = (config_to_json(checkpoint.config), files.tokenizer_json, json.dumps(files.tokenizer_config))
+    return dict(zip(_FILES, contents, strict=True))
+
+
+def _parse(texts: Mapping[str, str], source: ModelSource) -> tuple[ModelConfig, Tokenizer]:
+    config = config_from_json(texts["config.json"])
+    files = TokenizerFiles(texts["tokenizer.json"], json.loads(texts["tokenizer_config.json"]))
+    return config, Tokenizer(files, config.eos_ids, str(source.path))
+
+
+def _load(folder: Path) -> dict[str, str] | None:
+    """The prepared texts, or None if they are not there, of another version, or damaged."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        contents = {name: (folder / name).read_bytes() for name in _FILES}
+        if manifest["version"] != VERSION or manifest["digests"] != _digests(contents):
+            return None
+        return {name: data.decode("utf-8") for name, data in contents.items()}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _store(folder: Path, texts: Mapping[str, str], source: ModelSource) -> None:
+    contents = {name: text.encode("utf-8") for name, text in texts.items()}
+    manifest = {
+        "version": VERSION,
+        "model": source.name,
+        "path": str(source.path.resolve()),
+        "digests": _digests(contents),
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, data in {**contents, "manifest.json": json.dumps(manifest, indent=1).encode()}.items():
+            _replace(folder / name, data)
+    except OSError as e:
+        raise ParameterError(
+            f"the cache {folder} cannot be written: {e.strerror or e}; set OUTPACE_CACHE to a folder that can"
+        ) from e
+
+
+def _replace(path: Path, data: bytes) -> None:
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
+    try:
+        with os.fdopen(handle, "wb") as f:
+            f.write(data)
+        os.replace(partial, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(partial)
+        raise
+
+
+def _digests(contents: Mapping[str, bytes]) -> dict[str, str]:
+    return {name: hashlib.blake2b(data, digest_size=16).hexdigest() for name, data in contents.items()}
