@@ -133,8 +133,7 @@ def process(logits: FloatArray, params: SamplingParams, history: History | None 
     for token, bias in params.logit_bias.items():
         if not 0 <= token < len(edited):
             raise ParameterError(
-                f"logit_bias names token {token}, which the model does not have: "
-                f"ids run from 0 to {len(edited) - 1}"
+                f"logit_bias names token {token}, which the model does not have: ids run from 0 to {len(edited) - 1}"
             )
         edited[token] += bias
     return edited
@@ -180,9 +179,7 @@ def _nucleus_cut(weights: FloatArray, top_p: float) -> np.float32:
     return cut
 
 
-def distribution(
-    logits: FloatArray, params: SamplingParams, history: History | None = None
-) -> NDArray[np.float64]:
+def distribution(logits: FloatArray, params: SamplingParams, history: History | None = None) -> NDArray[np.float64]:
     """The distribution that `sample` draws from, f64[V], summing to 1. Greedy is a point mass."""
     return distribution_of(process(logits, params, history), params)
 

@@ -6,12 +6,17 @@ which is the last committed token.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+
 import numpy as np
 
 from ..types import NO_PARENT, Draft, IntArray
 from .contracts import node_depths
 
-__all__ = ["ancestors", "check_draft", "child_lookup", "children", "node_depths", "path_to"]
+__all__ = ["ancestors", "check_draft", "child_lookup", "children", "merge", "node_depths", "path_to"]
+
+DEFAULT_SCORE = 0.5
 
 
 def child_lookup(draft: Draft) -> dict[tuple[int, int], int]:
@@ -46,6 +51,60 @@ def ancestors(parents: IntArray) -> list[list[int]]:
     for node, parent in enumerate(parents.tolist()):
         paths.append([*(paths[parent] if parent >= 0 else ()), node])
     return paths
+
+
+def merge(drafts: Seq[Draft], budget: int, priors: Mapping[str, float] | None = None) -> Draft:
+    """One tree of at most `budget` nodes from several drafts, equal prefixes shared.
+
+    A node that several propose keeps the source of the first and the highest score. Nodes are chosen by
+    the product of the scores down to them, which estimates the probability that the node is accepted, so
+    their sum is the expected number of accepted tokens. A draft without scores gets `priors[source]`, or
+    0.5. The result has no q: its nodes count as proposed outright.
+    """
+    index: dict[tuple[int, int], int] = {}  # (parent in the merged tree, token) -> merged node
+    tokens: list[int] = []
+    parents: list[int] = []
+    sources: list[str] = []
+    scores: list[float] = []
+    for draft in drafts:
+        where: list[int] = []
+        prior = [(priors or {}).get(source, DEFAULT_SCORE) for source in draft.sources]
+        estimates = prior if draft.scores is None else draft.scores.tolist()
+        for token, parent, source, score in zip(
+            draft.tokens.tolist(), draft.parents.tolist(), draft.sources, estimates, strict=True
+        ):
+            above = where[parent] if parent >= 0 else NO_PARENT
+            node = index.setdefault((above, token), len(tokens))
+            if node == len(tokens):
+                tokens.append(token)
+                parents.append(above)
+                sources.append(source)
+                scores.append(score)
+            elif score > scores[node]:
+                scores[node] = score
+            where.append(node)
+    return _best(tokens, parents, sources, scores, budget)
+
+
+def _best(tokens: list[int], parents: list[int], sources: list[str], scores: list[float], budget: int) -> Draft:
+    """The `budget` nodes of highest cumulative score, in topological order."""
+    reach: list[float] = []
+    for parent, score in zip(parents, scores, strict=True):
+        reach.append(min(score, 1.0) * (reach[parent] if parent >= 0 else 1.0))
+    if len(tokens) > budget:
+        # No node outweighs its parent, and the sort is stable, so a kept node's parent is kept too.
+        kept = sorted(sorted(range(len(tokens)), key=reach.__getitem__, reverse=True)[:budget])
+        place = {node: i for i, node in enumerate(kept)} | {NO_PARENT: NO_PARENT}
+        parents = [place[parents[node]] for node in kept]
+        tokens = [tokens[node] for node in kept]
+        sources = [sources[node] for node in kept]
+        scores = [scores[node] for node in kept]
+    return Draft(
+        np.array(tokens, dtype=np.int64),
+        np.array(parents, dtype=np.int64),
+        sources,
+        np.array(scores, dtype=np.float32),
+    )
 
 
 def check_draft(draft: Draft, budget: int, vocab_size: int) -> None:

@@ -87,9 +87,7 @@ class Ngram(Drafter):
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_ngram <= self.max_ngram:
-            raise ParameterError(
-                f"ngram needs 1 <= min_ngram <= max_ngram, not {self.min_ngram} and {self.max_ngram}"
-            )
+            raise ParameterError(f"ngram needs 1 <= min_ngram <= max_ngram, not {self.min_ngram} and {self.max_ngram}")
         self._rates = Rates([min(0.9, 0.3 + 0.15 * n) for n in range(self.max_ngram + 1)])
 
     def begin(self, sequence: Sequence) -> None:

@@ -8,6 +8,7 @@ outlive a sequence.
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ...types import NO_PARENT, Draft, FloatArray, IntArray
 
@@ -17,7 +18,7 @@ _HORIZON = 400.0  # trials after which older ones fade, so that rates follow a c
 class Rates:
     """One acceptance rate per cell of a table, each starting as `weight` trials at its prior."""
 
-    def __init__(self, prior: FloatArray | list[float], weight: float = 8.0) -> None:
+    def __init__(self, prior: ArrayLike, weight: float = 8.0) -> None:
         self.value: FloatArray = np.asarray(prior, dtype=np.float32).copy()
         self._trials = np.full(self.value.shape, weight, dtype=np.float64)
 

@@ -52,9 +52,7 @@ class CoupledVerifier(Verifier):
             return accepted(path, tokens)
         return self._walk(sequence, lookup, outputs)
 
-    def _walk(
-        self, sequence: Sequence, lookup: dict[tuple[int, int], int], outputs: TargetOutputs
-    ) -> Accepted:
+    def _walk(self, sequence: Sequence, lookup: dict[tuple[int, int], int], outputs: TargetOutputs) -> Accepted:
         with Recorder(sequence) as record:
             node: int | None = NO_PARENT
             while node is not None:

@@ -55,9 +55,7 @@ class RejectionVerifier(Verifier):
             while node is not None:
                 processed = record.process(target_row(outputs, node))
                 p = distribution_of(processed, sequence.params)
-                token, node = self._decide(
-                    p, below.get(node, []), draft, sequence.params.seed, record.position
-                )
+                token, node = self._decide(p, below.get(node, []), draft, sequence.params.seed, record.position)
                 record.emit(processed, token, node)
             return record.result()
 
