@@ -1,0 +1,39 @@
+"""Keys and values in the layout of the CPU attention kernel (ops.cpu.attention)."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .storage import PAGE_SIZE, KVStorage
+
+
+class NativeStorage(KVStorage):
+    """bf16 (bits as u16) or float32; `head` is the head width padded to sixteen.
+
+    keys    bf16 [L, pages, Hkv, C/2, PAGE_SIZE, 2]    float32 [L, pages, Hkv, C, PAGE_SIZE, 1]
+    values  bf16 [L, pages, Hkv, PAGE_SIZE/2, C, 2]    float32 [L, pages, Hkv, PAGE_SIZE, C, 1]
+
+    Zeroed at the start: the kernel multiplies unwritten places of a page by zero, so they must be finite.
+    """
+
+    def __init__(self, layers: int, num_pages: int, kv_heads: int, head: int, bf16: bool) -> None:
+        dtype, pair = (np.uint16, 2) if bf16 else (np.float32, 1)
+        self.num_pages, self.pair = num_pages, pair
+        self.keys = np.zeros((layers, num_pages, kv_heads, head // pair, PAGE_SIZE, pair), dtype=dtype)
+        self.values = np.zeros((layers, num_pages, kv_heads, PAGE_SIZE // pair, head, pair), dtype=dtype)
+        self.bytes_per_page = (self.keys.nbytes + self.values.nbytes) // max(num_pages, 1)
+        layer, page, kv_head = self.keys.strides[:3]
+        self.strides = (layer, page, kv_head)
+
+    def copy_pages(self, source: NDArray[np.int64], target: NDArray[np.int64]) -> None:
+        self.keys[:, target] = self.keys[:, source]
+        self.values[:, target] = self.values[:, source]
+
+    def move(self, source: NDArray[np.int64], target: NDArray[np.int64]) -> None:
+        from_page, from_lane = np.divmod(source, PAGE_SIZE)
+        to_page, to_lane = np.divmod(target, PAGE_SIZE)
+        self.keys[:, to_page, :, :, to_lane] = self.keys[:, from_page, :, :, from_lane]
+        fp, fl = np.divmod(from_lane, self.pair)
+        tp, tl = np.divmod(to_lane, self.pair)
+        self.values[:, to_page, :, tp, :, tl] = self.values[:, from_page, :, fp, :, fl]

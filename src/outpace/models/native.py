@@ -1,0 +1,246 @@
+"""The fast CPU decoder: packed weights, one compiled step on all threads, results that do not depend on company.
+
+Shapes: `B` sequences, `T` packed rows, `R` rows of logits, `D` width, `Hq`/`Hkv` heads, `C` head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..cache.native_storage import NativeStorage
+from ..cache.storage import KVStorage
+from ..errors import UnsupportedModel
+from ..ops.cpu import isa, step
+from ..ops.cpu.attention import MAX_QUERIES
+from ..ops.cpu.linear import GATED_GELU, GATED_SILU, KIND_BF16, KIND_F32, KIND_INT8, SCRATCH_BYTES
+from ..ops.cpu.team import team
+from ..types import Precision
+from . import packed
+from .batch import PAGE_SIZE, ForwardBatch
+from .checkpoint import Checkpoint
+from .config import ModelConfig, rope_inv_freq
+from .decoder import Decoder, DecoderOutput
+from .packed import Tensors, padded
+
+_KINDS: dict[Precision, int] = {"float32": KIND_F32, "bfloat16": KIND_BF16, "int8": KIND_INT8}
+_ROPE_CHUNK = 4096
+
+
+def default_threads() -> int:
+    """Cores that this process may use."""
+    import os
+
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class _Rope:
+    """Cosines and sines of positions, grown as positions come up. float32, as `transformers` computes them."""
+
+    def __init__(self, inv_freq: NDArray[np.float64]) -> None:
+        self.inv_freq = inv_freq.astype(np.float32)
+        self.table = np.empty((2, 0, len(inv_freq)), dtype=np.float32)
+
+    def rows(self, positions: NDArray[np.int64]) -> NDArray[np.float32]:
+        """[T] -> [2, T, C/2]"""
+        top = int(positions.max(initial=0)) + 1
+        if top > self.table.shape[1]:
+            angles = np.arange(padded(top, _ROPE_CHUNK), dtype=np.float32)[:, None] * self.inv_freq
+            self.table = np.stack([np.cos(angles), np.sin(angles)])
+        return np.ascontiguousarray(self.table[:, positions])
+
+
+class NativeDecoder(Decoder):
+    """Runs on any CPU with numba; fastest with AMX. Precisions float32, bfloat16 and int8.
+
+    Every row's result is independent of the others' (`row_invariant`), in all precisions: chunked prefill, batches and
+    trees give the bits that one token at a time gives.
+    """
+
+    row_invariant = True
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tensors: Tensors,
+        precision: Precision,
+        threads: int | None = None,
+        level: int | None = None,
+    ) -> None:
+        self.config, self.precision, self.device = config, precision, torch.device("cpu")
+        self.threads = threads or default_threads()
+        self.level = isa.best_level() if level is None else level
+        self._team = team(self.threads)
+        self._keep: dict[str, NDArray[Any]] = dict(tensors)
+        self._buffers: dict[str, NDArray[Any]] = {}
+        self._rows = self._logit_rows = self._score_places = 0
+        self._control = np.zeros(step.CONTROL_SIZE, dtype=np.int64)
+        self._rope = _Rope(rope_inv_freq(config, "full"))
+        self._rope_local = _Rope(rope_inv_freq(config, "sliding")) if config.rope_local_theta else None
+        self._fill_constants()
+        streamed = [a.nbytes for name, a in tensors.items() if name != "embedding"]
+        self.weight_bytes = sum(streamed)
+
+    @classmethod
+    def from_checkpoint(
+        cls, checkpoint: Checkpoint, precision: Precision = "int8", threads: int | None = None, level: int | None = None
+    ) -> NativeDecoder:
+        """Pack and run, keeping nothing on disk."""
+        cls.require(precision)
+        return cls(checkpoint.config, packed.pack(checkpoint, precision), precision, threads, level)
+
+    @classmethod
+    def load(
+        cls, model: Any, precision: Precision, threads: int | None = None, progress: packed.Progress | None = None
+    ) -> NativeDecoder:
+        """From an opened model (models.prepared.OpenModel); packs at the first use, then reads the packed file."""
+        cls.require(precision)
+        path = Path(model.prepared_dir) / packed.file_name(precision)
+        if not path.exists():
+            packed.save(packed.pack(model.checkpoint(), precision, progress), path)
+        tensors = packed.load(path)
+        packed.check(tensors, model.config, precision, path)
+        return cls(model.config, tensors, precision, threads)
+
+    @staticmethod
+    def require(precision: Precision) -> None:
+        if precision not in _KINDS:
+            raise UnsupportedModel(f"precision {precision!r} is not for the CPU decoder; it has {', '.join(_KINDS)}")
+
+    def new_storage(self, num_pages: int) -> NativeStorage:
+        c = self.config
+        return NativeStorage(c.num_layers, num_pages, c.num_kv_heads, padded(c.head_dim), self.precision != "float32")
+
+    def forward(self, batch: ForwardBatch, storage: KVStorage, hidden_layers: Sequence[int] = ()) -> DecoderOutput:
+        assert isinstance(storage, NativeStorage)
+        rows, wanted = len(batch.tokens), len(batch.logit_rows)
+        places = int(batch.page_tables.shape[1]) * PAGE_SIZE
+        self._reserve(rows, wanted, places)
+        c = self._control
+        # keeps the arrays whose addresses go into the control block alive until the step is done
+        held = self._point_at_batch(batch)
+        rope = self._rope.rows(batch.positions)
+        c[step.C_COS], c[step.C_SIN] = rope[0].ctypes.data, rope[1].ctypes.data
+        local = self._rope_local.rows(batch.positions) if self._rope_local else rope
+        c[step.C_COS_LOCAL], c[step.C_SIN_LOCAL] = local[0].ctypes.data, local[1].ctypes.data
+        c[step.C_KEYS], c[step.C_VALUES] = storage.keys.ctypes.data, storage.values.ctypes.data
+        c[step.C_KV_LAYER_BYTES], c[step.C_KV_PAGE_BYTES], c[step.C_KV_HEAD_BYTES] = storage.strides
+        hidden = self._hidden(hidden_layers, rows)
+        self._counters[:] = 0
+        self._team.run(c.ctypes.data)
+        del held
+        logits = torch.from_numpy(self._buffers["logits"][:wanted, : self.config.vocab_size])
+        return DecoderOutput(logits, hidden)
+
+    # What follows keeps the control block in step with the buffers.
+
+    def _fill_constants(self) -> None:
+        cfg, c, keep = self.config, self._control, self._keep
+        head = padded(cfg.head_dim)
+        unit = packed.DEPTH_UNIT[self.precision]
+        width, hidden = padded(cfg.hidden_size), padded(cfg.intermediate_size)
+        self._depths = [padded(n, unit) for n in (cfg.hidden_size, cfg.num_heads * head, cfg.intermediate_size)]
+        self._row_bytes = max(self._depths) * 64 // unit
+        self._floats = np.array([cfg.rms_norm_eps, cfg.embedding_scale, cfg.attention_scale], dtype=np.float32)
+        self._tiles = isa.tile_config()
+        self._counters = np.zeros(8 + cfg.num_layers, dtype=np.int64)  # the barrier's, then one per layer
+        self._layers = np.zeros((cfg.num_layers, step.LAYER_SIZE), dtype=np.int64)
+        for i, kind in enumerate(cfg.layer_types):
+            self._layers[i] = self._layer_entries(i, kind == "sliding")
+        values = {
+            step.C_KIND: _KINDS[self.precision], step.C_LEVEL: self.level, step.C_TILE_CONFIG: self._tiles.ctypes.data,
+            step.C_BARRIER: self._counters.ctypes.data, step.C_ITEMS: self._counters[8:].ctypes.data,
+            step.C_THREADS: self.threads, step.C_LAYERS: cfg.num_layers, step.C_LAYER_TABLE: self._layers.ctypes.data,
+            step.C_FLOATS: self._floats.ctypes.data, step.C_WIDTH: width, step.C_TRUE_WIDTH: cfg.hidden_size,
+            step.C_HIDDEN: hidden, step.C_HEADS: cfg.num_heads, step.C_KV_HEADS: cfg.num_kv_heads, step.C_HEAD: head,
+            step.C_HEAD_TRUE: cfg.head_dim, step.C_POST_NORMS: int(cfg.post_norms),
+            step.C_ACTIVATION: GATED_GELU if cfg.activation == "gelu_tanh" else GATED_SILU,
+            step.C_EMBEDDING: keep["embedding"].ctypes.data, step.C_EMBEDDING_BF16: int(self.precision != "float32"),
+            step.C_FINAL_NORM: keep["norm"].ctypes.data, step.C_HEAD_W: keep["head.w"].ctypes.data,
+            step.C_HEAD_SCALE: keep["head.scale"].ctypes.data, step.C_HEAD_PANELS: padded(cfg.vocab_size) // 16,
+            step.C_LOGITS_STRIDE: 4 * padded(cfg.vocab_size), step.C_KV_BF16: int(self.precision != "float32"),
+            step.C_PACKED_STRIDE: self._row_bytes, step.C_STEPS_WIDTH: self._depths[0] // unit,
+            step.C_STEPS_ATTENTION: self._depths[1] // unit, step.C_STEPS_HIDDEN: self._depths[2] // unit,
+        }  # fmt: skip
+        for index, value in values.items():
+            c[index] = value
+
+    def _layer_entries(self, i: int, sliding: bool) -> list[int]:
+        def where(name: str) -> int:
+            array = self._keep.get(f"{i}.{name}")
+            return 0 if array is None else array.ctypes.data
+
+        names = (
+            "qkv.w qkv.scale qkv.bias out.w out.scale gate_up.w gate_up.scale down.w down.scale "
+            "norm_1 norm_2 post_1 post_2 q_norm k_norm"
+        ).split()
+        window = (self.config.sliding_window or 0) if sliding else 0
+        return [*map(where, names), window, int(sliding and self._rope_local is not None), -1]
+
+    def _reserve(self, rows: int, wanted: int, places: int) -> None:
+        """Grow the buffers to what this step needs; they never shrink."""
+        cfg, c, buffers = self.config, self._control, self._buffers
+        head = padded(cfg.head_dim)
+        if rows > self._rows or places > self._score_places:
+            self._rows = rows = max(padded(rows, 32), self._rows)
+            self._score_places = places = max(padded(places, 256), self._score_places)
+            attention, columns = cfg.num_heads * head, (cfg.num_heads + 2 * cfg.num_kv_heads) * head
+            width, hidden = padded(cfg.hidden_size), padded(cfg.intermediate_size)
+            for name, entry, columns_ in (
+                ("x", step.C_X, width), ("qkv", step.C_QKV, columns), ("attention", step.C_ATTENTION, attention),
+                ("gated", step.C_GATED, hidden), ("sublayer", step.C_SUBLAYER, width if cfg.post_norms else 0),
+            ):  # fmt: skip
+                buffers[name] = np.zeros((rows, columns_), dtype=np.float32)
+                c[entry] = buffers[name].ctypes.data
+            group = cfg.num_heads // cfg.num_kv_heads
+            queries = max(MAX_QUERIES, padded(group, 8))
+            c[step.C_SCORE_STRIDE] = 4 * (places + padded(rows) + 96)
+            space = max(SCRATCH_BYTES, 4 * width, 8 * queries * head + 128 + queries * int(c[step.C_SCORE_STRIDE]))
+            c[step.C_THREAD_STRIDE] = padded(space, 4096)
+            buffers["space"] = np.zeros(self.threads * int(c[step.C_THREAD_STRIDE]) + 64, dtype=np.uint8)
+            c[step.C_THREAD_SPACE] = padded(buffers["space"].ctypes.data, 64)
+        if max(rows, wanted) > len(buffers.get("packed", ())):
+            n = padded(max(rows, wanted), 32)
+            buffers["packed"] = np.zeros((n, self._row_bytes), dtype=np.uint8)
+            buffers["packed_scale"] = np.zeros(n, dtype=np.float32)
+            c[step.C_PACKED] = buffers["packed"].ctypes.data
+            c[step.C_PACKED_SCALE] = buffers["packed_scale"].ctypes.data
+        if wanted > self._logit_rows:
+            self._logit_rows = max(wanted, 32)
+            buffers["logits"] = np.empty((self._logit_rows, padded(cfg.vocab_size)), dtype=np.float32)
+            c[step.C_LOGITS] = buffers["logits"].ctypes.data
+
+    def _point_at_batch(self, batch: ForwardBatch) -> list[NDArray[Any]]:
+        c = self._control
+        c[step.C_ROWS], c[step.C_SEQUENCES] = len(batch.tokens), len(batch.committed)
+        c[step.C_LOGIT_ROWS] = len(batch.logit_rows)
+        c[step.C_PAGES_STRIDE] = 4 * batch.page_tables.shape[1]
+        held = []
+        for entry, array, dtype in (
+            (step.C_TOKENS, batch.tokens, np.int64), (step.C_POSITIONS, batch.positions, np.int32),
+            (step.C_ROW_START, batch.row_start, np.int32), (step.C_OFFSETS, batch.offsets, np.int32),
+            (step.C_CAUSAL, batch.causal, np.int32), (step.C_VISIBLE_START, batch.visible_start, np.int32),
+            (step.C_VISIBLE, batch.visible, np.int32), (step.C_COMMITTED, batch.committed, np.int32),
+            (step.C_PAGES, batch.page_tables, np.int32), (step.C_LOGIT_INDEX, batch.logit_rows, np.int64),
+        ):  # fmt: skip
+            exact = np.ascontiguousarray(array, dtype=dtype)
+            c[entry] = exact.ctypes.data
+            held.append(exact)
+        assert (batch.tokens >= 0).all() and (batch.tokens < self.config.vocab_size).all(), "token out of range"
+        return held
+
+    def _hidden(self, layers: Sequence[int], rows: int) -> dict[int, torch.Tensor]:
+        """Where the step saves the residual stream after the wanted layers."""
+        self._layers[:, step.L_SAVE_HIDDEN] = -1
+        if not layers:
+            return {}
+        width = padded(self.config.hidden_size)
+        out = np.empty((len(layers), rows, width), dtype=np.float32)
+        self._control[step.C_HIDDEN_OUT] = out.ctypes.data
+        self._layers[list(layers), step.L_SAVE_HIDDEN] = range(len(layers))
+        return {layer: torch.from_numpy(out[i, :, : self.config.hidden_size]) for i, layer in enumerate(layers)}

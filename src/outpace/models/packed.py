@@ -1,0 +1,230 @@
+"""Weights in the layout of the CPU kernels, built from a checkpoint once and kept in one file.
+
+A product's weights lie in panels of sixteen outputs; within a panel the depth runs in rows of 64 bytes (see
+ops.cpu.linear). int8 has one symmetric scale per output. Widths are padded to sixteen and depths to a panel's KiB with
+zeros. Gate and up projections alternate panel by panel, so that the gated activation happens in the epilogue.
+
+The file is in the safetensors format; it is read in one sweep into memory backed by huge pages where the system has
+them (streaming 1.5 GB of weights through 4 KiB pages costs a tenth of the bandwidth).
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..errors import CorruptModel
+from ..types import Precision
+from .checkpoint import Checkpoint
+from .config import ModelConfig
+
+FORMAT = 1  # part of the file's name: a new layout gets a new file
+DEPTH_UNIT: dict[Precision, int] = {"float32": 16, "bfloat16": 32, "int8": 64}
+Tensors = dict[str, NDArray[Any]]
+Progress = Callable[[int, int], None]
+
+
+def padded(n: int, unit: int = 16) -> int:
+    return -(-n // unit) * unit
+
+
+def _panels(w: torch.Tensor, per_row: int) -> NDArray[Any]:
+    """[N, K] -> [N/16, K/per_row, 16, per_row]"""
+    n, k = w.shape
+    return w.view(n // 16, 16, k // per_row, per_row).transpose(1, 2).contiguous().numpy()
+
+
+def pack_product(w: torch.Tensor, precision: Precision) -> tuple[NDArray[Any], NDArray[np.float32]]:
+    """f32[N, K] -> panels (int8, bf16 bits as i16, or float32) and scales f32[N] (ones but for int8)."""
+    n, k = w.shape
+    w = torch.nn.functional.pad(w, (0, padded(k, DEPTH_UNIT[precision]) - k, 0, padded(n) - n))
+    scales = torch.ones(len(w))
+    if precision == "int8":
+        scales = w.abs().amax(dim=1) / 127
+        w = (w / scales.clamp_min(1e-30)[:, None]).round_().to(torch.int8)
+        return _panels(w, 4), scales.numpy()
+    if precision == "bfloat16":
+        return _panels(w.to(torch.bfloat16).view(torch.int16), 2), scales.numpy()
+    return _panels(w, 1), scales.numpy()
+
+
+def _pad_heads(w: torch.Tensor, heads: int, width: int) -> torch.Tensor:
+    """[heads * C, ...] -> [heads * width, ...] with zero rows behind each head."""
+    c = w.shape[0] // heads
+    shaped = w.reshape(heads, c, *w.shape[1:])
+    out = torch.zeros(heads, width, *w.shape[1:])
+    out[:, :c] = shaped
+    return out.reshape(heads * width, *w.shape[1:])
+
+
+def _alternate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """Rows of gate and up, sixteen of one and sixteen of the other in turn."""
+    n, k = gate.shape
+    rows = padded(n)
+    both = torch.zeros(rows // 16, 2, 16, k)
+    for i, w in enumerate((gate, up)):
+        both[:, i] = torch.nn.functional.pad(w, (0, 0, 0, rows - n)).view(rows // 16, 16, k)
+    return both.view(2 * rows, k)
+
+
+class _Packer:
+    def __init__(self, checkpoint: Checkpoint, precision: Precision) -> None:
+        self.checkpoint, self.precision, self.config = checkpoint, precision, checkpoint.config
+        self.out: Tensors = {}
+
+    def read(self, name: str) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(self.checkpoint.tensor(name), dtype=np.float32))
+
+    def product(self, name: str, w: torch.Tensor) -> None:
+        self.out[f"{name}.w"], self.out[f"{name}.scale"] = pack_product(w, self.precision)
+
+    def vector(self, name: str, v: torch.Tensor) -> None:
+        self.out[name] = torch.nn.functional.pad(v, (0, padded(len(v)) - len(v))).contiguous().numpy()
+
+    def norm(self, name: str, source: str) -> None:
+        self.vector(name, self.read(source) + (1.0 if self.config.norm_plus_one else 0.0))
+
+    def layer(self, i: int) -> None:
+        c, head = self.config, padded(self.config.head_dim)
+        source, name = f"model.layers.{i}.", f"{i}."
+        parts = [("q", c.num_heads), ("k", c.num_kv_heads), ("v", c.num_kv_heads)]
+
+        def qkv(kind: str) -> torch.Tensor:
+            read = [(self.read(f"{source}self_attn.{p}_proj.{kind}"), n) for p, n in parts]
+            return torch.cat([_pad_heads(w, n, head) for w, n in read])
+
+        self.product(name + "qkv", qkv("weight"))
+        if c.qkv_bias:
+            self.vector(name + "qkv.bias", qkv("bias"))
+        out = _pad_heads(self.read(f"{source}self_attn.o_proj.weight").T.contiguous(), c.num_heads, head)
+        self.product(name + "out", out.T.contiguous())
+        gate, up = (self.read(f"{source}mlp.{p}_proj.weight") for p in ("gate", "up"))
+        self.product(name + "gate_up", _alternate(gate, up))
+        self.product(name + "down", self.read(f"{source}mlp.down_proj.weight"))
+        self.norm(name + "norm_1", f"{source}input_layernorm.weight")
+        if c.post_norms:
+            self.norm(name + "post_1", f"{source}post_attention_layernorm.weight")
+            self.norm(name + "norm_2", f"{source}pre_feedforward_layernorm.weight")
+            self.norm(name + "post_2", f"{source}post_feedforward_layernorm.weight")
+        else:
+            self.norm(name + "norm_2", f"{source}post_attention_layernorm.weight")
+        if c.qk_norm:
+            self.norm(name + "q_norm", f"{source}self_attn.q_norm.weight")
+            self.norm(name + "k_norm", f"{source}self_attn.k_norm.weight")
+
+    def ends(self) -> None:
+        embedding = self.read("model.embed_tokens.weight")
+        head = embedding if self.config.tie_embeddings else self.read("lm_head.weight")
+        self.product("head", head)
+        width = embedding.shape[1]
+        embedding = torch.nn.functional.pad(embedding, (0, padded(width) - width))
+        exact = self.precision == "float32"
+        self.out["embedding"] = (embedding if exact else embedding.to(torch.bfloat16).view(torch.int16)).numpy()
+        self.norm("norm", "model.norm.weight")
+
+
+def pack(checkpoint: Checkpoint, precision: Precision, progress: Progress | None = None) -> Tensors:
+    """All of a model's weights in kernel layout. `progress(done, total)` counts layers and the embedding."""
+    packer = _Packer(checkpoint, precision)
+    total = checkpoint.config.num_layers + 1
+    for i in range(checkpoint.config.num_layers):
+        packer.layer(i)
+        if progress:
+            progress(i + 1, total)
+    packer.ends()
+    if progress:
+        progress(total, total)
+    return packer.out
+
+
+def file_name(precision: Precision) -> str:
+    return f"weights-{precision}-v{FORMAT}.bin"
+
+
+def save(tensors: Tensors, path: Path) -> None:
+    """Write atomically: a killed process leaves no half file under the final name."""
+    from safetensors.numpy import save_file
+
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        save_file(tensors, partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _huge(size: int) -> mmap.mmap:
+    memory = mmap.mmap(
+        -1, size, **({"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {})
+    )
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
+_DTYPES = {"F32": np.float32, "I8": np.int8, "I16": np.int16}
+
+
+def load(path: Path) -> Tensors:
+    """Read a file that `save` wrote. Raises CorruptModel when it is damaged."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as f:
+            header_size = int.from_bytes(f.read(8), "little")
+            if not 0 < header_size < min(size, 1 << 26):
+                raise ValueError("header size out of range")
+            header = json.loads(f.read(header_size))
+            body = size - 8 - header_size
+            memory = memoryview(_huge(max(body, 1)))
+            done = 0
+            while done < body:
+                n = f.readinto(memory[done : min(body, done + (1 << 26))])
+                if not n:
+                    raise ValueError("truncated")
+                done += n
+        out: Tensors = {}
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            start, stop = entry["data_offsets"]
+            if not 0 <= start <= stop <= body:
+                raise ValueError(f"tensor {name} lies outside the file")
+            out[name] = np.frombuffer(memory[start:stop], dtype=_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        return out
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CorruptModel(
+            f"{path}: not a sound file of packed weights ({error}); delete it to have it rebuilt"
+        ) from None
+
+
+def expected(config: ModelConfig, precision: Precision) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the products, for checking a file against its model."""
+    unit, head = DEPTH_UNIT[precision], padded(config.head_dim)
+    per_row = unit // 16
+    attention, width, hidden = config.num_heads * head, config.hidden_size, config.intermediate_size
+
+    def panels(n: int, k: int) -> tuple[int, ...]:
+        return padded(n) // 16, padded(k, unit) // per_row, 16, per_row
+
+    shapes: dict[str, tuple[int, ...]] = {"head.w": panels(config.vocab_size, width)}
+    for i in range(config.num_layers):
+        shapes[f"{i}.qkv.w"] = panels(attention + 2 * config.num_kv_heads * head, width)
+        shapes[f"{i}.out.w"] = panels(width, attention)
+        shapes[f"{i}.gate_up.w"] = panels(2 * padded(hidden), width)
+        shapes[f"{i}.down.w"] = panels(width, hidden)
+    return shapes
+
+
+def check(tensors: Tensors, config: ModelConfig, precision: Precision, path: Path) -> None:
+    """Raises CorruptModel when the file is not this model's."""
+    for name, shape in expected(config, precision).items():
+        if name not in tensors or tensors[name].shape != shape:
+            raise CorruptModel(f"{path}: {name} is missing or misshapen; delete the file to have it rebuilt")

@@ -1,0 +1,36 @@
+"""Which instructions the matrix kernels may use, and what AMX needs before its first tile."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+from functools import cache
+
+import numpy as np
+
+from .simd import HOST_FEATURES, IS_X86
+
+# Levels of integer and bf16 matrix products. Integer results are the same at every level, bit for bit.
+PORTABLE, VNNI, AMX = 0, 1, 2
+
+HAS_VNNI = IS_X86 and "avx512vnni" in HOST_FEATURES
+HAS_AMX = IS_X86 and {"amx-tile", "amx-int8", "amx-bf16"} <= HOST_FEATURES and platform.system() == "Linux"
+
+_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18
+
+
+@cache
+def best_level() -> int:
+    """The best level that this CPU and kernel allow. Linux hands out AMX tile registers only on request."""
+    if HAS_AMX and ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA) == 0:
+        return AMX
+    return VNNI if HAS_VNNI else PORTABLE
+
+
+def tile_config() -> np.ndarray:
+    """u8[64] for LDTILECFG: eight tiles of 16 rows x 64 bytes."""
+    config = np.zeros(64, dtype=np.uint8)
+    config[0] = 1  # palette
+    config[16:32:2] = 64  # bytes per row
+    config[48:56] = 16  # rows
+    return config

@@ -1,0 +1,122 @@
+"""Per-row work between the matrix products: norms, activations' format, rotary embedding, writing K and V.
+
+Rows are float32 with their width padded to a multiple of sixteen by zeros. Widths below are in elements.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from .linear import KIND_BF16, KIND_INT8
+from .simd import (
+    bf16_bits,
+    hmax,
+    hsum,
+    load_bf16,
+    load_f32,
+    store_bf16,
+    store_f32,
+    store_i8,
+    store_u16,
+    vabs,
+    vadd,
+    vfma,
+    vload,
+    vmax,
+    vmul,
+    vsplat,
+    vstore,
+)
+
+
+@njit
+def inverse_rms(x, width, true_width, eps):
+    """1 / sqrt(mean(x^2) + eps) over `true_width` elements (the padding is zero)."""
+    total = vsplat(np.float32(0.0))
+    for i in range(0, width, 16):
+        v = vload(x + 4 * i)
+        total = vfma(v, v, total)
+    return np.float32(1.0) / np.sqrt(hsum(total) / np.float32(true_width) + eps)
+
+
+@njit
+def norm_row(x, weight, out, width, true_width, eps):
+    scale = vsplat(inverse_rms(x, width, true_width, eps))
+    for i in range(0, width, 16):
+        vstore(out + 4 * i, vmul(vmul(vload(x + 4 * i), scale), vload(weight + 4 * i)))
+
+
+@njit
+def add_norm_row(x, weight, out, width, true_width, eps):
+    """out += norm(x)"""
+    scale = vsplat(inverse_rms(x, width, true_width, eps))
+    for i in range(0, width, 16):
+        y = vmul(vmul(vload(x + 4 * i), scale), vload(weight + 4 * i))
+        vstore(out + 4 * i, vadd(vload(out + 4 * i), y))
+
+
+@njit
+def pack_row(kind, x, width, out, scale_out):
+    """Write a row in the format that a product of `kind` reads: float32, bf16, or int8 with one scale a row.
+
+    What lies between `width` and the product's padded depth meets weights of zero, so it only has to be finite.
+    """
+    if kind == KIND_INT8:
+        peak = vsplat(np.float32(0.0))
+        for i in range(0, width, 16):
+            peak = vmax(vabs(vload(x + 4 * i)), peak)
+        largest = hmax(peak)
+        factor = np.float32(0.0)
+        if largest > np.float32(0.0):
+            factor = np.float32(127.0) / largest
+        store_f32(scale_out, largest / np.float32(127.0))
+        by = vsplat(factor)
+        for i in range(0, width, 16):
+            store_i8(out + i, vmul(vload(x + 4 * i), by))
+    elif kind == KIND_BF16:
+        for i in range(0, width, 16):
+            store_bf16(out + 2 * i, vload(x + 4 * i))
+    else:
+        for i in range(0, width, 16):
+            vstore(out + 4 * i, vload(x + 4 * i))
+
+
+@njit
+def embed_row(table, is_bf16, token, width, scale, out):
+    by = vsplat(scale)
+    for i in range(0, width, 16):
+        v = load_bf16(table + 2 * (token * width + i)) if is_bf16 else vload(table + 4 * (token * width + i))
+        vstore(out + 4 * i, vmul(v, by))
+
+
+@njit
+def rotate_head(x, cos, sin, half, norm, padded, head_dim, eps, scale):
+    """In place on one head: optional RMS norm, rotary embedding of the two halves, then `scale`."""
+    if norm != 0:
+        norm_row(x, norm, x, padded, head_dim, eps)
+    for i in range(half):
+        a, b = load_f32(x + 4 * i), load_f32(x + 4 * (i + half))
+        c, s = load_f32(cos + 4 * i), load_f32(sin + 4 * i)
+        store_f32(x + 4 * i, (a * c - b * s) * scale)
+        store_f32(x + 4 * (i + half), (b * c + a * s) * scale)
+
+
+@njit
+def write_key(x, page, lane, padded, is_bf16):
+    """Keys of a page and head: [padded / 2][16 places][2] bf16, or [padded][16 places] float32."""
+    for c in range(padded):
+        if is_bf16:
+            store_u16(page + 4 * ((c >> 1) * 16 + lane) + 2 * (c & 1), bf16_bits(load_f32(x + 4 * c)))
+        else:
+            store_f32(page + 4 * (c * 16 + lane), load_f32(x + 4 * c))
+
+
+@njit
+def write_value(x, page, lane, padded, is_bf16):
+    """Values of a page and head: [8 pairs of places][padded][2] bf16, or [16 places][padded] float32."""
+    for c in range(padded):
+        if is_bf16:
+            store_u16(page + 4 * ((lane >> 1) * padded + c) + 2 * (lane & 1), bf16_bits(load_f32(x + 4 * c)))
+        else:
+            store_f32(page + 4 * (lane * padded + c), load_f32(x + 4 * c))

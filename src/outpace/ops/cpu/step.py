@@ -1,0 +1,276 @@
+"""One packed decoder step as a single compiled function that every thread of the team runs.
+
+All inputs sit in a control block of int64 (addresses, sizes, flags), indexed by the names below; per-layer addresses in
+a second table. Threads split each phase and meet at barriers; no phase depends on how it was split.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from .attention import MAX_QUERIES, attend
+from .isa import AMX
+from .linear import ADD, STORE, linear, load_tile_config, release_tiles
+from .rows import add_norm_row, embed_row, norm_row, pack_row, rotate_head, write_key, write_value
+from .simd import atomic_add, atomic_load, load_f32, load_i32, load_i64, pause, vload, vstore, yield_core
+
+# The control block, the per-layer table and the block of float32 constants: names of their entries.
+(
+    C_KIND, C_LEVEL, C_TILE_CONFIG, C_BARRIER, C_ITEMS, C_THREADS, C_ROWS, C_SEQUENCES, C_LOGIT_ROWS,
+    C_LAYERS, C_LAYER_TABLE, C_FLOATS, C_WIDTH, C_TRUE_WIDTH, C_HIDDEN, C_TRUE_HIDDEN, C_HEADS,
+    C_KV_HEADS, C_HEAD, C_HEAD_TRUE, C_ACTIVATION, C_POST_NORMS, C_TOKENS, C_POSITIONS, C_ROW_START,
+    C_OFFSETS, C_CAUSAL, C_VISIBLE_START, C_VISIBLE, C_COMMITTED, C_PAGES, C_PAGES_STRIDE,
+    C_LOGIT_INDEX, C_EMBEDDING, C_EMBEDDING_BF16, C_COS, C_SIN, C_COS_LOCAL, C_SIN_LOCAL, C_FINAL_NORM,
+    C_HEAD_W, C_HEAD_SCALE, C_HEAD_PANELS, C_LOGITS, C_LOGITS_STRIDE, C_KEYS, C_VALUES,
+    C_KV_LAYER_BYTES, C_KV_PAGE_BYTES, C_KV_HEAD_BYTES, C_KV_BF16, C_X, C_QKV, C_ATTENTION, C_GATED,
+    C_SUBLAYER, C_PACKED, C_PACKED_STRIDE, C_PACKED_SCALE, C_THREAD_SPACE, C_THREAD_STRIDE,
+    C_SCORE_STRIDE, C_STEPS_WIDTH, C_STEPS_ATTENTION, C_STEPS_HIDDEN, C_HIDDEN_OUT,
+) = range(66)  # fmt: skip
+(
+    L_QKV_W, L_QKV_SCALE, L_QKV_BIAS, L_OUT_W, L_OUT_SCALE, L_GATE_UP_W, L_GATE_UP_SCALE, L_DOWN_W,
+    L_DOWN_SCALE, L_NORM_1, L_NORM_2, L_POST_1, L_POST_2, L_Q_NORM, L_K_NORM, L_WINDOW, L_LOCAL_ROPE,
+    L_SAVE_HIDDEN,
+) = range(18)  # fmt: skip
+(
+    F_EPS, F_EMBEDDING_SCALE, F_ATTENTION_SCALE,
+) = range(3)  # fmt: skip
+
+CONTROL_SIZE, LAYER_SIZE = 66, 18
+LAYER_STRIDE = 8 * LAYER_SIZE
+SPINS_BEFORE_YIELD = 4000
+
+
+@njit(inline="always")
+def _get(c, index):
+    return load_i64(c + 8 * index)
+
+
+@njit
+def meet(c, threads, arrived):
+    """Barrier. `arrived`: the count of arrivals at which this meeting is complete; returns the next one's."""
+    counter = load_i64(c + 8 * C_BARRIER)
+    atomic_add(counter, 1)
+    spins = 0
+    while atomic_load(counter) < arrived:
+        pause()
+        spins += 1
+        if spins > SPINS_BEFORE_YIELD:
+            yield_core()
+    return arrived + threads
+
+
+@njit(inline="always")
+def _share(total, unit, me, threads):
+    """First of this thread's contiguous share of `total`, in multiples of `unit`."""
+    return min(total, (total // unit + (total % unit > 0)) * me // threads * unit)
+
+
+@njit
+def _product(c, me, threads, mode, rows, steps, w, scales, bias, panels, out, out_stride, scratch):
+    unit = 2 if mode > ADD else 1
+    first, last = _share(panels, unit, me, threads), _share(panels, unit, me + 1, threads)
+    linear(
+        _get(c, C_KIND), _get(c, C_LEVEL), mode, rows, _get(c, C_PACKED), _get(c, C_PACKED_STRIDE),
+        _get(c, C_PACKED_SCALE), w, scales, bias, steps, first, last, out, out_stride, scratch,
+    )  # fmt: skip
+
+
+@njit
+def _norm_and_pack(c, me, threads, x, rows, norm, eps, normed):
+    width, true_width = _get(c, C_WIDTH), _get(c, C_TRUE_WIDTH)
+    packed, stride, kind = _get(c, C_PACKED), _get(c, C_PACKED_STRIDE), _get(c, C_KIND)
+    for t in range(me, rows, threads):
+        norm_row(x + 4 * t * width, norm, normed, width, true_width, eps)
+        pack_row(kind, normed, width, packed + t * stride, _get(c, C_PACKED_SCALE) + 4 * t)
+
+
+@njit
+def _pack(c, me, threads, x, width, rows):
+    packed, stride, kind = _get(c, C_PACKED), _get(c, C_PACKED_STRIDE), _get(c, C_KIND)
+    for t in range(me, rows, threads):
+        pack_row(kind, x + 4 * t * width, width, packed + t * stride, _get(c, C_PACKED_SCALE) + 4 * t)
+
+
+@njit
+def _rotate_and_write(c, layer, me, threads, keys, values, eps, attention_scale):
+    """Rotary embedding of queries and keys in place; keys and values go to their cache places."""
+    heads, kv_heads = _get(c, C_HEADS), _get(c, C_KV_HEADS)
+    head, head_true = _get(c, C_HEAD), _get(c, C_HEAD_TRUE)
+    half, is_bf16 = head_true // 2, _get(c, C_KV_BF16)
+    local = _get(layer, L_LOCAL_ROPE)
+    cos, sin = (_get(c, C_COS_LOCAL), _get(c, C_SIN_LOCAL)) if local else (_get(c, C_COS), _get(c, C_SIN))
+    columns = heads + 2 * kv_heads
+    page_bytes, head_bytes = _get(c, C_KV_PAGE_BYTES), _get(c, C_KV_HEAD_BYTES)
+    row_start, b = _get(c, C_ROW_START), 0
+    one = np.float32(1.0)
+    for t in range(_get(c, C_ROWS)):
+        while load_i32(row_start + 4 * (b + 1)) <= t:
+            b += 1
+        place = load_i32(_get(c, C_COMMITTED) + 4 * b) + load_i32(_get(c, C_OFFSETS) + 4 * t)
+        page = load_i32(_get(c, C_PAGES) + b * _get(c, C_PAGES_STRIDE) + 4 * (place // 16))
+        ct, st = cos + 4 * t * half, sin + 4 * t * half
+        for h in range(me, heads + kv_heads, threads):
+            x = _get(c, C_QKV) + 4 * head * (t * columns + h)
+            if h < heads:
+                rotate_head(x, ct, st, half, _get(layer, L_Q_NORM), head, head_true, eps, attention_scale)
+            else:
+                rotate_head(x, ct, st, half, _get(layer, L_K_NORM), head, head_true, eps, one)
+                at = page * page_bytes + (h - heads) * head_bytes
+                write_key(x, keys + at, place % 16, head, is_bf16)
+                write_value(x + 4 * head * kv_heads, values + at, place % 16, head, is_bf16)
+
+
+@njit
+def _attention(c, layer, index, keys, values, space):
+    """Work items are taken off a shared counter: (sequence, KV head, block of rows)."""
+    heads, kv_heads, head = _get(c, C_HEADS), _get(c, C_KV_HEADS), _get(c, C_HEAD)
+    group, is_bf16 = heads // kv_heads, _get(c, C_KV_BF16)
+    columns = heads + 2 * kv_heads
+    block = max(1, MAX_QUERIES // group)
+    queries = max(MAX_QUERIES, (group + 7) // 8 * 8)
+    stride = _get(c, C_SCORE_STRIDE)
+    q, acc = space, space + 4 * queries * head
+    scores = acc + 4 * queries * head + 64
+    counter = _get(c, C_ITEMS) + 8 * index
+    wanted, item = atomic_add(counter, 1), 0
+    row_start, head_bytes = _get(c, C_ROW_START), _get(c, C_KV_HEAD_BYTES)
+    for b in range(_get(c, C_SEQUENCES)):
+        begin, end = load_i32(row_start + 4 * b), load_i32(row_start + 4 * (b + 1))
+        blocks = (end - begin + block - 1) // block
+        while wanted < item + blocks * kv_heads:
+            kv, row = (wanted - item) % kv_heads, begin + (wanted - item) // kv_heads * block
+            attend(
+                is_bf16, group, head, _get(c, C_QKV) + 4 * head * kv * group, 4 * head * columns,
+                row, min(block, end - row), _get(c, C_OFFSETS), _get(c, C_POSITIONS),
+                load_i32(_get(c, C_CAUSAL) + 4 * b), _get(c, C_VISIBLE_START), _get(c, C_VISIBLE),
+                load_i32(_get(c, C_COMMITTED) + 4 * b), _get(layer, L_WINDOW),
+                _get(c, C_PAGES) + b * _get(c, C_PAGES_STRIDE), keys + kv * head_bytes, values + kv * head_bytes,
+                _get(c, C_KV_PAGE_BYTES), _get(c, C_ATTENTION) + 4 * head * kv * group, 4 * head * heads,
+                q, scores, stride, acc,
+            )  # fmt: skip
+            wanted = atomic_add(counter, 1)
+        item += blocks * kv_heads
+
+
+@njit
+def _post_norm(c, me, threads, rows, norm, eps):
+    width, true_width = _get(c, C_WIDTH), _get(c, C_TRUE_WIDTH)
+    for t in range(me, rows, threads):
+        add_norm_row(_get(c, C_SUBLAYER) + 4 * t * width, norm, _get(c, C_X) + 4 * t * width, width, true_width, eps)
+
+
+@njit
+def _layer(c, layer, index, me, threads, arrived, space, eps, attention_scale):
+    rows, x, width = _get(c, C_ROWS), _get(c, C_X), _get(c, C_WIDTH)
+    heads, kv_heads, head = _get(c, C_HEADS), _get(c, C_KV_HEADS), _get(c, C_HEAD)
+    hidden, post = _get(c, C_HIDDEN), _get(c, C_POST_NORMS)
+    columns = (heads + 2 * kv_heads) * head
+    keys = _get(c, C_KEYS) + index * _get(c, C_KV_LAYER_BYTES)
+    values = _get(c, C_VALUES) + index * _get(c, C_KV_LAYER_BYTES)
+    mode, target = (STORE, _get(c, C_SUBLAYER)) if post else (ADD, x)
+
+    _norm_and_pack(c, me, threads, x, rows, _get(layer, L_NORM_1), eps, space)
+    arrived = meet(c, threads, arrived)
+    _product(
+        c, me, threads, STORE, rows, _get(c, C_STEPS_WIDTH), _get(layer, L_QKV_W), _get(layer, L_QKV_SCALE),
+        _get(layer, L_QKV_BIAS), columns // 16, _get(c, C_QKV), 4 * columns, space,
+    )  # fmt: skip
+    arrived = meet(c, threads, arrived)
+    _rotate_and_write(c, layer, me, threads, keys, values, eps, attention_scale)
+    arrived = meet(c, threads, arrived)
+    _attention(c, layer, index, keys, values, space)
+    arrived = meet(c, threads, arrived)
+    _pack(c, me, threads, _get(c, C_ATTENTION), heads * head, rows)
+    arrived = meet(c, threads, arrived)
+    _product(
+        c, me, threads, mode, rows, _get(c, C_STEPS_ATTENTION), _get(layer, L_OUT_W), _get(layer, L_OUT_SCALE),
+        0, width // 16, target, 4 * width, space,
+    )  # fmt: skip
+    arrived = meet(c, threads, arrived)
+    if post:
+        _post_norm(c, me, threads, rows, _get(layer, L_POST_1), eps)
+        arrived = meet(c, threads, arrived)
+    _norm_and_pack(c, me, threads, x, rows, _get(layer, L_NORM_2), eps, space)
+    arrived = meet(c, threads, arrived)
+    _product(
+        c, me, threads, _get(c, C_ACTIVATION), rows, _get(c, C_STEPS_WIDTH), _get(layer, L_GATE_UP_W),
+        _get(layer, L_GATE_UP_SCALE), 0, 2 * hidden // 16, _get(c, C_GATED), 4 * hidden, space,
+    )  # fmt: skip
+    arrived = meet(c, threads, arrived)
+    _pack(c, me, threads, _get(c, C_GATED), hidden, rows)
+    arrived = meet(c, threads, arrived)
+    _product(
+        c, me, threads, mode, rows, _get(c, C_STEPS_HIDDEN), _get(layer, L_DOWN_W), _get(layer, L_DOWN_SCALE),
+        0, width // 16, target, 4 * width, space,
+    )  # fmt: skip
+    arrived = meet(c, threads, arrived)
+    if post:
+        _post_norm(c, me, threads, rows, _get(layer, L_POST_2), eps)
+        arrived = meet(c, threads, arrived)
+    save = _get(layer, L_SAVE_HIDDEN)
+    if save >= 0:
+        out = _get(c, C_HIDDEN_OUT) + 4 * save * rows * width
+        for i in range(me * 16, rows * width, threads * 16):
+            vstore(out + 4 * i, vload(x + 4 * i))
+    return arrived
+
+
+@njit(nogil=True, cache=True)
+def decoder_step(c, me):
+    """Thread `me` of the team; `c` is the control block's address."""
+    threads = _get(c, C_THREADS)
+    space = _get(c, C_THREAD_SPACE) + me * _get(c, C_THREAD_STRIDE)
+    floats, rows, width, x = _get(c, C_FLOATS), _get(c, C_ROWS), _get(c, C_WIDTH), _get(c, C_X)
+    eps = load_f32(floats + 4 * F_EPS)
+    embedding_scale, attention_scale = (
+        load_f32(floats + 4 * F_EMBEDDING_SCALE),
+        load_f32(floats + 4 * F_ATTENTION_SCALE),
+    )
+    arrived = threads
+    if _get(c, C_LEVEL) == AMX:
+        load_tile_config(_get(c, C_TILE_CONFIG))
+    for t in range(me, rows, threads):
+        token = load_i64(_get(c, C_TOKENS) + 8 * t)
+        embed_row(_get(c, C_EMBEDDING), _get(c, C_EMBEDDING_BF16), token, width, embedding_scale, x + 4 * t * width)
+    arrived = meet(c, threads, arrived)
+    for i in range(_get(c, C_LAYERS)):
+        layer = _get(c, C_LAYER_TABLE) + i * LAYER_STRIDE
+        arrived = _layer(c, layer, i, me, threads, arrived, space, eps, attention_scale)
+    wanted = _get(c, C_LOGIT_ROWS)
+    packed, stride, kind = _get(c, C_PACKED), _get(c, C_PACKED_STRIDE), _get(c, C_KIND)
+    for r in range(me, wanted, threads):
+        t = load_i64(_get(c, C_LOGIT_INDEX) + 8 * r)
+        norm_row(x + 4 * t * width, _get(c, C_FINAL_NORM), space, width, _get(c, C_TRUE_WIDTH), eps)
+        pack_row(kind, space, width, packed + r * stride, _get(c, C_PACKED_SCALE) + 4 * r)
+    arrived = meet(c, threads, arrived)
+    if wanted > 0:
+        _product(
+            c, me, threads, STORE, wanted, _get(c, C_STEPS_WIDTH), _get(c, C_HEAD_W), _get(c, C_HEAD_SCALE), 0,
+            _get(c, C_HEAD_PANELS), _get(c, C_LOGITS), _get(c, C_LOGITS_STRIDE), space,
+        )  # fmt: skip
+    if _get(c, C_LEVEL) == AMX:
+        release_tiles()
+    meet(c, threads, arrived)
+
+
+@njit(nogil=True, cache=True)
+def serve(mailbox, me, seen, patience):
+    """A worker's life between parkings: wait for the next job number, run it, wait again.
+
+    `mailbox`: int64 [job number, control block's address, stop]. Returns the last job number seen when nothing came
+    for `patience` spins, or -1 when told to stop.
+    """
+    spins = 0
+    while spins < patience:
+        job = atomic_load(mailbox)
+        if load_i64(mailbox + 16) != 0:
+            return -1
+        if job != seen:
+            decoder_step(load_i64(mailbox + 8), me)
+            seen, spins = job, 0
+        pause()
+        spins += 1
+        if spins % 1024 == 0:
+            yield_core()
+    return seen
