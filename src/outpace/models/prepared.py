@@ -16,6 +16,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
@@ -23,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import ParameterError
+from ..errors import ModelError, ParameterError
 from .checkpoint import Checkpoint, TokenizerFiles
 from .config import ModelConfig, RopeScaling
 from .fetch import Progress
@@ -75,6 +76,40 @@ def open_model(name: str, progress: Progress | None = None) -> OpenModel:
     else:
         config, tokenizer = _parse(texts, source)
     return OpenModel(source, config, tokenizer, folder, checkpoint)
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedFolder:
+    """What is kept of one model; `model` and `path` are empty if the folder does not say."""
+
+    key: str
+    model: str
+    path: str
+    size: int  # bytes, packed weights included
+
+
+def prepared_folders() -> list[PreparedFolder]:
+    """All of them, by key."""
+    base = prepared_dir()
+    folders = sorted(f for f in base.iterdir() if f.is_dir()) if base.is_dir() else []
+    found = []
+    for folder in folders:
+        try:
+            manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+            model, path = str(manifest["model"]), str(manifest["path"])
+        except (OSError, ValueError, KeyError, TypeError):
+            model = path = ""
+        size = sum(f.stat().st_size for f in folder.iterdir() if f.is_file())
+        found.append(PreparedFolder(folder.name, model, path, size))
+    return found
+
+
+def remove_prepared(entry: PreparedFolder) -> None:
+    """Raises ModelError if the system refuses."""
+    try:
+        shutil.rmtree(prepared_dir() / entry.key)
+    except OSError as e:
+        raise ModelError(f"{prepared_dir() / entry.key} cannot be removed: {e.strerror or e}") from e
 
 
 def config_to_json(config: ModelConfig) -> str:

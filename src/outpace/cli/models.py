@@ -1,0 +1,157 @@
+"""`outpace models`: what is known, what is cached, fetching and removing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from ..errors import CorruptModel, ModelNotFound
+from ..models.catalog import CATALOG, DEFAULT_MODEL, KnownModel
+
+if TYPE_CHECKING:
+    from ..models.prepared import PreparedFolder
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _json_option(function: F) -> F:
+    return click.option("--json", "as_json", is_flag=True, help="JSON on stdout.")(function)
+
+
+@click.group(invoke_without_command=True, short_help="List, fetch and remove models.")
+@_json_option
+@click.pass_context
+def models(ctx: click.Context, as_json: bool) -> None:
+    """List the known models and what is kept of models on this machine, or fetch and remove them.
+
+    Models are fetched by themselves when they are first used.
+    """
+    ctx.obj = as_json
+    if ctx.invoked_subcommand is None:
+        _show_list(as_json)
+
+
+@models.command("list")
+@_json_option
+@click.pass_obj
+def list_models(outer: bool, as_json: bool) -> None:
+    """Known models, and what is kept on this machine."""
+    _show_list(as_json or outer)
+
+
+@models.command("fetch")
+@click.argument("name")
+@_json_option
+@click.pass_obj
+def fetch_model(outer: bool, name: str, as_json: bool) -> None:
+    """Fetch NAME, a known model or a hub id (owner/name).
+
+    Prints where it is. A damaged file is replaced.
+    """
+    from ..models import fetch, hub
+
+    if known := CATALOG.get(name):
+        try:
+            path = fetch.fetch(known)
+        except CorruptModel as e:
+            if not fetch.model_path(known).exists():  # what was just downloaded is wrong: said once
+                raise
+            click.echo(f"{e}\nfetching it again", err=True)
+            fetch.remove(known)
+            path = fetch.fetch(known)
+    elif hub.HUB_ID.fullmatch(name):
+        path = hub.fetch_hub(name, refresh=True)
+    else:
+        raise ModelNotFound(f"no known model {name!r}; there are: {', '.join(CATALOG)}, and hub ids owner/name")
+    click.echo(json.dumps({"name": name, "path": str(path)}) if as_json or outer else str(path))
+
+
+@models.command("remove")
+@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+@_json_option
+@click.pass_obj
+def remove_model(outer: bool, names: tuple[str, ...], as_json: bool) -> None:
+    """Remove models by the names that `outpace models` shows.
+
+    Your own files and the hub's cache are not touched.
+    """
+    from ..models import fetch
+    from ..models.prepared import prepared_folders, remove_prepared
+
+    entries = prepared_folders()
+    matching = {name: [e for e in entries if _belongs(e, name)] for name in names}
+    if unknown := [name for name in names if name not in CATALOG and not matching[name]]:
+        there = ", ".join([*CATALOG, *(e.key for e in _others(entries))])
+        raise ModelNotFound(f"nothing is kept of {unknown[0]!r}; there are: {there}")
+    removed: list[dict[str, Any]] = []
+    for name in dict.fromkeys(names):
+        freed = fetch.remove(CATALOG[name]) if name in CATALOG else 0
+        for entry in matching[name]:
+            remove_prepared(entry)
+            freed += entry.size
+        removed.append({"name": name, "bytes": freed})
+    if as_json or outer:
+        click.echo(json.dumps(removed))
+        return
+    for item in removed:
+        click.echo(f"{item['name']}: {_size(item['bytes'])} freed" if item["bytes"] else f"{item['name']}: not cached")
+
+
+def _belongs(entry: PreparedFolder, name: str) -> bool:
+    """Whether the folder is the one that the list shows under `name`."""
+    return entry.key == f"{name}-{CATALOG[name].sha256[:16]}" if name in CATALOG else name in (entry.key, entry.model)
+
+
+def _others(entries: list[PreparedFolder]) -> list[PreparedFolder]:
+    return [e for e in entries if not any(_belongs(e, name) for name in CATALOG)]
+
+
+def _show_list(as_json: bool) -> None:
+    from ..models.prepared import prepared_folders
+
+    entries = prepared_folders()
+    known = [_known(model, entries) for model in CATALOG.values()]
+    others: list[dict[str, Any]] = [{"name": e.key, "path": e.path, "prepared_bytes": e.size} for e in _others(entries)]
+    if as_json:
+        click.echo(json.dumps({"models": known, "others": others}, indent=1))
+        return
+    for model in known:
+        default = " (default)" if model["default"] else ""
+        click.echo(f"{model['name'] + default:<24} {_size(model['size']):>8}  {_state(model)}")
+        click.echo(f"{'':<35}{model['description']}, {model['licence']}")
+    for other in others:
+        path = other["path"] or "unreadable"
+        click.echo(f"{other['name']}\n{'':<24} {_size(other['prepared_bytes']):>8}  prepared from {path}")
+
+
+def _known(model: KnownModel, entries: list[PreparedFolder]) -> dict[str, Any]:
+    from ..models.fetch import model_path
+
+    path = model_path(model)
+    found = path.stat().st_size if path.is_file() else 0
+    return {
+        "name": model.name,
+        "default": model.name == DEFAULT_MODEL,
+        "description": model.description,
+        "licence": model.licence,
+        "size": model.size,
+        "state": "cached" if found == model.size else "damaged" if found else "not fetched",
+        "path": str(path) if found else None,
+        "prepared_bytes": sum(e.size for e in entries if _belongs(e, model.name)),
+    }
+
+
+def _state(model: dict[str, Any]) -> str:
+    prepared = f", {_size(model['prepared_bytes'])} prepared" if model["prepared_bytes"] else ""
+    return f"{model['state']}{prepared}"
+
+
+def _size(n: int) -> str:
+    """Decimal units, as shops and disks count."""
+    for unit, one in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if n >= one:
+            return f"{n / one:.1f} {unit}"
+    return f"{n} B"
