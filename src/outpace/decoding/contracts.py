@@ -9,12 +9,14 @@ last committed token, row i + 1 its answer after draft node i.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
 
+from ..models.decoder import Decoder
 from ..types import Accepted, Draft, Exactness, IntArray, SamplingParams
 from .outputs import TargetOutputs
 from .sampling import History
@@ -57,23 +59,42 @@ class Observation:
     outputs: TargetOutputs | None  # valid during `observe` only
 
 
+@dataclass(frozen=True, slots=True)
+class DrafterContext:
+    """What drafters may be built from."""
+
+    vocab_size: int  # of the target
+    draft: Decoder | None = None  # the draft model, of the target's vocabulary
+    draft_pages: int = 0  # of its KV cache
+    sampled: bool = False  # the verifier uses q (rejection sampling): drafters that can should sample
+    owner_of: Callable[[Sequence], Hashable] | None = None  # sequences of two owners share no drafter state
+
+
 class Drafter(ABC):
     """Proposes drafts. State is kept per sequence id, made in `begin` and dropped in `end`."""
 
     name: ClassVar[str]
     paper: ClassVar[str]
 
-    def begin(self, sequence: Sequence) -> None:
+    @classmethod
+    def create(cls, context: DrafterContext) -> Drafter:
+        """Build one with default parameters. Raises MethodError when `context` lacks what it needs."""
+        return cls()
+
+    def begin(self, sequence: Sequence) -> None:  # noqa: B027
         """A sequence starts; its prompt is in `sequence.tokens`."""
 
     @abstractmethod
     def propose(self, sequences: Seq[Sequence], budgets: Seq[int]) -> list[Draft]:
-        """One draft per sequence, of at most `budgets[i]` nodes (0: return an empty one)."""
+        """One draft per sequence, of at most `budgets[i]` nodes (0: return an empty one).
 
-    def observe(self, sequence: Sequence, seen: Observation) -> None:
+        With q, what is proposed and its scores depend on the tokens sampled above a node, never on its own.
+        """
+
+    def observe(self, sequence: Sequence, seen: Observation) -> None:  # noqa: B027
         """A step was committed."""
 
-    def end(self, sequence: Sequence) -> None:
+    def end(self, sequence: Sequence) -> None:  # noqa: B027
         """The sequence is finished or cancelled; forget everything of it. Safe to call twice."""
 
 
