@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ...errors import ParameterError
 from ...registry import register
 from ...types import NO_PARENT, Draft, IntArray
-from ..contracts import Drafter, Observation, Sequence
+from ..contracts import Drafter, DrafterContext, Observation, Sequence
 from .rates import Rates, tested_nodes
 
 _NOTHING = -1  # an empty entry of the matrix
@@ -104,6 +104,12 @@ class Recycling(Drafter):
         if not 1 <= self.k <= self.vocab_size:
             raise ParameterError(f"recycling needs k from 1 to the vocabulary size {self.vocab_size}, not {self.k}")
         self._rates = Rates(np.tile(np.array(_PRIOR, dtype=np.float32), (self.k, 1)))
+
+    @classmethod
+    def create(cls, context: DrafterContext) -> Recycling:
+        if context.owner_of is None:
+            return cls(context.vocab_size)
+        return cls(context.vocab_size, owner_of=context.owner_of)
 
     def begin(self, sequence: Sequence) -> None:
         owner = self.owner_of(sequence)
