@@ -191,6 +191,4 @@ def test_choose_is_sample_of_processed_logits() -> None:
     edits: dict[str, Any] = {"repetition_penalty": 1.3, "presence_penalty": 0.4}
     for position in range(20):
         params = SamplingParams(temperature=1.0, seed=5, **edits)
-        assert sample(logits, params, history, position) == choose(
-            process(logits, params, history), params, position
-        )
+        assert sample(logits, params, history, position) == choose(process(logits, params, history), params, position)

@@ -153,9 +153,7 @@ def test_sampled_drafts_leave_the_target_distribution(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("shape", TREES)
-def test_outright_proposals_leave_the_target_distribution(
-    monkeypatch: pytest.MonkeyPatch, shape: str
-) -> None:
+def test_outright_proposals_leave_the_target_distribution(monkeypatch: pytest.MonkeyPatch, shape: str) -> None:
     for tokens in itertools.islice(itertools.product(range(V), repeat=len(TREES[shape])), 0, None, 7):
         check_joint(output_distribution(monkeypatch, TREES[shape], [tokens], sampled=False))
 

@@ -27,7 +27,7 @@ from ...registry import register
 from ...types import Draft, FloatArray
 from ..contracts import Drafter, DrafterContext, Observation, Sequence
 from ..sampling import Stream, distribution_of, draw, host_row, process, uniform
-from .rates import Rates, tested_nodes
+from .rates import Rates, judged_nodes
 
 _CHUNK = 512  # rows of one forward while catching up
 NO_OFFSET = -1
@@ -81,7 +81,7 @@ class DraftModel(Drafter):
     def observe(self, sequence: Sequence, seen: Observation) -> None:
         state = self._states[sequence.id]
         if len(state.draft):
-            right = [node for node, _, ok in tested_nodes(state.draft, seen.new_tokens) if ok]
+            right = [node for node, _, ok in judged_nodes(state.draft, seen.new_tokens) if ok]
             kept = [state.offsets[node] for node in right if state.offsets[node] != NO_OFFSET]
             self.cache.commit(state.kv, kept)
             state.draft, state.offsets = Draft.empty(), []
@@ -114,6 +114,10 @@ class DraftModel(Drafter):
             state = self._states[sequence.id]
             self.cache.rollback(state.kv)  # of a step that was abandoned
             state.draft, state.offsets = Draft.empty(), []
+            if self.cache.length(state.kv) >= len(sequence.tokens):
+                # All is read: by an abandoned step, or because this draft, not the one verified, foresaw the last
+                # token. Its row must run again for its logits.
+                self.cache.truncate(state.kv, len(sequence.tokens) - 1)
             places = self._places(budget)
             unread = len(sequence.tokens) - self.cache.length(state.kv)
             pages = self.cache.pages_needed(state.kv, unread + places)
@@ -234,7 +238,7 @@ class DraftChain(DraftModel):
     def observe(self, sequence: Sequence, seen: Observation) -> None:
         draft = self._states[sequence.id].draft
         if draft.q is not None:
-            for _, depth, right in tested_nodes(draft, seen.new_tokens):
+            for _, depth, right in judged_nodes(draft, seen.new_tokens):
                 self._rates.update(depth, right)
         super().observe(sequence, seen)
 

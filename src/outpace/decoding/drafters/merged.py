@@ -10,7 +10,7 @@ import numpy as np
 from ...types import Draft, FloatArray, IntArray
 from ..contracts import Drafter, Observation, Sequence
 from ..tree import DEFAULT_SCORE, merge, node_depths
-from .rates import tested_nodes
+from .rates import judged_nodes
 
 _DEPTHS = 8  # deeper nodes share the last cell
 _TRUST = 10.0  # expected acceptances that the drafter's own scores are worth at first
@@ -37,7 +37,7 @@ class Calibration:
 
     def update(self, draft: Draft, truth: IntArray) -> None:
         """`draft` as proposed, before correction."""
-        tested = tested_nodes(draft, truth)
+        tested = judged_nodes(draft, truth)
         if not tested:
             return
         scores = _scores(draft)

@@ -14,7 +14,7 @@ from ...errors import ParameterError
 from ...registry import register
 from ...types import NO_PARENT, Draft, IntArray
 from ..contracts import Drafter, DrafterContext, Observation, Sequence
-from .rates import Rates, tested_nodes
+from .rates import Rates, judged_nodes
 
 _NOTHING = -1  # an empty entry of the matrix
 _EDGES = np.array([0.01, 0.03, 0.07, 0.15, 0.3, 0.5, 0.7, 0.85, 0.95], dtype=np.float32)
@@ -169,7 +169,7 @@ class Recycling(Drafter):
 
     def observe(self, sequence: Sequence, seen: Observation) -> None:
         state = self._states[sequence.id]
-        for node, _, right in tested_nodes(state.draft, seen.new_tokens):
+        for node, _, right in judged_nodes(state.draft, seen.new_tokens):
             self._rates.update(state.cells[node], right)
         state.draft, state.cells = Draft.empty(), []
         if seen.outputs is None:

@@ -12,7 +12,7 @@ import numpy as np
 from ...registry import register
 from ...types import NO_PARENT, Draft
 from ..contracts import Drafter, Observation, Sequence
-from .rates import Rates, tested_nodes
+from .rates import Rates, judged_nodes
 
 _COUNT_WALK = 48  # suffix links followed to count one token; only loops have longer chains
 
@@ -211,7 +211,7 @@ class Suffix(Drafter):
 
     def observe(self, sequence: Sequence, seen: Observation) -> None:
         state = self._states[sequence.id]
-        for node, _, right in tested_nodes(state.draft, seen.new_tokens):
+        for node, _, right in judged_nodes(state.draft, seen.new_tokens):
             self._rates.update(state.cells[node], right)
         state.draft, state.cells = Draft.empty(), []
         state.automaton.extend(sequence.tokens[state.automaton.size :])

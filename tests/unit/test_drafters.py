@@ -1,0 +1,382 @@
+"""Drafters that need no second model, over a toy language, in the loop that the engine runs."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from outpace.decoding.contracts import Drafter, DrafterContext, Observation, Sequence
+from outpace.decoding.drafters.merged import Merged
+from outpace.decoding.drafters.ngram import Ngram, NgramIndex
+from outpace.decoding.drafters.plain import Plain
+from outpace.decoding.drafters.rates import Rates, judged_nodes, right_prefix
+from outpace.decoding.drafters.recycling import Recycling
+from outpace.decoding.drafters.suffix import Suffix, SuffixAutomaton
+from outpace.decoding.methods import make_drafter, split_spec
+from outpace.decoding.outputs import TargetOutputs
+from outpace.decoding.tree import check_draft
+from outpace.decoding.verify.coupled import CoupledVerifier
+from outpace.errors import MethodError, ParameterError
+from outpace.registry import methods
+from outpace.types import NO_PARENT, Draft, SamplingParams
+
+CODE = """
+def area(shape):
+    if shape.kind == "circle":
+        return 3.14159 * shape.radius * shape.radius
+    if shape.kind == "square":
+        return shape.side * shape.side
+    raise ValueError(shape.kind)
+
+def perimeter(shape):
+    if shape.kind == "circle":
+        return 2 * 3.14159 * shape.radius
+    if shape.kind == "square":
+        return 4 * shape.side
+    raise ValueError(shape.kind)
+"""
+PROSE = """
+The tide went out in the morning and left the boats on the sand. In the morning the children went out to the boats,
+and when the tide came in the children went home. The boats went out with the tide, and the morning went on.
+"""
+WORDS = re.findall(r"\w+|\s+|[^\w\s]", CODE + PROSE + CODE)
+VOCAB = {word: i for i, word in enumerate(dict.fromkeys(WORDS))}
+TEXT = [VOCAB[word] for word in WORDS]
+V = len(VOCAB)
+PROMPT = len(TEXT) // 3
+FOLLOWS = dict(itertools.pairwise(TEXT))  # what the toy target says off the text
+
+
+def target_row(text: list[int], at: int, token: int | None = None) -> np.ndarray:
+    """Logits that say text[at]; after a token that strayed from the text, what often follows that token."""
+    row = np.random.default_rng([at, 0 if token is None else token + 1]).standard_normal(V).astype(np.float32)
+    if token is not None:
+        row[FOLLOWS.get(token, 0)] += 8
+    elif at < len(text):
+        row[text[at]] += 8
+    return row
+
+
+def outputs_of(text: list[int], done: int, draft: Draft) -> TargetOutputs:
+    """What a target that only knows `text` answers after its first `done` tokens and after each node."""
+    rows, on_text = [target_row(text, done)], {NO_PARENT: done}
+    for node, (token, parent) in enumerate(zip(draft.tokens.tolist(), draft.parents.tolist(), strict=True)):
+        at = on_text.get(parent)
+        right = at is not None and at < len(text) and text[at] == token
+        if right and at is not None:
+            on_text[node] = at + 1
+        rows.append(target_row(text, (at or 0) + 1, None if right else token))
+    return TargetOutputs.of(torch.from_numpy(np.stack(rows)))
+
+
+def decode(
+    drafter: Drafter, text: list[int], prompt_length: int, budget: int, id: int = 0, end: bool = True
+) -> tuple[float, Sequence]:
+    """Greedy decoding of `text` after its prompt; returns tau and the sequence."""
+    verifier, sequence = CoupledVerifier(), Sequence(id, text[:prompt_length], prompt_length, SamplingParams())
+    drafter.begin(sequence)
+    sequence.tokens.append(text[prompt_length])
+    drafter.observe(sequence, Observation(np.array(text[prompt_length : prompt_length + 1]), Draft.empty(), None, None))
+    steps = 0
+    while len(sequence.tokens) < len(text):
+        [draft] = drafter.propose([sequence], [budget])
+        check_draft(draft, budget, V)
+        outputs = outputs_of(text, len(sequence.tokens), draft)
+        accepted = verifier.verify(sequence, draft, outputs)
+        new = accepted.tokens[: len(text) - len(sequence.tokens)]
+        sequence.tokens += new.tolist()
+        drafter.observe(sequence, Observation(new, draft, accepted, outputs))
+        steps += 1
+    if end:
+        drafter.end(sequence)
+        drafter.end(sequence)
+    return (len(text) - prompt_length - 1) / steps, sequence
+
+
+MAKERS: dict[str, Callable[[], Drafter]] = {
+    "ngram": Ngram,
+    "suffix": Suffix,
+    "recycling": lambda: Recycling(V),
+    "suffix+recycling": lambda: Merged([Suffix(), Recycling(V)]),
+    "ngram+suffix+recycling": lambda: Merged([Ngram(), Suffix(), Recycling(V)]),
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("budget", [0, 1, 7, 31])
+def test_text_is_untouched_and_drafts_pay(name: str, budget: int) -> None:
+    tau, sequence = decode(MAKERS[name](), TEXT, PROMPT, budget)
+    assert sequence.tokens == TEXT
+    assert tau >= {0: 1.0, 1: 1.1, 7: 1.25, 31: 1.4}[budget] if budget else tau == 1.0
+
+
+def test_merging_is_no_worse_than_its_parts() -> None:
+    merged, _ = decode(MAKERS["suffix+recycling"](), TEXT, PROMPT, 15)
+    for part in ("suffix", "recycling"):
+        assert merged >= decode(MAKERS[part](), TEXT, PROMPT, 15)[0] * 0.97
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_loop_is_followed(name: str) -> None:
+    text = TEXT[:3] + TEXT[40:47] * 20
+    tau, _ = decode(MAKERS[name](), text, 24, 16)
+    assert tau > (2 if name == "recycling" else 6)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_end_forgets_the_sequence(name: str) -> None:
+    drafter = MAKERS[name]()
+    decode(drafter, TEXT, PROMPT, 8, id=3)
+    for part in drafter.drafters if isinstance(drafter, Merged) else [drafter]:
+        assert not part._states  # type: ignore[attr-defined]
+    if isinstance(drafter, Merged):
+        assert not drafter._proposed
+
+
+@pytest.mark.parametrize("name", ["ngram", "suffix"])
+def test_sequences_are_strangers_to_each_other(name: str) -> None:
+    drafter = MAKERS[name]()
+    decode(drafter, TEXT, PROMPT, 8, id=1, end=False)
+    other = Sequence(2, TEXT[-2:], 2, SamplingParams())
+    drafter.begin(other)
+    assert len(drafter.propose([other], [8])[0]) == 0
+
+
+def test_sequences_are_drafted_for_together_as_alone() -> None:
+    prompts = [TEXT[:60], TEXT[20:50], TEXT[30:110]]
+    alone = []
+    for prompt in prompts:
+        drafter = MAKERS["suffix+recycling"]()
+        sequence = Sequence(0, list(prompt), len(prompt), SamplingParams())
+        drafter.begin(sequence)
+        alone.append(drafter.propose([sequence], [9])[0])
+    drafter = Merged([Suffix(), Recycling(V, owner_of=lambda sequence: sequence.id)])
+    sequences = [Sequence(i, list(p), len(p), SamplingParams()) for i, p in enumerate(prompts)]
+    for sequence in sequences:
+        drafter.begin(sequence)
+    for one, together in zip(alone, drafter.propose(sequences, [9, 9, 9]), strict=True):
+        assert one.tokens.tolist() == together.tokens.tolist()
+        assert one.parents.tolist() == together.parents.tolist()
+
+
+def test_plain_proposes_nothing() -> None:
+    tau, _ = decode(Plain(), TEXT, PROMPT, 8)
+    assert tau == 1.0
+
+
+# -- rates ---------------------------------------------------------------------------------------------------
+
+
+def test_judged_nodes_are_those_with_right_ancestors() -> None:
+    draft = Draft(np.array([5, 6, 7, 8, 9]), np.array([-1, -1, 1, 0, 2]), ["x"] * 5)
+    assert judged_nodes(draft, np.array([6, 7])) == [(0, 0, False), (1, 0, True), (2, 1, True)]
+    assert judged_nodes(draft, np.array([6])) == [(0, 0, False), (1, 0, True)]
+    assert right_prefix(np.array([1, 2, 3]), np.array([1, 2, 4, 5])) == 2
+    assert right_prefix(np.array([1, 2]), np.array([1, 2, 4])) == 2
+
+
+def test_rates_move_from_the_prior_to_the_frequency() -> None:
+    rates = Rates([0.5, 0.1])
+    for i in range(2000):
+        rates.update(0, i % 4 != 0)
+    assert rates.value[0] == pytest.approx(0.75, abs=0.03)
+    assert rates.value[1] == pytest.approx(0.1)
+
+
+# -- n-gram --------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.integers(0, 3), max_size=40), st.integers(1, 3), st.integers(0, 3))
+def test_ngram_index_finds_the_longest_then_latest_match(tokens: list[int], shortest: int, more: int) -> None:
+    index = NgramIndex(shortest, shortest + more)
+    for token in tokens:
+        index.extend([token])
+    expected = (0, len(tokens))
+    for n in range(shortest, shortest + more + 1):
+        places = [i for i in range(n, len(tokens)) if tokens[i - n : i] == tokens[len(tokens) - n :]]
+        if places:
+            expected = (n, places[-1])
+    assert index.find() == expected
+
+
+def test_ngram_continuation_reads_itself_past_the_end() -> None:
+    index = NgramIndex(1, 3)
+    index.extend([1, 2, 3, 1, 2, 3, 1])
+    n, place = index.find()
+    assert (n, place) == (3, 4)
+    assert index.continuation(place, 8) == [2, 3, 1, 2, 3, 1, 2, 3]
+
+
+def test_ngram_refuses_senseless_lengths() -> None:
+    with pytest.raises(ParameterError, match="min_ngram"):
+        Ngram(min_ngram=4, max_ngram=3)
+
+
+# -- suffix automaton ----------------------------------------------------------------------------------------
+
+
+def occurrences(text: list[int], part: list[int]) -> list[int]:
+    return [i + len(part) - 1 for i in range(len(text) - len(part) + 1) if text[i : i + len(part)] == part]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=30))
+def test_suffix_automaton_against_brute_force(text: list[int]) -> None:
+    automaton = SuffixAutomaton()
+    for token in text:
+        automaton.extend([token])
+    for start in range(len(text)):
+        for stop in range(start + 1, len(text) + 1):
+            part, state = text[start:stop], 0
+            for token in part:
+                state = automaton.next[state][token]
+            places = occurrences(text, part)
+            assert automaton.count[state] == len(places)
+            assert automaton.last[state] == places[-1]
+            following = Counter(text[p + 1] for p in places if p + 1 < len(text))
+            assert {t: automaton.count[s] for t, s in automaton.continuations(state)} == following
+            assert automaton.length[state] >= len(part)
+    match = automaton.length[automaton.link[automaton.end]]
+    repeated = [n for n in range(1, len(text)) if len(occurrences(text, text[-n:])) > 1]
+    assert match == max(repeated, default=0)
+    assert len(automaton.next) <= 2 * len(text) + 1
+
+
+def test_suffix_proposes_the_continuation_of_the_longest_match_first() -> None:
+    #      1 2 3 was followed by 4 twice and by 5 once; 2 3 elsewhere by 6
+    text = [1, 2, 3, 4, 0, 1, 2, 3, 5, 7, 1, 2, 3, 4, 0, 9, 2, 3, 6, 8, 1, 2, 3]
+    sequence = Sequence(0, text, len(text), SamplingParams())
+    suffix = Suffix()
+    suffix.begin(sequence)
+    [draft] = suffix.propose([sequence], [12])
+    roots = [t for t, p in zip(draft.tokens.tolist(), draft.parents.tolist(), strict=True) if p == NO_PARENT]
+    assert roots[0] == 4 and {5, 6} <= set(roots)
+    assert draft.tokens[draft.parents == 0].tolist() == [0]
+
+
+# -- recycling -----------------------------------------------------------------------------------------------
+
+
+def test_recycling_remembers_rejected_rows_too() -> None:
+    drafter = Recycling(10, k=2, min_score=0)
+    sequence = Sequence(0, [1, 2], 1, SamplingParams())
+    drafter.begin(sequence)
+    draft = Draft(np.array([3, 4]), np.array([-1, -1]), ["x", "x"])
+    logits = np.zeros((3, 10), dtype=np.float32)
+    logits[0, [5, 6]] = [9, 8]  # after 2
+    logits[1, [7, 8]] = [9, 8]  # after 3, rejected
+    logits[2, [1, 0]] = [9, 8]  # after 4, rejected
+    sequence.tokens.append(5)
+    drafter.observe(sequence, Observation(np.array([5]), draft, None, TargetOutputs.of(torch.from_numpy(logits))))
+    matrix = drafter._matrices[None]
+    assert matrix.ids[[2, 3, 4]].tolist() == [[5, 6], [7, 8], [1, 0]]
+    sequence.tokens.append(3)
+    [proposed] = drafter.propose([sequence], [4])
+    assert proposed.tokens.tolist()[0] == 7
+    assert set(proposed.tokens[proposed.parents == NO_PARENT].tolist()) == {7, 8}
+
+
+def test_recycling_keeps_the_accepted_row_of_equal_tokens() -> None:
+    drafter = Recycling(10, k=1)
+    sequence = Sequence(0, [1, 2], 1, SamplingParams())
+    drafter.begin(sequence)
+    draft = Draft(np.array([3, 4, 3]), np.array([-1, -1, 1]), ["x"] * 3)
+    outputs = TargetOutputs.of(torch.from_numpy(np.eye(10, dtype=np.float32)[[3, 5, 3, 9]]))
+    accepted = CoupledVerifier().verify(sequence, draft, outputs)
+    assert accepted.path.tolist() == [0]
+    sequence.tokens += accepted.tokens.tolist()
+    drafter.observe(sequence, Observation(accepted.tokens, draft, accepted, outputs))
+    assert drafter._matrices[None].ids[3, 0] == 5
+
+
+def test_recycling_starts_from_the_prompt_s_bigrams() -> None:
+    drafter = Recycling(10, k=2)
+    sequence = Sequence(0, [1, 2, 1, 3, 1, 3, 1, 4, 1], 9, SamplingParams())
+    drafter.begin(sequence)
+    matrix = drafter._matrices[None]
+    assert matrix.ids[1].tolist() == [3, 2]
+    assert matrix.ids[4].tolist() == [1, -1]
+    [draft] = drafter.propose([sequence], [3])
+    check_draft(draft, 3, 10)
+    assert draft.tokens[0] == 3
+
+
+def test_recycling_keeps_owners_apart_and_forgets_the_longest_idle() -> None:
+    drafter = Recycling(10, k=2, owner_of=lambda sequence: sequence.id // 10, max_owners=2)
+    drafter.begin(Sequence(1, [1, 2, 1], 3, SamplingParams()))
+    other = Sequence(11, [1], 1, SamplingParams())
+    drafter.begin(other)
+    assert len(drafter.propose([other], [4])[0]) == 0
+    same = Sequence(2, [1], 1, SamplingParams())
+    drafter.begin(same)
+    assert drafter.propose([same], [1])[0].tokens.tolist() == [2]
+    drafter.begin(Sequence(21, [1], 1, SamplingParams()))
+    assert list(drafter._matrices) == [0, 2]
+
+
+def test_recycling_refuses_a_senseless_k() -> None:
+    with pytest.raises(ParameterError, match="k from 1"):
+        Recycling(10, k=0)
+
+
+# -- merged --------------------------------------------------------------------------------------------------
+
+
+class Parrot(Drafter):
+    """Always proposes one chain, sure of it. Right or wrong."""
+
+    name = "parrot"
+    paper = ""
+
+    def __init__(self, tokens: list[int], score: float) -> None:
+        self.chain, self.score = tokens, score
+
+    def propose(self, sequences: object, budgets: list[int]) -> list[Draft]:  # type: ignore[override]
+        scores = np.full(len(self.chain), self.score, dtype=np.float32)
+        return [Draft.chain(self.chain[:b], self.name, scores[:b]) for b in budgets]
+
+
+def test_merged_learns_whom_to_believe() -> None:
+    liar, honest = Parrot([1, 1, 1], 0.9), Parrot([2, 2, 2], 0.5)
+    merged = Merged([liar, honest])
+    sequence = Sequence(0, [0], 1, SamplingParams())
+    merged.begin(sequence)
+    assert merged.propose([sequence], [3])[0].tokens.tolist() == [1, 1, 1]
+    for _ in range(60):
+        merged.propose([sequence], [3])
+        truth = np.array([2, 2, 2, 0])
+        sequence.tokens += truth.tolist()
+        merged.observe(sequence, Observation(truth, Draft.empty(), None, None))
+    [draft] = merged.propose([sequence], [3])
+    assert draft.tokens.tolist() == [2, 2, 2]
+    assert draft.scores is not None and draft.scores[0] > 0.8
+
+
+# -- names ---------------------------------------------------------------------------------------------------
+
+
+def test_every_registered_drafter_can_be_made_or_says_what_it_needs() -> None:
+    context = DrafterContext(vocab_size=V)
+    for method in methods("drafter"):
+        if "draft model" in method.needs:
+            with pytest.raises(MethodError, match="draft model"):
+                make_drafter(method.name, context)
+        else:
+            assert make_drafter(method.name, context).name == method.name
+    merged = make_drafter("suffix + recycling", context)
+    assert isinstance(merged, Merged) and [d.name for d in merged.drafters] == ["suffix", "recycling"]
+
+
+@pytest.mark.parametrize("spec", ["", "sufix", "suffix+", "suffix+suffix", "plain+ngram", "coupled"])
+def test_senseless_specs_are_refused(spec: str) -> None:
+    with pytest.raises(MethodError):
+        split_spec(spec)
