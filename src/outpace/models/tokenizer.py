@@ -79,7 +79,7 @@ class Tokenizer:
         if self._template is None:
             raise ParameterError("this model has no chat template; give it a raw prompt instead")
         literals: list[str] = []
-        mark = f"\ue000{secrets.randbelow(10**15):015}:"
+        mark = _Mark()
         safe = [self._disarm(_checked(m), mark, literals) for m in messages]
         if not safe:
             raise ParameterError("a conversation needs at least one message")
@@ -116,12 +116,12 @@ class Tokenizer:
         spans = zip(found.ids, found.offsets, strict=True)
         return [(a, b, i) for i, (a, b) in spans if i in self._special_ids and b > a]
 
-    def _disarm(self, value: Any, mark: str, literals: list[str]) -> Any:
+    def _disarm(self, value: Any, mark: _Mark, literals: list[str]) -> Any:
         """Replace control tokens written out in a user's strings by marks, which no template can mistake."""
         if isinstance(value, str):
             at, pieces = 0, []
             for a, b, _ in self._special_spans(value):
-                pieces += [value[at:a], f"{mark}{len(literals)}\ue001"]
+                pieces += [value[at:a], mark.around(len(literals))]
                 literals.append(value[a:b])
                 at = b
             return "".join([*pieces, value[at:]]) if pieces else value
@@ -131,21 +131,37 @@ class Tokenizer:
             return [self._disarm(v, mark, literals) for v in value]
         return value
 
-    def _rearm(self, text: str, mark: str, literals: list[str]) -> list[int]:
+    def _rearm(self, text: str, mark: _Mark, literals: list[str]) -> list[int]:
         """Encode a rendered text: the template's control tokens as such, everything between as plain text."""
-        pattern = re.compile(re.escape(mark) + "(\\d+)\ue001")
         ids: list[int] = []
         at = 0
         for a, b, token in [*self._special_spans(text), (len(text), len(text), -1)]:
-            plain = pattern.sub(lambda m: literals[int(m[1])], text[at:a])
-            if mark in plain:
-                raise ParameterError(
-                    "the chat template cut a message apart at a control token; remove it from the text"
-                )
+            plain = mark.restore(text[at:a], literals)
             ids += self.encode(plain) if plain else []
             ids += [token] if token >= 0 else []
             at = b
         return ids
+
+
+class _Mark:
+    """Stands for a literal while a template is rendered: its number between two random private-use characters."""
+
+    def __init__(self) -> None:
+        self._open, self._close = (chr(first + secrets.randbelow(0xFFFE)) for first in (0xF0000, 0x100000))
+
+    def around(self, number: int) -> str:
+        return f"{self._open}{number}{self._close}"
+
+    def restore(self, text: str, literals: Sequence[str]) -> str:
+        """Raises ParameterError if the template did not leave every mark whole."""
+
+        def literal(m: re.Match[str]) -> str:
+            return literals[int(m[1])] if int(m[1]) < len(literals) else self._open
+
+        plain = re.sub(f"{self._open}([0-9]{{1,9}}){self._close}", literal, text)
+        if self._open in plain or self._close in plain:
+            raise ParameterError("the chat template cut a message apart at a control token; remove it from the text")
+        return plain
 
 
 class Detokenizer:
