@@ -99,9 +99,10 @@ class FakeDecoder(Decoder):
             for t in rows:
                 slot = slots(np.array([committed + int(batch.offsets[t])]))
                 storage.tokens[slot], storage.positions[slot] = batch.tokens[t], batch.positions[t]
+            seen: NDArray[np.int32]
             for t in rows:
                 if batch.causal[b]:
-                    seen = np.arange(int(batch.offsets[t]) + 1)
+                    seen = np.arange(int(batch.offsets[t]) + 1, dtype=np.int32)
                 else:
                     seen = batch.visible[batch.visible_start[t] : batch.visible_start[t + 1]]
                 where = slots(np.concatenate((np.arange(committed), committed + seen)))
@@ -198,11 +199,11 @@ def test_a_perfect_tree_is_followed_to_its_depth() -> None:
     drafter = tree(FakeDecoder(), min_reach=0.0, width=2, branches=3, max_depth=5)
     sequence = Sequence(0, [3, 1], 2, SamplingParams())
     drafter.begin(sequence)
-    committed, drafts = 0, []
+    committed, drafts = 0, list[Draft]()
     for _ in range(8):
-        n, draft = step(drafter, [sequence], [12])
+        n, proposed = step(drafter, [sequence], [12])
         committed += n
-        drafts += draft
+        drafts += proposed
     assert committed > 8 * 3
     assert any(len(np.unique(d.parents)) < len(d) for d in drafts), "no draft branched"
     for draft in drafts:
