@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "LLM",
+__all__ = [  # noqa: RUF022  plainly sorted, a test keeps it so
     "CapacityError",
     "CorruptModel",
     "DecodingStats",
     "DownloadError",
+    "LLM",
     "MethodError",
     "ModelError",
     "ModelNotFound",

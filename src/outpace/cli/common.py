@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ..errors import ParameterError
+from ..models.catalog import DEFAULT_MODEL
 from ..types import Result, SamplingParams
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 DEFAULTS = {f.name: f.default for f in fields(SamplingParams) if f.default is not MISSING}
-DEFAULT_MODEL = "smollm2-135m"
 
 
 def _apply(options: list[Callable[[Any], Any]], function: F) -> F:
@@ -31,7 +31,7 @@ def _apply(options: list[Callable[[Any], Any]], function: F) -> F:
 
 def model_options(function: F) -> F:
     """Which model, how it decodes and with what arithmetic."""
-    precisions = click.Choice(["auto", "float32", "bfloat16", "int8", "int4"])
+    precisions = click.Choice(["auto", "float32", "bfloat16", "int8"])
     options = [
         click.option(
             "-m",
@@ -139,7 +139,7 @@ def read_stdin() -> str:
     if sys.stdin is None or sys.stdin.closed or sys.stdin.isatty():
         return ""
     try:
-        return click.get_text_stream("stdin").read()
+        return sys.stdin.read()
     except UnicodeDecodeError as error:
         raise ParameterError(f"stdin is not text in UTF-8 ({error.reason} at byte {error.start})") from error
 

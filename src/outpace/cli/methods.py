@@ -46,7 +46,7 @@ def methods(as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=160)
+    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=200)
     titles = {"drafter": "Drafters (--method; a+b merges two)", "verifier": "Verifiers (--verifier)"}
     for kind, title in titles.items():
         table = Table(title=title, title_justify="left", box=None, pad_edge=False, title_style="bold")

@@ -192,7 +192,7 @@ class Engine:
         note = (
             f"{self.decoder.precision} on {self.decoder.device.type} rounds a row differently when other rows share "
             "its step, so tokens may differ from plain decoding where two logits nearly tie; "
-            "int8 and float32 on the CPU do not"
+            "the native CPU decoder does not"
         )
         return ("approximate" if params.greedy else "distribution"), [note]
 

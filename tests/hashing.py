@@ -7,6 +7,7 @@ hash, so the tokens part from plain decoding at once.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +15,12 @@ import torch
 from outpace.cache.storage import PAGE_SIZE, KVStorage
 from outpace.decoding.contracts import Drafter, Observation
 from outpace.decoding.contracts import Sequence as TokenSequence
+from outpace.engine.load import LoadedModel
 from outpace.models.batch import ForwardBatch
+from outpace.models.checkpoint import TokenizerFiles
 from outpace.models.config import ModelConfig
 from outpace.models.decoder import Decoder, DecoderOutput
+from outpace.models.tokenizer import Tokenizer
 from outpace.types import Draft
 
 VOCAB = 40
@@ -39,19 +43,30 @@ class HashStorage(KVStorage):
 
 
 class HashDecoder(Decoder):
-    """`eos_after`: from that position on the end-of-text token is by far the likeliest."""
+    """`eos_after`: from that position on the end-of-text token is by far the likeliest. Only the first `speakable`
+    tokens of the vocabulary, and that one, are ever likely."""
 
     precision = "float32"
     device = torch.device("cpu")
     weight_bytes = 0
 
-    def __init__(self, *, max_position: int = 4096, eos_after: int | None = None, row_invariant: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        max_position: int = 4096,
+        eos_after: int | None = None,
+        row_invariant: bool = True,
+        vocab: int = VOCAB,
+        speakable: int = VOCAB,
+        eos: int = EOS,
+    ) -> None:
         self.row_invariant = row_invariant
+        self.speakable, self.eos = speakable, eos
         self.eos_after = eos_after
         self.forwards: list[tuple[int, int]] = []  # (sequences, rows) of each
         self.config = ModelConfig(
             architecture="llama",
-            vocab_size=VOCAB,
+            vocab_size=vocab,
             hidden_size=8,
             intermediate_size=8,
             num_layers=1,
@@ -63,7 +78,7 @@ class HashDecoder(Decoder):
             rope_theta=1e4,
             layer_types=("full",),
             attention_scale=1.0,
-            eos_ids=(EOS,),
+            eos_ids=(eos,),
         )
 
     def new_storage(self, num_pages: int) -> HashStorage:
@@ -88,16 +103,19 @@ class HashDecoder(Decoder):
                 rows.append((t, slots))
         seen_by = dict(rows)
         logits = [self.logits(storage.slots[seen_by[t]]) for t in batch.logit_rows.tolist()]
-        return DecoderOutput(torch.from_numpy(np.array(logits, dtype=np.float32).reshape(-1, VOCAB)), {})
+        return DecoderOutput(
+            torch.from_numpy(np.array(logits, dtype=np.float32).reshape(-1, self.config.vocab_size)), {}
+        )
 
     def logits(self, seen: np.ndarray) -> np.ndarray:
         """f32[V] from the (token, position) pairs that a row sees, in the order of their places."""
         assert (seen[:, 1] == np.arange(len(seen))).all(), f"positions {seen[:, 1].tolist()}"
         key = hash(tuple(seen[:, 0].tolist())) & (2**63 - 1)
-        logits = np.random.Generator(np.random.Philox(key=key)).normal(size=VOCAB).astype(np.float32)
-        logits[EOS] = -50.0
+        logits = np.random.Generator(np.random.Philox(key=key)).normal(size=self.config.vocab_size).astype(np.float32)
+        logits[self.speakable :] = -50.0
+        logits[self.eos] = -50.0
         if self.eos_after is not None and len(seen) >= self.eos_after:
-            logits[EOS] = 50.0
+            logits[self.eos] = 50.0
         return logits
 
 
@@ -165,3 +183,16 @@ def oracle(decoder: HashDecoder, right: float = 1.0, tree: bool = False) -> Call
         return Draft(np.array(nodes, dtype=np.int64), np.array(parents, dtype=np.int64), sources)
 
     return script
+
+
+CHAT_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+
+
+def toy_loaded(name: str = "toy", template: str | None = CHAT_TEMPLATE, **decoder: Any) -> LoadedModel:
+    """A byte tokenizer and a decoder that says printable characters, as `load_model` would return them."""
+    from toy import EOS, VOCAB, MemoryCheckpoint
+
+    made = HashDecoder(vocab=VOCAB, speakable=94, eos=EOS, **decoder)
+    files = MemoryCheckpoint(made.config, {}).tokenizer_files()
+    config = {**files.tokenizer_config, **({"chat_template": template} if template else {})}
+    return LoadedModel(name, made, Tokenizer(TokenizerFiles(files.tokenizer_json, config)))

@@ -1,0 +1,375 @@
+"""`LLM`: a model and a decoding method, ready to answer. The Python API; one thread at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, TypeAlias
+
+from ..cache.storage import PAGE_SIZE
+from ..decoding.contracts import DrafterContext, Verifier
+from ..decoding.methods import make_drafter, split_spec
+from ..errors import MethodError, ParameterError
+from ..models.config import ModelConfig
+from ..models.decoder import Decoder
+from ..models.tokenizer import Tokenizer
+from ..registry import Method, method
+from ..types import Precision, Result, SamplingParams
+from .engine import Engine, EngineConfig
+from .load import LoadedModel, Progress, load_model, size_of_cache
+from .request import StepEvent
+
+#: Text to continue, token ids, or the messages of a chat
+Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, Any]]
+
+LOSSLESS_METHOD = "suffix+recycling"
+LOSSLESS_METHOD_WITH_DRAFT_MODEL = "suffix+draft"
+DRAFT_MODEL = "draft model"  # as drafters name it in what they need
+
+
+class LLM:
+    """Loads a model and answers prompts with it.
+
+    model         a known name, a GGUF file, a folder, a hub id, or the `loaded` of another LLM
+    draft_model   the same for a small model of the same vocabulary; only for methods that need one
+    method        how tokens are drafted, `a+b` merges two. "auto" is the best lossless choice: lookup and token
+                  recycling (with `draft_model`, lookup and that model), and plain decoding where the arithmetic
+                  cannot promise the same tokens (bfloat16 on CUDA); name a method there to have it all the same
+    verifier      "auto" is "coupled": the same tokens as plain decoding, sampled ones too
+    precision     "auto" is int8 on a CPU and bfloat16 on CUDA
+    max_batch     sequences that decode at once; further prompts wait
+    max_rows      rows of one sequence in a step (its last token and the draft), and at least that many in all
+    kv_tokens     size of the KV cache; by default `max_batch` contexts as far as memory goes
+
+    Raises MethodError if a method's needs are not met, ParameterError for values out of range, ModelError if a model
+    cannot be had.
+    """
+
+    def __init__(
+        self,
+        model: str | LoadedModel = "smollm2-135m",
+        *,
+        draft_model: str | LoadedModel | None = None,
+        method: str = "auto",
+        verifier: str = "auto",
+        precision: str = "auto",
+        threads: int | None = None,
+        device: str = "auto",
+        max_batch: int = 8,
+        max_rows: int = 16,
+        kv_tokens: int | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        limits = {"max_batch": max_batch, "max_rows": max_rows, "max_step_rows": max(32, max_rows)}
+        EngineConfig(**limits, kv_tokens=kv_tokens if kv_tokens is not None else 1)  # refuse before loading
+        if method != "auto":
+            check_needs(method, draft_model is not None)
+        self.verifier = "coupled" if verifier == "auto" else verifier
+        judge = make_verifier(self.verifier)
+        how: dict[str, Any] = {"precision": precision, "threads": threads, "device": device, "progress": progress}
+        self.loaded = model if isinstance(model, LoadedModel) else load_model(model, **how)
+        self.draft_loaded = load_model(draft_model, **how) if isinstance(draft_model, str) else draft_model
+        if self.draft_loaded is not None:
+            check_vocabulary(self.loaded, self.draft_loaded)
+        if method == "auto":
+            method = self._best_lossless()
+        self.method = method
+        self._open(judge, limits, kv_tokens)
+
+    def _best_lossless(self) -> str:
+        if self.draft_loaded is not None:
+            return LOSSLESS_METHOD_WITH_DRAFT_MODEL
+        return LOSSLESS_METHOD if self.loaded.decoder.row_invariant else "plain"
+
+    def _open(self, judge: Verifier, limits: dict[str, int], wanted: int | None) -> None:
+        decoder = self.loaded.decoder
+        config = EngineConfig(**limits, kv_tokens=size_of_cache(decoder, wanted, limits["max_batch"]))
+        drafts = (config.kv_tokens + limits["max_batch"] * (limits["max_rows"] + PAGE_SIZE)) // PAGE_SIZE + 1
+        context = DrafterContext(
+            vocab_size=decoder.config.vocab_size,
+            draft=self.draft_loaded.decoder if self.draft_loaded is not None else None,
+            draft_pages=drafts,  # everything that the target's cache holds, and a draft for each sequence
+            sampled=self.verifier == "rejection",
+        )
+        self._engine = Engine(
+            decoder,
+            make_drafter(self.method, context),
+            judge,
+            detokenizer=self.tokenizer.detokenizer,
+            eos_ids=self.tokenizer.eos_ids,
+            method=self.method,
+            config=config,
+        )
+        self._limits, self._wanted = limits, wanted
+        self._inbox: dict[int, list[StepEvent]] = {}
+        self._closed = False
+
+    # -- what it is --------------------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        return self.loaded.name
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.loaded.tokenizer
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.loaded.decoder.config
+
+    @property
+    def decoder(self) -> Decoder:
+        return self.loaded.decoder
+
+    @property
+    def precision(self) -> Precision:
+        return self.loaded.decoder.precision
+
+    @property
+    def method_info(self) -> tuple[Method, ...]:
+        """The registry's entry of each drafter in `method`."""
+        return tuple(method(name, "drafter") for name in split_spec(self.method))
+
+    def with_method(
+        self,
+        method: str,
+        *,
+        verifier: str = "auto",
+        max_batch: int | None = None,
+        max_rows: int | None = None,
+        kv_tokens: int | None = None,
+    ) -> LLM:
+        """Another method on the same weights, with a KV cache of its own. The draft model comes along if needed;
+        what is not given is as here."""
+        drafts = method == "auto" or needs_draft_model(method)
+        return LLM(
+            self.loaded,
+            draft_model=self.draft_loaded if drafts else None,
+            method=method,
+            verifier=verifier,
+            max_batch=max_batch if max_batch is not None else self._limits["max_batch"],
+            max_rows=max_rows if max_rows is not None else self._limits["max_rows"],
+            kv_tokens=kv_tokens if kv_tokens is not None else self._wanted,
+        )
+
+    # -- answers -----------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        progress: bool = False,
+    ) -> list[Result]:
+        """Answer one or many prompts in one batch; results in the order of the prompts.
+
+        A string is continued as it is; messages ({"role": …, "content": …}) go through the model's chat template.
+        `params` is one for all, or one for each. `progress` shows a bar on stderr. If one request is refused, or the
+        call is interrupted, none of them goes on.
+        """
+        asked = as_prompts(prompts)
+        each = [params] * len(asked) if params is None or isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(asked):
+            raise ParameterError(f"{len(asked)} prompts but {len(each)} SamplingParams: give one, or one for each")
+        ids: list[int] = []
+        results: dict[int, Result] = {}
+        try:
+            for prompt, param in zip(asked, each, strict=True):
+                ids.append(self._add(prompt, param))
+            with _bar(len(ids), progress) as advance:
+                while len(results) < len(ids):
+                    self._pump()
+                    for id in ids:
+                        for event in self._take(id):
+                            if event.result is not None:
+                                results[id] = event.result
+                                advance()
+        finally:
+            for id in ids:
+                if id not in results:
+                    self._cancel(id)
+                self._inbox.pop(id, None)
+        return [results[id] for id in ids]
+
+    def chat(self, messages: str | Sequence[Mapping[str, Any]], params: SamplingParams | None = None) -> Result:
+        """Answer a conversation, or one message."""
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        return self.generate(messages, params)[0]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
+        """Answer one prompt step by step. Refusals are raised here, before the first step."""
+        return Stream(self, self._add(prompt, params))
+
+    def tokens(self, prompt: Prompt) -> list[int]:
+        """The token ids that the model reads for a prompt."""
+        if isinstance(prompt, str):
+            return self.tokenizer.prompt(prompt)
+        if prompt and isinstance(prompt[0], Mapping):
+            return self.tokenizer.chat(prompt)  # type: ignore[arg-type]
+        return [int(t) for t in prompt]  # type: ignore[arg-type]
+
+    def room(self, prompt: Prompt) -> int:
+        """The largest `max_tokens` that fits behind a prompt; CapacityError if there is no room at all."""
+        return self._open_engine().room(len(self.tokens(prompt)))
+
+    # -- life --------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Give back the KV cache. The weights stay as long as another LLM uses them. Safe to call twice."""
+        if not self._closed:
+            for id in list(self._inbox):
+                self._cancel(id)
+            self._inbox.clear()
+            self._closed = True
+            del self._engine
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def check_integrity(self) -> None:
+        """Compare the books of the engine; AssertionError if they differ."""
+        self._engine.check_integrity()
+
+    # -- inside: several streams may be open at once, whoever steps fills everyone's inbox -----------------------
+
+    def _add(self, prompt: Prompt, params: SamplingParams | None) -> int:
+        id = self._open_engine().add(self.tokens(prompt), params)
+        self._inbox[id] = []
+        return id
+
+    def _open_engine(self) -> Engine:
+        if self._closed:
+            raise ParameterError("this LLM is closed: make another one")
+        return self._engine
+
+    def _pump(self) -> None:
+        for event in self._open_engine().step():
+            self._inbox[event.id].append(event)
+
+    def _take(self, id: int) -> list[StepEvent]:
+        events, self._inbox[id] = self._inbox[id], []
+        return events
+
+    def _cancel(self, id: int) -> Result | None:
+        return None if self._closed else self._engine.cancel(id)
+
+
+class Stream:
+    """Iterates over the steps of one request; `result` is set when it is over, however it ends.
+
+    Leaving the loop early cancels the request. `cancel` may be called from a signal handler: the loop ends after
+    the current step.
+    """
+
+    def __init__(self, llm: LLM, id: int) -> None:
+        self._llm, self._id = llm, id
+        self.result: Result | None = None
+        self.cancelled = False
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+    def __iter__(self) -> Iterator[StepEvent]:
+        shown = 0
+        try:
+            while self.result is None:
+                for event in self._llm._take(self._id):
+                    shown += len(event.text)
+                    self.result = event.result
+                    yield event
+                if self.result is not None:
+                    return
+                if self.cancelled:
+                    self.result = self._llm._cancel(self._id)
+                    if self.result is not None and len(self.result.text) > shown:
+                        yield StepEvent(self._id, [], [], self.result.text[shown:], None, self.result)
+                    return
+                self._llm._pump()
+        finally:
+            if self.result is None:
+                self.result = self._llm._cancel(self._id)
+            self._llm._inbox.pop(self._id, None)
+
+
+def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or many, as a list. A list of numbers, or of messages, is one prompt."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if isinstance(prompts, Mapping) or not isinstance(prompts, Iterable):
+        raise ParameterError(f"a prompt is text, token ids or messages, not {prompts!r}")
+    found = list(prompts)
+    if found and all(isinstance(p, Mapping) for p in found):
+        return [found]  # type: ignore[list-item]
+    if found and all(hasattr(p, "__index__") for p in found):
+        return [found]  # type: ignore[list-item]
+    for p in found:
+        if isinstance(p, Mapping) or hasattr(p, "__index__") or not isinstance(p, Sequence):
+            raise ParameterError(f"a prompt is text, token ids or messages, not {p!r}")
+    return found  # type: ignore[return-value]
+
+
+def needs_draft_model(spec: str) -> bool:
+    """Whether some drafter of `a+b` needs one. Raises MethodError for unknown names."""
+    return any(DRAFT_MODEL in method(name, "drafter").needs for name in split_spec(spec))
+
+
+def check_needs(spec: str, has_draft_model: bool) -> None:
+    """Raises MethodError for a method without what it needs, or a draft model that nobody would use."""
+    needed = needs_draft_model(spec)
+    if needed and not has_draft_model:
+        raise MethodError(
+            f"method {spec!r} needs a draft model: name a small model of the same vocabulary "
+            "(draft_model=…, --draft-model …), or use a method without one"
+        )
+    if has_draft_model and not needed:
+        raise MethodError(
+            f"method {spec!r} has no use for a draft model: leave it out, or use a method that needs one "
+            f"(such as draft, or {LOSSLESS_METHOD_WITH_DRAFT_MODEL})"
+        )
+
+
+def check_vocabulary(target: LoadedModel, draft: LoadedModel) -> None:
+    """A draft model's tokens must be the target's."""
+    if not target.tokenizer.same_vocabulary(draft.tokenizer):
+        raise MethodError(
+            f"{draft.name} cannot draft for {target.name}: their vocabularies differ, so its tokens mean something "
+            "else; use a draft model of the same family"
+        )
+
+
+def make_verifier(name: str) -> Verifier:
+    """Raises MethodError naming what there is."""
+    made: Verifier = method(name, "verifier").cls()
+    return made
+
+
+class _bar:
+    """A progress bar over requests on stderr, or nothing. `with _bar(n, show) as advance: advance()`"""
+
+    def __init__(self, total: int, show: bool) -> None:
+        self._bar = None
+        if show:
+            from rich.console import Console
+            from rich.progress import Progress as RichProgress
+
+            self._bar = RichProgress(console=Console(stderr=True), transient=True)
+            self._task = self._bar.add_task("generating", total=total)
+
+    def __enter__(self) -> Any:
+        if self._bar is not None:
+            self._bar.start()
+        return self._advance
+
+    def _advance(self) -> None:
+        if self._bar is not None:
+            self._bar.advance(self._task)
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()

@@ -1,0 +1,121 @@
+"""From a model's name to something that runs: which device, which arithmetic, how much KV cache."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import get_args
+
+import torch
+
+from ..cache.storage import PAGE_SIZE
+from ..errors import ParameterError
+from ..models.config import ModelConfig
+from ..models.decoder import Decoder
+from ..models.tokenizer import Tokenizer
+from ..types import Precision
+
+#: What a decoder exists for, the default first
+PRECISIONS: dict[str, tuple[Precision, ...]] = {
+    "cpu": ("int8", "float32", "bfloat16"),
+    "cuda": ("bfloat16", "float32"),
+}
+KV_BYTES = 2 << 30  # the default cache holds at most this much, or a quarter of the free memory if that is less
+
+#: progress(what, done, total), called while something takes long
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedModel:
+    """A model in memory. It may serve several LLM objects; nothing in it belongs to one of them."""
+
+    name: str
+    decoder: Decoder
+    tokenizer: Tokenizer
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.decoder.config
+
+
+def choose_device(device: str) -> torch.device:
+    """ "auto": CUDA if there is one. Raises ParameterError for a device that is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        chosen = torch.device("meta")
+    if chosen.type not in PRECISIONS:
+        raise ParameterError(f"device={device!r} is unknown: it must be auto, cpu, cuda or cuda:N")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ParameterError(f"device={device!r} is not there: PyTorch sees {torch.cuda.device_count()} CUDA devices")
+    return chosen
+
+
+def choose_precision(precision: str, device: torch.device) -> Precision:
+    """ "auto": the fastest that is as good as lossless there. Raises ParameterError for one without a decoder."""
+    possible = PRECISIONS[device.type]
+    if precision == "auto":
+        return possible[0]
+    for known in get_args(Precision):
+        if precision == known and known in possible:
+            chosen: Precision = known
+            return chosen
+    raise ParameterError(
+        f"precision={precision!r} does not work on {device.type}: it must be auto, {', '.join(possible)}"
+    )
+
+
+def load_model(
+    name: str,
+    *,
+    precision: str = "auto",
+    device: str = "auto",
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> LoadedModel:
+    """Open a model (fetching it at first use) and make its decoder: fused kernels on the CPU, PyTorch on CUDA.
+
+    Raises ParameterError for a device or precision that does not work, ModelError for the model's own troubles.
+    """
+    from ..models.native import NativeDecoder
+    from ..models.prepared import open_model
+    from ..models.torch_decoder import TorchDecoder
+
+    where = choose_device(device)
+    arithmetic = choose_precision(precision, where)
+    if threads is not None and threads < 1:
+        raise ParameterError(f"threads={threads!r} is out of range: it must be at least 1")
+    opened = open_model(name, progress)
+    decoder: Decoder
+    if where.type == "cuda":
+        decoder = TorchDecoder.from_checkpoint(opened.checkpoint(), arithmetic, where)
+    else:
+        decoder = NativeDecoder.load(opened, arithmetic, threads, progress=_packing(progress))
+    return LoadedModel(opened.name, decoder, opened.tokenizer)
+
+
+def _packing(progress: Progress | None) -> Callable[[int, int], None] | None:
+    return None if progress is None else lambda done, total: progress("packing the weights", done, total)
+
+
+def size_of_cache(decoder: Decoder, wanted: int | None, max_batch: int) -> int:
+    """Tokens of the KV cache: what was asked for, or `max_batch` whole contexts as far as memory goes."""
+    if wanted is not None:
+        return wanted
+    page = decoder.new_storage(1).bytes_per_page
+    limit = min(KV_BYTES, _free_bytes(decoder.device) // 4)
+    return PAGE_SIZE * max(1, min(-(-decoder.config.max_position // PAGE_SIZE) * max_batch, limit // page))
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        free: int = torch.cuda.mem_get_info(device)[0]
+        return free
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return 4 * KV_BYTES
