@@ -97,3 +97,31 @@ def _prefixes(lengths: NDArray[np.int64]) -> Visible:
     np.cumsum(lengths, out=start[1:])
     visible = np.arange(start[-1], dtype=np.int32) - np.repeat(start[:-1], lengths)
     return start, visible
+
+
+def dense_mask(
+    positions: NDArray[np.int64],
+    offsets: NDArray[np.int32],
+    committed: int,
+    places: int,
+    window: int | None = None,
+    seen: Visible | None = None,
+) -> NDArray[np.bool_]:
+    """What the rows of one sequence see of its `places`: committed tokens, then the region. [n, places]
+
+    `seen` as above, or None for causal rows; with `window` a row at position p sees positions above p -
+    window.
+    """
+    place = np.arange(places)
+    floor = positions[:, None] - (window if window is not None else 1 + int(positions.max(initial=0)))
+    mask = place > floor
+    if seen is None:
+        mask &= place <= committed + offsets[:, None]
+        return mask
+    start, visible = seen[0], seen[1][seen[0][0] : seen[0][-1]]
+    counts = np.diff(start)
+    row = np.repeat(np.arange(len(counts)), counts)
+    position = committed + np.arange(len(visible)) - np.repeat(start[:-1] - start[0], counts)
+    mask[:, committed:] = False
+    mask[row, committed + visible] = position > floor[row, 0]
+    return mask

@@ -1,0 +1,319 @@
+"""The decoder in plain torch: the reference on CPU, and the one that runs on CUDA.
+
+    x = embed(tokens)
+    per layer:  x += o(attention(rope(norm(q)), rope(norm(k)), v))       after a norm, and on gemma before
+    another
+                x += down(act(gate) * up)                               the same
+    logits = head(norm(x[logit_rows]))
+
+Shapes: `T` packed rows, `B` sequences, `D` width, `Hq`/`Hkv` heads, `C` head width, `V` vocabulary; a
+group of `G` sequences attends together, padded to its longest `n` rows and `S` places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..cache.storage import KVStorage
+from ..cache.torch_storage import TorchStorage
+from ..errors import ParameterError
+from ..ops.masks import Visible, dense_mask
+from ..ops.reference import DenseLinear, Int8ReferenceLinear, attention, gated, rms_norm
+from ..ops.rope import cos_sin, rotate
+from ..types import Precision
+from .batch import PAGE_SIZE, ForwardBatch
+from .checkpoint import Checkpoint
+from .config import LayerType, ModelConfig, rope_inv_freq
+from .decoder import Decoder, DecoderOutput
+from .weights import WeightReader
+
+_DTYPES: dict[Precision, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.float32,  # of everything but the products
+}
+_PADDED_ROWS = 64  # on CUDA, sequences with at most so many rows attend in one padded call
+
+Linear = DenseLinear | Int8ReferenceLinear
+
+
+@dataclass(slots=True, eq=False)
+class _Layer:
+    """Norm weights are float32, with gemma's one added."""
+
+    kind: LayerType
+    input_norm: torch.Tensor
+    qkv: Linear
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    o: Linear
+    after_attention: torch.Tensor | None
+    mlp_norm: torch.Tensor
+    gate_up: Linear
+    down: Linear
+    after_mlp: torch.Tensor | None
+
+
+@dataclass(slots=True, eq=False)
+class _Group:
+    """Sequences that attend in one call."""
+
+    rows: torch.Tensor  # i64[G * n] packed row of each padded row
+    targets: torch.Tensor  # i64[T'] packed rows of the group
+    sources: torch.Tensor  # i64[T'] and where their results lie among the G * n
+    slots: torch.Tensor  # i64[G * S]
+    masks: dict[LayerType, torch.Tensor]  # bool[G, n, S]
+
+
+class TorchDecoder(Decoder):
+    """Runs llama, mistral, qwen2, qwen3 and gemma3 in float32 or bfloat16, on CPU or CUDA, and on CPU in
+    int8 as the slow exact definition of that arithmetic (embeddings are looked up unquantised; the head is
+    quantised).
+
+    Not row-invariant: torch picks its kernels by the number of rows.
+    """
+
+    row_invariant = False
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        precision: Precision,
+        device: torch.device,
+        embedding: torch.Tensor,
+        layers: list[_Layer],
+        final_norm: torch.Tensor,
+        head: Linear,
+    ) -> None:
+        self.config, self.precision, self.device = config, precision, device
+        self._dtype = _DTYPES[precision]
+        self._embedding, self._layers, self._final_norm, self._head = embedding, layers, final_norm, head
+        self._scale = torch.tensor(config.embedding_scale, dtype=self._dtype, device=device)
+        self._rope = {kind: _RopeTable(config, kind, device) for kind in set(config.layer_types)}
+        linears = [m for x in layers for m in (x.qkv, x.o, x.gate_up, x.down)]
+        self.weight_bytes = head.nbytes + sum(m.nbytes for m in linears)
+
+    @classmethod
+    def from_checkpoint(
+        cls, checkpoint: Checkpoint, precision: Precision = "float32", device: torch.device | str = "cpu"
+    ) -> TorchDecoder:
+        """Load every tensor. Raises CorruptModel or UnsupportedModel when they do not fit the configuration,
+        ParameterError for a precision that this decoder does not run on the device.
+        """
+        device = torch.device(device)
+        allowed = list(_DTYPES) if device.type == "cpu" else ["float32", "bfloat16"]
+        if precision not in allowed:
+            raise ParameterError(
+                f"precision={precision!r} does not run in the torch decoder on {device.type}; "
+                f"it must be {', '.join(allowed[:-1])} or {allowed[-1]}"
+            )
+        return _Loader(checkpoint, precision, device).decoder(cls)
+
+    def new_storage(self, num_pages: int) -> TorchStorage:
+        c = self.config
+        return TorchStorage(c.num_layers, num_pages, c.num_kv_heads, c.head_dim, self._dtype, self.device)
+
+    @torch.inference_mode()
+    def forward(self, batch: ForwardBatch, storage: KVStorage, hidden_layers: Sequence[int] = ()) -> DecoderOutput:
+        assert isinstance(storage, TorchStorage), "a TorchDecoder runs over a storage of its own new_storage"
+        rotary = {kind: table.at(batch.positions) for kind, table in self._rope.items()}
+        written = self._to_device(_slots(batch))
+        groups = self._groups(batch)
+        x = self._embedding[self._to_device(batch.tokens)] * self._scale
+        hidden: dict[int, torch.Tensor] = {}
+        for i, layer in enumerate(self._layers):
+            y = self._attend(i, layer, x, rotary[layer.kind], written, groups, storage)
+            x = x + self._maybe_norm(y, layer.after_attention)
+            y = layer.down(gated(layer.gate_up(self._norm(x, layer.mlp_norm)), self.config.activation))
+            x = x + self._maybe_norm(y, layer.after_mlp)
+            if i in hidden_layers:
+                hidden[i] = x.float()
+        rows = x[self._to_device(batch.logit_rows)]
+        return DecoderOutput(self._head(self._norm(rows, self._final_norm)).float(), hidden)
+
+    def _attend(
+        self,
+        index: int,
+        layer: _Layer,
+        x: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        written: torch.Tensor,
+        groups: list[_Group],
+        storage: TorchStorage,
+    ) -> torch.Tensor:
+        """One layer's attention, its keys and values written to their slots. [T, D] -> [T, D]"""
+        c = self.config
+        qkv = layer.qkv(self._norm(x, layer.input_norm))
+        qkv = qkv.view(len(x), c.num_heads + 2 * c.num_kv_heads, c.head_dim)
+        q, k, v = qkv.split((c.num_heads, c.num_kv_heads, c.num_kv_heads), dim=1)
+        q = rotate(self._maybe_norm(q, layer.q_norm).float(), *rotary).to(v.dtype)
+        keys, values = storage.k_slots[index], storage.v_slots[index]
+        keys[written] = rotate(self._maybe_norm(k, layer.k_norm).float(), *rotary).to(v.dtype)
+        values[written] = v
+        out = torch.empty_like(q)
+        compute = torch.float32 if self.device.type == "cpu" else v.dtype
+        for group in groups:
+            mask = group.masks[layer.kind]
+            g, n, s = mask.shape
+            result = attention(
+                q[group.rows].view(g, n, c.num_heads, c.head_dim).to(compute),
+                keys[group.slots].view(g, s, c.num_kv_heads, c.head_dim).to(compute),
+                values[group.slots].view(g, s, c.num_kv_heads, c.head_dim).to(compute),
+                mask,
+                c.attention_scale,
+            )
+            out[group.targets] = result.view(g * n, c.num_heads, c.head_dim)[group.sources].to(out.dtype)
+        return layer.o(out.view(len(x), c.num_heads * c.head_dim))
+
+    def _groups(self, batch: ForwardBatch) -> list[_Group]:
+        """On CPU each sequence by itself; on CUDA the short ones together, because launches cost."""
+        counts = np.diff(batch.row_start)
+        short = [b for b, n in enumerate(counts) if 0 < n <= _PADDED_ROWS and self.device.type != "cpu"]
+        alone = [[b] for b, n in enumerate(counts) if n > 0 and b not in set(short)]
+        return [self._group(batch, members) for members in ([short] if short else []) + alone]
+
+    def _group(self, batch: ForwardBatch, members: list[int]) -> _Group:
+        counts = np.diff(batch.row_start)[members]
+        places = [_places(batch, b) for b in members]
+        n, s = int(counts.max()), max(places)
+        lane = np.arange(n)
+        valid = lane < counts[:, None]  # [G, n]
+        rows = np.where(valid, batch.row_start[members][:, None] + lane, batch.row_start[members][:, None])
+        place = np.arange(s)
+        tables = batch.page_tables[members]
+        page = tables[:, np.minimum(place // PAGE_SIZE, tables.shape[1] - 1)]
+        slots = page.astype(np.int64) * PAGE_SIZE + place % PAGE_SIZE  # past a sequence's end: masked
+        masks: dict[LayerType, torch.Tensor] = {}
+        for kind in self._rope:
+            window = self.config.sliding_window if kind == "sliding" else None
+            mask = np.zeros((len(members), n, s), dtype=np.bool_)
+            mask[:, :, 0] = ~valid  # rows that pad see something, so that none divides by zero
+            for g, b in enumerate(members):
+                mask[g, : counts[g], : places[g]] = _mask(batch, b, places[g], window)
+            masks[kind] = self._to_device(mask)
+        flat = rows.ravel()
+        return _Group(
+            self._to_device(flat.astype(np.int64)),
+            self._to_device(flat[valid.ravel()].astype(np.int64)),
+            self._to_device(np.flatnonzero(valid)),
+            self._to_device(slots.ravel()),
+            masks,
+        )
+
+    def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, weight, self.config.rms_norm_eps)
+
+    def _maybe_norm(self, x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        return x if weight is None else self._norm(x, weight)
+
+    def _to_device(self, x: NDArray) -> torch.Tensor:
+        return torch.from_numpy(x).to(self.device)
+
+
+def _slots(batch: ForwardBatch) -> NDArray[np.int64]:
+    """Where each row writes. [T]"""
+    b = np.repeat(np.arange(len(batch.committed)), np.diff(batch.row_start))
+    place = batch.committed[b] + batch.offsets
+    return batch.page_tables[b, place // PAGE_SIZE].astype(np.int64) * PAGE_SIZE + place % PAGE_SIZE
+
+
+def _seen(batch: ForwardBatch, b: int) -> Visible | None:
+    if batch.causal[b]:
+        return None
+    return batch.visible_start[batch.row_start[b] : batch.row_start[b + 1] + 1], batch.visible
+
+
+def _places(batch: ForwardBatch, b: int) -> int:
+    """Committed tokens and as much of the region as the rows look at."""
+    seen = _seen(batch, b)
+    if seen is None:
+        last = batch.offsets[batch.row_start[b] : batch.row_start[b + 1]].max()
+    else:
+        last = seen[1][seen[0][0] : seen[0][-1]].max()
+    return int(batch.committed[b]) + int(last) + 1
+
+
+def _mask(batch: ForwardBatch, b: int, places: int, window: int | None) -> NDArray[np.bool_]:
+    rows = slice(batch.row_start[b], batch.row_start[b + 1])
+    committed = int(batch.committed[b])
+    return dense_mask(batch.positions[rows], batch.offsets[rows], committed, places, window, _seen(batch, b))
+
+
+class _RopeTable:
+    """Cosines and sines of one layer type, for as many positions as have been asked for."""
+
+    def __init__(self, config: ModelConfig, kind: LayerType, device: torch.device) -> None:
+        self._inv_freq, self._device = rope_inv_freq(config, kind), device
+        self._cos, self._sin = cos_sin(self._inv_freq, np.arange(512), device)
+
+    def at(self, positions: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
+        """f32[T, C/2] each."""
+        top = int(positions.max(initial=0))
+        if top >= len(self._cos):
+            self._cos, self._sin = cos_sin(self._inv_freq, np.arange(2 * top), self._device)
+        index = torch.from_numpy(positions).to(self._device)
+        return self._cos[index], self._sin[index]
+
+
+class _Loader:
+    """Turns a checkpoint into the decoder's tensors."""
+
+    def __init__(self, checkpoint: Checkpoint, precision: Precision, device: torch.device) -> None:
+        self._config, self._precision, self._device = checkpoint.config, precision, device
+        self._reader = WeightReader(checkpoint)
+        self._dtype = _DTYPES[precision]
+
+    def decoder(self, cls: Callable[..., TorchDecoder]) -> TorchDecoder:
+        c = self._config
+        table = self._reader.tensor("model.embed_tokens.weight", c.vocab_size, c.hidden_size)
+        embedding = self._tensor(table, self._dtype)
+        layers = [self._layer(i) for i in range(c.num_layers)]
+        norm = self._norm("model.norm.weight", c.hidden_size)
+        if c.tie_embeddings:
+            head = Int8ReferenceLinear(embedding) if self._precision == "int8" else DenseLinear(embedding)
+        else:
+            head = self._linear("", ["lm_head"], [c.vocab_size], c.hidden_size)
+        self._reader.finish()
+        return cls(c, self._precision, self._device, embedding, layers, norm, head)
+
+    def _layer(self, i: int) -> _Layer:
+        c, p = self._config, f"model.layers.{i}."
+        d, q, kv = c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        attention_names = [f"self_attn.{x}_proj" for x in "qkv"]
+        # gemma calls the norm before the MLP pre_feedforward and the one after attention post_attention
+        mlp_norm = "pre_feedforward_layernorm" if c.post_norms else "post_attention_layernorm"
+        return _Layer(
+            kind=c.layer_types[i],
+            input_norm=self._norm(p + "input_layernorm.weight", d),
+            qkv=self._linear(p, attention_names, [q, kv, kv], d, bias=c.qkv_bias),
+            q_norm=self._norm(p + "self_attn.q_norm.weight", c.head_dim) if c.qk_norm else None,
+            k_norm=self._norm(p + "self_attn.k_norm.weight", c.head_dim) if c.qk_norm else None,
+            o=self._linear(p, ["self_attn.o_proj"], [d], q),
+            after_attention=self._norm(p + "post_attention_layernorm.weight", d) if c.post_norms else None,
+            mlp_norm=self._norm(p + mlp_norm + ".weight", d),
+            gate_up=self._linear(p, ["mlp.gate_proj", "mlp.up_proj"], [c.intermediate_size] * 2, d),
+            down=self._linear(p, ["mlp.down_proj"], [d], c.intermediate_size),
+            after_mlp=self._norm(p + "post_feedforward_layernorm.weight", d) if c.post_norms else None,
+        )
+
+    def _linear(self, prefix: str, names: list[str], outputs: list[int], inputs: int, bias: bool = False) -> Linear:
+        """Several projections of one input as one matrix."""
+        sizes = list(zip(names, outputs, strict=True))
+        weight = np.concatenate([self._reader.tensor(f"{prefix}{x}.weight", n, inputs) for x, n in sizes])
+        added = None
+        if bias:
+            added = np.concatenate([self._reader.tensor(f"{prefix}{x}.bias", n) for x, n in sizes])
+        kind = Int8ReferenceLinear if self._precision == "int8" else DenseLinear
+        return kind(self._tensor(weight, self._dtype), None if added is None else self._tensor(added, self._dtype))
+
+    def _norm(self, name: str, size: int) -> torch.Tensor:
+        weight = self._tensor(self._reader.tensor(name, size), torch.float32)
+        return weight + 1 if self._config.norm_plus_one else weight
+
+    def _tensor(self, value: NDArray[np.float32], dtype: torch.dtype) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(value)).to(self._device, dtype, copy=True)
