@@ -131,7 +131,8 @@ class NativeDecoder(Decoder):
         c[step.C_KEYS], c[step.C_VALUES] = storage.keys.ctypes.data, storage.values.ctypes.data
         c[step.C_KV_LAYER_BYTES], c[step.C_KV_PAGE_BYTES], c[step.C_KV_HEAD_BYTES] = storage.strides
         hidden = self._hidden(hidden_layers, rows)
-        self._counters[:] = 0
+        c[step.C_ARRIVED] = self._counters[0]
+        self._counters[8:] = 0
         self._team.run(c.ctypes.data)
         del held
         logits = torch.from_numpy(self._buffers["logits"][:wanted, : self.config.vocab_size])

@@ -9,10 +9,18 @@ from numpy.typing import NDArray
 
 def row_argmax(logits: torch.Tensor) -> NDArray[np.int64]:
     """f32[R, V] -> i64[R]"""
-    return logits.argmax(dim=-1).cpu().numpy()
+    return row_topk(logits, 1)[1][:, 0]
 
 
 def row_topk(logits: torch.Tensor, k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """f32[R, V] -> values f32[R, k] falling, ids i64[R, k]"""
-    values, ids = logits.topk(k, dim=-1)
-    return values.cpu().numpy(), ids.cpu().numpy()
+    """f32[R, V] -> values f32[R, k] falling, ids i64[R, k]. `k` is at most V; logits are not NaN."""
+    if logits.device.type == "cpu" and logits.stride(-1) == 1 and logits.dtype == torch.float32:
+        from .cpu.search import top_rows
+
+        values = np.empty((len(logits), k), dtype=np.float32)
+        ids = np.empty((len(logits), k), dtype=np.int64)
+        top_rows(logits.data_ptr(), 4 * logits.stride(0), logits.shape[1], values, ids)
+        return values, ids
+    # a stable sort keeps equal logits in order of their ids, which topk does not promise
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    return ordered[:, :k].cpu().numpy(), order[:, :k].cpu().numpy()

@@ -17,7 +17,7 @@ from .simd import atomic_add, atomic_load, load_f32, load_i32, load_i64, pause, 
 
 # The control block, the per-layer table and the block of float32 constants: names of their entries.
 (
-    C_KIND, C_LEVEL, C_TILE_CONFIG, C_BARRIER, C_ITEMS, C_THREADS, C_ROWS, C_SEQUENCES, C_LOGIT_ROWS,
+    C_KIND, C_LEVEL, C_TILE_CONFIG, C_BARRIER, C_ARRIVED, C_ITEMS, C_THREADS, C_ROWS, C_SEQUENCES, C_LOGIT_ROWS,
     C_LAYERS, C_LAYER_TABLE, C_FLOATS, C_WIDTH, C_TRUE_WIDTH, C_HIDDEN, C_TRUE_HIDDEN, C_HEADS,
     C_KV_HEADS, C_HEAD, C_HEAD_TRUE, C_ACTIVATION, C_POST_NORMS, C_TOKENS, C_POSITIONS, C_ROW_START,
     C_OFFSETS, C_CAUSAL, C_VISIBLE_START, C_VISIBLE, C_COMMITTED, C_PAGES, C_PAGES_STRIDE,
@@ -26,7 +26,7 @@ from .simd import atomic_add, atomic_load, load_f32, load_i32, load_i64, pause, 
     C_KV_LAYER_BYTES, C_KV_PAGE_BYTES, C_KV_HEAD_BYTES, C_KV_BF16, C_X, C_QKV, C_ATTENTION, C_GATED,
     C_SUBLAYER, C_PACKED, C_PACKED_STRIDE, C_PACKED_SCALE, C_THREAD_SPACE, C_THREAD_STRIDE,
     C_SCORE_STRIDE, C_STEPS_WIDTH, C_STEPS_ATTENTION, C_STEPS_HIDDEN, C_HIDDEN_OUT,
-) = range(66)  # fmt: skip
+) = range(67)  # fmt: skip
 (
     L_QKV_W, L_QKV_SCALE, L_QKV_BIAS, L_OUT_W, L_OUT_SCALE, L_GATE_UP_W, L_GATE_UP_SCALE, L_DOWN_W,
     L_DOWN_SCALE, L_NORM_1, L_NORM_2, L_POST_1, L_POST_2, L_Q_NORM, L_K_NORM, L_WINDOW, L_LOCAL_ROPE,
@@ -36,7 +36,7 @@ from .simd import atomic_add, atomic_load, load_f32, load_i32, load_i64, pause, 
     F_EPS, F_EMBEDDING_SCALE, F_ATTENTION_SCALE,
 ) = range(3)  # fmt: skip
 
-CONTROL_SIZE, LAYER_SIZE = 66, 18
+CONTROL_SIZE, LAYER_SIZE = 67, 18
 LAYER_STRIDE = 8 * LAYER_SIZE
 SPINS_BEFORE_YIELD = 4000
 
@@ -48,7 +48,10 @@ def _get(c, index):
 
 @njit
 def meet(c, threads, arrived):
-    """Barrier. `arrived`: the count of arrivals at which this meeting is complete; returns the next one's."""
+    """Barrier. `arrived`: the count of arrivals at which this meeting is complete; returns the next one's.
+
+    The count only ever rises: a thread may still be looking at it when the next step begins.
+    """
     counter = load_i64(c + 8 * C_BARRIER)
     atomic_add(counter, 1)
     spins = 0
@@ -227,7 +230,7 @@ def decoder_step(c, me):
         load_f32(floats + 4 * F_EMBEDDING_SCALE),
         load_f32(floats + 4 * F_ATTENTION_SCALE),
     )
-    arrived = threads
+    arrived = _get(c, C_ARRIVED) + threads
     if _get(c, C_LEVEL) == AMX:
         load_tile_config(_get(c, C_TILE_CONFIG))
     for t in range(me, rows, threads):
