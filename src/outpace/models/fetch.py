@@ -273,7 +273,7 @@ def _locked(path: Path, name: str) -> Iterator[None]:
 @contextmanager
 def _shown(progress: Progress | None, model: KnownModel) -> Iterator[Progress]:
     if progress is not None:
-        yield lambda what, done, total: progress(what, min(done, total), total)
+        yield lambda what, done, total: progress(f"fetching {model.name}", min(done, total), total)
     elif sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn

@@ -32,7 +32,9 @@ class Tokenizer:
 
         try:
             self._rust = Rust.from_str(files.tokenizer_json)
-        except Exception as e:  # the library raises plain Exception
+        except BaseException as e:  # the library raises plain Exception, and its panics are BaseException
+            if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+                raise
             raise CorruptModel(f"{source}: damaged tokenizer: {e}") from e
         self._lock = Lock()  # `encode_special_tokens` is a switch of the shared object
         added = self._rust.get_added_tokens_decoder()
