@@ -38,7 +38,7 @@ from .simd import atomic_add, atomic_load, load_f32, load_i32, load_i64, pause, 
 
 CONTROL_SIZE, LAYER_SIZE = 67, 18
 LAYER_STRIDE = 8 * LAYER_SIZE
-SPINS_BEFORE_YIELD = 4000
+SPINS_BEFORE_YIELD = 256
 
 
 @njit(inline="always")
