@@ -310,6 +310,20 @@ def test_recycling_starts_from_the_prompt_s_bigrams() -> None:
     assert draft.tokens[0] == 3
 
 
+def test_recycling_tells_pairs_apart() -> None:
+    """After 1 the target said 5 when 2 came before it, and 6 when 3 did."""
+    drafter = Recycling(10, k=1, min_score=0)
+    sequence = Sequence(0, [2], 1, SamplingParams())
+    drafter.begin(sequence)
+    for before, answer in ((2, 5), (3, 6)):
+        sequence.tokens += [before, 1, answer]
+        outputs = TargetOutputs.of(torch.from_numpy(np.eye(10, dtype=np.float32)[[answer]]))
+        drafter.observe(sequence, Observation(np.array([answer]), Draft.empty(), None, outputs))
+    for before, expected in ((2, 5), (3, 6), (9, 6)):
+        sequence.tokens += [before, 1]
+        assert drafter.propose([sequence], [1])[0].tokens.tolist() == [expected]
+
+
 def test_recycling_keeps_owners_apart_and_forgets_the_longest_idle() -> None:
     drafter = Recycling(10, k=2, owner_of=lambda sequence: sequence.id // 10, max_owners=2)
     drafter.begin(Sequence(1, [1, 2, 1], 3, SamplingParams()))
