@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 
 import pytest
@@ -20,6 +20,13 @@ def _torch(checkpoint: Checkpoint, precision: Precision = "float32") -> Decoder:
     return TorchDecoder.from_checkpoint(checkpoint, precision, "cpu")
 
 
+def _padded(checkpoint: Checkpoint, precision: Precision = "float32") -> Decoder:
+    """Sequences attend together in one padded call, as they do on CUDA."""
+    decoder = TorchDecoder.from_checkpoint(checkpoint, precision, "cpu")
+    decoder.padded_rows = 64
+    return decoder
+
+
 def _cuda(checkpoint: Checkpoint, precision: Precision = "float32") -> Decoder:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
@@ -32,9 +39,22 @@ def _native(checkpoint: Checkpoint, precision: Precision = "float32") -> Decoder
     return NativeDecoder.from_checkpoint(checkpoint, precision, threads=2)
 
 
-DECODERS = [pytest.param(_torch, id="torch"), pytest.param(_cuda, id="cuda", marks=pytest.mark.cuda)]
+DECODERS = [
+    pytest.param(_torch, id="torch"),
+    pytest.param(_padded, id="padded"),
+    pytest.param(_cuda, id="cuda", marks=pytest.mark.cuda),
+]
 if find_spec("outpace.models.native"):
     DECODERS.append(pytest.param(_native, id="native"))
+
+
+@pytest.fixture(autouse=True)
+def one_torch_thread() -> Iterator[None]:
+    """Toy operations are too small to share out."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=DECODERS)

@@ -37,7 +37,7 @@ _DTYPES: dict[Precision, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "int8": torch.float32,  # of everything but the products
 }
-_PADDED_ROWS = 64  # on CUDA, sequences with at most so many rows attend in one padded call
+_PADDED_ROWS = {"cpu": 0}  # sequences with at most so many rows attend in one padded call; elsewhere 64
 
 Linear = DenseLinear | Int8ReferenceLinear
 
@@ -94,6 +94,7 @@ class TorchDecoder(Decoder):
         self._dtype = _DTYPES[precision]
         self._embedding, self._layers, self._final_norm, self._head = embedding, layers, final_norm, head
         self._scale = torch.tensor(config.embedding_scale, dtype=self._dtype, device=device)
+        self.padded_rows = _PADDED_ROWS.get(device.type, 64)
         self._rope = {kind: _RopeTable(config, kind, device) for kind in set(config.layer_types)}
         linears = [m for x in layers for m in (x.qkv, x.o, x.gate_up, x.down)]
         self.weight_bytes = head.nbytes + sum(m.nbytes for m in linears)
@@ -167,13 +168,13 @@ class TorchDecoder(Decoder):
                 mask,
                 c.attention_scale,
             )
-            out[group.targets] = result.view(g * n, c.num_heads, c.head_dim)[group.sources].to(out.dtype)
+            out[group.targets] = result.reshape(g * n, c.num_heads, c.head_dim)[group.sources].to(out.dtype)
         return layer.o(out.view(len(x), c.num_heads * c.head_dim))
 
     def _groups(self, batch: ForwardBatch) -> list[_Group]:
         """On CPU each sequence by itself; on CUDA the short ones together, because launches cost."""
         counts = np.diff(batch.row_start)
-        short = [b for b, n in enumerate(counts) if 0 < n <= _PADDED_ROWS and self.device.type != "cpu"]
+        short = [b for b, n in enumerate(counts) if 0 < n <= self.padded_rows]
         alone = [[b] for b, n in enumerate(counts) if n > 0 and b not in set(short)]
         return [self._group(batch, members) for members in ([short] if short else []) + alone]
 

@@ -37,7 +37,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Ten
     out = F.scaled_dot_product_attention(
         rows, k.transpose(1, 2), v.transpose(1, 2), mask.repeat(1, group, 1)[:, None], scale=scale
     )
-    return out.view(g, kv_heads, group, n, width).permute(0, 3, 1, 2, 4).reshape(g, n, heads, width)
+    return out.reshape(g, kv_heads, group, n, width).permute(0, 3, 1, 2, 4).reshape(g, n, heads, width)
 
 
 def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
