@@ -67,6 +67,7 @@ class DrafterContext:
     draft: Decoder | None = None  # the draft model, of the target's vocabulary
     draft_pages: int = 0  # of its KV cache
     sampled: bool = False  # the verifier uses q (rejection sampling): drafters that can should sample
+    merged: bool = False  # the draft will be merged with others, which loses q: propose outright
     owner_of: Callable[[Sequence], Hashable] | None = None  # sequences of two owners share no drafter state
 
 

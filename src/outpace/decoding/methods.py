@@ -29,11 +29,11 @@ def split_spec(spec: str) -> list[str]:
 def make_drafter(spec: str, context: DrafterContext) -> Drafter:
     """Build what `spec` names; several names joined by '+' draft into one tree.
 
-    Merged drafts carry no q, so their drafters are asked for outright proposals. Raises MethodError for an unknown
+    Merged drafts carry no q, so drafters are told not to sample. Raises MethodError for an unknown
     name or an unmet need, saying what would work.
     """
     names = split_spec(spec)
     if len(names) > 1:
-        context = replace(context, sampled=False)
+        context = replace(context, merged=True)
     drafters = [method(name, "drafter").cls.create(context) for name in names]  # type: ignore[attr-defined]
     return drafters[0] if len(drafters) == 1 else Merged(drafters)
