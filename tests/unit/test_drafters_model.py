@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from outpace.cache.storage import PAGE_SIZE, KVStorage
 from outpace.decoding.contracts import DrafterContext, Observation, Sequence
-from outpace.decoding.drafters.draft_model import DraftChain, DraftModel
+from outpace.decoding.drafters.draft_model import _PRIOR, DraftChain, DraftModel
 from outpace.decoding.drafters.draft_tree import DraftTree
 from outpace.decoding.drafters.merged import Merged
 from outpace.decoding.methods import make_drafter
@@ -193,6 +193,33 @@ def test_a_perfect_chain_is_accepted_whole_and_reads_nothing_twice() -> None:
     # 2 prompt tokens; per step 5 provisional rows, and the sixth node and the bonus at the next catch-up
     assert decoder.rows == 2 + 5 * 5 + 4 * 2
     assert decoder.forwards == 5 * 6
+
+
+@pytest.mark.parametrize("params", PARAMS[1:])
+def test_the_coupled_draw_of_a_perfect_draft_model_is_always_accepted(params: SamplingParams) -> None:
+    """Sampled text: the drafter draws with the uniform that the target will draw with."""
+    for drafter in (chain(FakeDecoder(), min_reach=0.0), tree(FakeDecoder(), min_reach=0.0, width=1, max_depth=7)):
+        sequence = Sequence(0, [3, 1], 2, params)
+        drafter.begin(sequence)
+        lengths = [step(drafter, [sequence], [6])[0] for _ in range(8)]
+        if isinstance(drafter, DraftChain):
+            assert lengths == [7] * 8
+        assert sum(lengths) > 8 * 3
+        assert sequence.tokens == plain([3, 1], params, len(sequence.output))
+        if not params.greedy:
+            assert drafter._draws.value.sum() > np.sum(_PRIOR)
+
+
+def test_under_rejection_sampling_nothing_is_drawn_with_the_target_s_uniforms() -> None:
+    context = DrafterContext(V, FakeDecoder(), 64, sampled=True)
+    alone, in_tree = make_drafter("draft", context), make_drafter("draft-tree", context)
+    merged = make_drafter("ngram+draft", context)
+    assert isinstance(alone, DraftChain) and isinstance(in_tree, DraftTree) and isinstance(merged, Merged)
+    together = merged.drafters[1]
+    assert isinstance(together, DraftChain)
+    assert (alone.sampled, alone.coupled) == (True, False)
+    assert (together.sampled, together.coupled) == (False, False)
+    assert not in_tree.coupled
 
 
 def test_a_perfect_tree_is_followed_to_its_depth() -> None:

@@ -12,6 +12,7 @@ Shapes: `B` sequences, `R` rows of one forward, `V` vocabulary, `k` candidates p
 from __future__ import annotations
 
 from abc import abstractmethod
+from bisect import bisect_right
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
@@ -24,13 +25,16 @@ from ...models.batch import Span, pack
 from ...models.decoder import Decoder
 from ...ops.select import row_topk
 from ...registry import register
-from ...types import Draft, FloatArray
+from ...types import Draft, FloatArray, SamplingParams
 from ..contracts import Drafter, DrafterContext, Observation, Sequence
-from ..sampling import Stream, distribution_of, draw, host_row, process, uniform
+from ..sampling import Stream, choose, distribution_of, draw, host_row, process, uniform
 from .rates import Rates, judged_nodes
 
 _CHUNK = 512  # rows of one forward while catching up
 NO_OFFSET = -1
+NO_CELL = -1
+_EDGES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 0.95)  # bins of the draft model's probability of its own draw
+_PRIOR = (0.15, 0.2, 0.25, 0.35, 0.45, 0.55, 0.68, 0.8, 0.88, 0.96)  # acceptance of such draws to start from
 
 
 @dataclass(slots=True)
@@ -38,6 +42,10 @@ class DraftState:
     kv: int
     draft: Draft = field(default_factory=Draft.empty)
     offsets: list[int] = field(default_factory=list)  # where each draft node's KV is, if it was computed
+    cells: list[int] = field(default_factory=list)  # of each node's rate, if it is a coupled draw
+
+    def clear(self) -> None:
+        self.draft, self.offsets, self.cells = Draft.empty(), [], []
 
 
 @dataclass(slots=True, eq=False)
@@ -53,11 +61,15 @@ class DraftModel(Drafter):
     """What chain and tree share. Sequences that the draft model's cache or context cannot hold get empty drafts.
 
     `decoder` the draft model, of the target's vocabulary (the caller checks that); `num_pages` of its KV cache;
-    `vocab_size` the target's, ids from there on are never proposed.
+    `vocab_size` the target's, ids from there on are never proposed. `coupled`: where the target samples, the draft
+    model also draws with the uniform that the target will draw with, and agrees the more often the closer their
+    distributions are (Daliri et al., arXiv 2408.07978). Only for the coupled verifier, whose output cannot depend on
+    the draft; under rejection sampling a draft must know nothing of the verifier's uniforms.
     """
 
-    def __init__(self, decoder: Decoder, num_pages: int, vocab_size: int) -> None:
-        self.decoder, self.vocab_size = decoder, vocab_size
+    def __init__(self, decoder: Decoder, num_pages: int, vocab_size: int, coupled: bool) -> None:
+        self.decoder, self.vocab_size, self.coupled = decoder, vocab_size, coupled
+        self._draws = Rates(_PRIOR)
         self.cache = PagedKVCache(decoder.new_storage(num_pages))
         self._states: dict[int, DraftState] = {}
 
@@ -81,10 +93,14 @@ class DraftModel(Drafter):
     def observe(self, sequence: Sequence, seen: Observation) -> None:
         state = self._states[sequence.id]
         if len(state.draft):
-            right = [node for node, _, ok in judged_nodes(state.draft, seen.new_tokens) if ok]
+            judged = judged_nodes(state.draft, seen.new_tokens)
+            for node, _, ok in judged:
+                if state.cells[node] != NO_CELL:
+                    self._draws.update(state.cells[node], ok)
+            right = [node for node, _, ok in judged if ok]
             kept = [state.offsets[node] for node in right if state.offsets[node] != NO_OFFSET]
             self.cache.commit(state.kv, kept)
-            state.draft, state.offsets = Draft.empty(), []
+            state.clear()
 
     def propose(self, sequences: Seq[Sequence], budgets: Seq[int]) -> list[Draft]:
         growing = self._admit(sequences, budgets)
@@ -94,9 +110,15 @@ class DraftModel(Drafter):
             except BaseException:
                 for one in growing:
                     self.cache.rollback(one.state.kv)
-                    one.state.draft, one.state.offsets = Draft.empty(), []
+                    one.state.clear()
                 raise
         return [self._states[s.id].draft for s in sequences]
+
+    def _draw(self, row: torch.Tensor, params: SamplingParams, position: int) -> tuple[int, float, int]:
+        """The coupled draw at `position` from processed logits f32[V]: token, probability (T = 1), cell of its rate."""
+        token = choose(host_row(row), params, position)
+        p = float(torch.exp(row[token] - torch.logsumexp(row, dim=-1)))
+        return token, p, bisect_right(_EDGES, p)
 
     @abstractmethod
     def _places(self, budget: int) -> int:
@@ -113,7 +135,7 @@ class DraftModel(Drafter):
         for sequence, budget in zip(sequences, budgets, strict=True):
             state = self._states[sequence.id]
             self.cache.rollback(state.kv)  # of a step that was abandoned
-            state.draft, state.offsets = Draft.empty(), []
+            state.clear()
             if self.cache.length(state.kv) >= len(sequence.tokens):
                 # All is read: by an abandoned step, or because this draft, not the one verified, foresaw the last
                 # token. Its row must run again for its logits.
@@ -201,7 +223,8 @@ def likeliest(logits: torch.Tensor, k: int) -> tuple[list[list[int]], list[list[
 class DraftChain(DraftModel):
     """The draft model continues the text by itself, one forward per token.
 
-    Under coupled verification it proposes its likeliest token. Under rejection sampling (`sampled=True`) it samples
+    Under coupled verification it proposes its likeliest token, or where the target samples its own coupled draw. Under
+    rejection sampling (`sampled=True`) it samples
     with the request's own parameters and passes its distribution on as q; the length of such a draft depends on
     measured rates alone, never on the tokens sampled, as exactness demands.
 
@@ -220,17 +243,19 @@ class DraftChain(DraftModel):
         num_pages: int,
         vocab_size: int,
         sampled: bool = False,
+        coupled: bool = True,
         max_tokens: int = 16,
         min_reach: float = 0.25,
     ) -> None:
-        super().__init__(decoder, num_pages, vocab_size)
+        super().__init__(decoder, num_pages, vocab_size, coupled and not sampled)
         self.sampled, self.max_tokens, self.min_reach = sampled, max_tokens, min_reach
         self._rates = Rates(np.full(max_tokens, 0.8))  # by depth, of sampled drafts
 
     @classmethod
     def create(cls, context: DrafterContext) -> DraftChain:
         decoder = cls._decoder_of(context)
-        return cls(decoder, context.draft_pages, context.vocab_size, sampled=context.sampled)
+        sampled = context.sampled and not context.merged
+        return cls(decoder, context.draft_pages, context.vocab_size, sampled, coupled=not context.sampled)
 
     def _places(self, budget: int) -> int:
         return min(budget, self.max_tokens)
@@ -245,15 +270,17 @@ class DraftChain(DraftModel):
     def _grow(self, growing: list[Growing], logits: torch.Tensor) -> None:
         paths: list[list[int]] = [[] for _ in growing]
         scores: list[list[float]] = [[] for _ in growing]
+        cells: list[list[int]] = [[] for _ in growing]
         q: list[list[FloatArray]] = [[] for _ in growing]
         reach = [1.0] * len(growing)
         active = list(range(len(growing)))
         for depth in range(self.max_tokens):
             going: list[int] = []
             chosen = self._choose([(growing[i].sequence, paths[i]) for i in active], logits)
-            for i, (token, score, row_q) in zip(active, chosen, strict=True):
+            for i, (token, score, cell, row_q) in zip(active, chosen, strict=True):
                 paths[i].append(token)
                 scores[i].append(score)
+                cells[i].append(cell)
                 reach[i] *= score
                 if row_q is not None:
                     q[i].append(row_q)
@@ -274,22 +301,26 @@ class DraftChain(DraftModel):
             one.state.draft = Draft.chain(
                 paths[i], self.name, np.array(scores[i], dtype=np.float32), np.stack(q[i]) if q[i] else None
             )
-            one.state.offsets = [*range(n - 1), NO_OFFSET]
+            one.state.offsets, one.state.cells = [*range(n - 1), NO_OFFSET], cells[i]
 
     def _choose(
         self, rows: list[tuple[Sequence, list[int]]], logits: torch.Tensor
-    ) -> list[tuple[int, float, FloatArray | None]]:
-        """Per row: token, score, and the q that it was sampled from."""
+    ) -> list[tuple[int, float, int, FloatArray | None]]:
+        """Per row: token, score, cell of its rate, and the q that it was sampled from."""
         edited = edit_rows(logits, rows)
         ids, p = likeliest(edited, 1)
-        chosen: list[tuple[int, float, FloatArray | None]] = []
+        chosen: list[tuple[int, float, int, FloatArray | None]] = []
         for row, (sequence, path) in enumerate(rows):
             params = sequence.params
-            if not self.sampled or params.greedy:
-                chosen.append((ids[row][0], p[row][0], None))
-                continue
-            q = np.zeros(self.vocab_size, dtype=np.float32)
-            q[: logits.shape[1]] = distribution_of(host_row(edited[row]), params)
-            token = draw(q, uniform(params.seed, len(sequence.tokens) + len(path), Stream.DRAFT))
-            chosen.append((token, float(self._rates.value[len(path)]), q))
+            position = len(sequence.tokens) + len(path)
+            if params.greedy or not (self.sampled or self.coupled):
+                chosen.append((ids[row][0], p[row][0], NO_CELL, None))
+            elif self.coupled:
+                token, _, cell = self._draw(edited[row], params, position)
+                chosen.append((token, float(self._draws.value[cell]), cell, None))
+            else:
+                q = np.zeros(self.vocab_size, dtype=np.float32)
+                q[: logits.shape[1]] = distribution_of(host_row(edited[row]), params)
+                token = draw(q, uniform(params.seed, position, Stream.DRAFT))
+                chosen.append((token, float(self._rates.value[len(path)]), NO_CELL, q))
         return chosen

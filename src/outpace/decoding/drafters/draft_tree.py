@@ -13,8 +13,8 @@ from ...models.decoder import Decoder
 from ...ops.masks import Tree
 from ...registry import register
 from ...types import NO_PARENT, Draft
-from ..contracts import DrafterContext
-from .draft_model import NO_OFFSET, DraftModel, Growing, edit_rows, likeliest
+from ..contracts import DrafterContext, Sequence
+from .draft_model import NO_CELL, NO_OFFSET, DraftModel, Growing, edit_rows, likeliest
 
 
 @dataclass(slots=True)
@@ -27,10 +27,14 @@ class _Candidates:
     reach: list[float] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
+    cells: list[int] = field(default_factory=list)
     row_parents: list[int] = field(default_factory=list)  # of expanded candidates, by offset
     waiting: list[tuple[float, int]] = field(default_factory=list)  # heap of (-reach, candidate)
 
-    def add(self, parent: int, tokens: list[int], p: list[float]) -> None:
+    def add(
+        self, parent: int, tokens: list[int], p: list[float], drawn: int | None = None, cell: int = NO_CELL
+    ) -> None:
+        """Children of `parent`, with their scores; the token `drawn` was drawn coupled, its rate is in `cell`."""
         above, depth = (self.reach[parent], self.depths[parent] + 1) if parent >= 0 else (1.0, 0)
         for token, score in zip(tokens, p, strict=True):
             heappush(self.waiting, (-above * score, len(self.tokens)))
@@ -40,6 +44,7 @@ class _Candidates:
             self.reach.append(above * score)
             self.depths.append(depth)
             self.offsets.append(NO_OFFSET)
+            self.cells.append(cell if token == drawn else NO_CELL)
 
     def expand(self, budget: int, width: int, max_depth: int, min_reach: float) -> list[int]:
         """Up to `width` candidates whose children may still enter the best `budget`; they get offsets."""
@@ -63,8 +68,8 @@ class _Candidates:
             node = self.parents[node]
         return path[::-1]
 
-    def best(self, budget: int, source: str) -> tuple[Draft, list[int]]:
-        """The `budget` candidates most likely to be reached, and their offsets; parents come before children."""
+    def best(self, budget: int, source: str) -> tuple[Draft, list[int], list[int]]:
+        """The `budget` candidates most likely to be reached, their offsets and cells; parents before children."""
         ranked = sorted(range(len(self.tokens)), key=self.reach.__getitem__, reverse=True)
         kept = sorted(ranked[:budget])
         place = {node: i for i, node in enumerate(kept)} | {NO_PARENT: NO_PARENT}
@@ -74,7 +79,7 @@ class _Candidates:
             [source] * len(kept),
             np.array([self.scores[node] for node in kept], dtype=np.float32),
         )
-        return draft, [self.offsets[node] for node in kept]
+        return draft, [self.offsets[node] for node in kept], [self.cells[node] for node in kept]
 
 
 @register(
@@ -87,7 +92,8 @@ class _Candidates:
 class DraftTree(DraftModel):
     """Each forward of the draft model expands the `width` candidates most likely to be reached, wherever in the tree
     they are; the candidates that are likeliest in the end make the draft. Growing stops when no child can displace
-    one of them. All nodes are proposed outright, so every verifier takes them.
+    one of them. Where the target samples, the coupled draw joins a node's candidates (see DraftModel). All nodes are
+    proposed outright, so every verifier takes them.
 
     Xiong et al., "DySpec: Faster Speculative Decoding with Dynamic Token Tree Structure", section 4 (greedy growth,
     `width` = 1); Li et al., "EAGLE-2" (arXiv 2406.16858), section 4 (expansion and reranking).
@@ -108,13 +114,15 @@ class DraftTree(DraftModel):
         width: int = 4,
         max_depth: int = 8,
         min_reach: float = 0.1,
+        coupled: bool = True,
     ) -> None:
-        super().__init__(decoder, num_pages, vocab_size)
+        super().__init__(decoder, num_pages, vocab_size, coupled)
         self.branches, self.width, self.max_depth, self.min_reach = branches, width, max_depth, min_reach
 
     @classmethod
     def create(cls, context: DrafterContext) -> DraftTree:
-        return cls(cls._decoder_of(context), context.draft_pages, context.vocab_size)
+        decoder = cls._decoder_of(context)
+        return cls(decoder, context.draft_pages, context.vocab_size, coupled=not context.sampled)
 
     def _places(self, budget: int) -> int:
         return min(budget, self.max_depth - 1) * self.width
@@ -124,9 +132,14 @@ class DraftTree(DraftModel):
         rows = [(i, NO_PARENT) for i in range(len(growing))]
         for forwards in range(self.max_depth):
             contexts = [(growing[i].sequence, trees[i].path(node)) for i, node in rows]
-            ids, p = likeliest(edit_rows(logits, contexts), self.branches)
+            edited = edit_rows(logits, contexts)
+            ids, p = likeliest(edited, self.branches)
             for row, (i, node) in enumerate(rows):
-                trees[i].add(node, ids[row], p[row])
+                sequence, path = contexts[row]
+                if self.coupled and not sequence.params.greedy:
+                    self._add_drawn(trees[i], node, ids[row], p[row], edited[row], sequence, len(path))
+                else:
+                    trees[i].add(node, ids[row], p[row])
             rows = []
             kvs, spans = [], []
             for i, (one, tree) in enumerate(zip(growing, trees, strict=True)):
@@ -146,4 +159,26 @@ class DraftTree(DraftModel):
             logits = self._forward(kvs, spans)
         for one, tree in zip(growing, trees, strict=True):
             self.cache.reserve(one.state.kv, len(tree.row_parents))
-            one.state.draft, one.state.offsets = tree.best(one.budget, self.name)
+            one.state.draft, one.state.offsets, one.state.cells = tree.best(one.budget, self.name)
+
+    def _add_drawn(
+        self,
+        tree: _Candidates,
+        node: int,
+        ids: list[int],
+        p: list[float],
+        row: torch.Tensor,
+        sequence: Sequence,
+        depth: int,
+    ) -> None:
+        """The likeliest children and the coupled draw. The draw has its measured acceptance; the others share what
+        is left in proportion to their probabilities."""
+        drawn, own, cell = self._draw(row, sequence.params, len(sequence.tokens) + depth)
+        rate = float(self._draws.value[cell])
+        rest = (1 - rate) / max(1 - own, 1e-6)
+        tokens, scores = [drawn], [rate]
+        for token, likely in zip(ids, p, strict=True):
+            if token != drawn:
+                tokens.append(token)
+                scores.append(min(likely * rest, 1.0))
+        tree.add(node, tokens, scores, drawn, cell)
