@@ -404,7 +404,7 @@ def test_the_length_of_a_sampled_chain_does_not_depend_on_its_tokens() -> None:
 
 def test_rejection_sampling_with_a_model_draft_follows_the_target() -> None:
     """First two tokens over many seeds, against the exact joint distribution."""
-    params, n, agreed = SamplingParams(temperature=1.0), 1500, 0
+    params, n, agreed = SamplingParams(temperature=1.0), 800, 0
     drafter = DraftChain(FakeDecoder(1), 64, V, sampled=True, max_tokens=2)
     counts = np.zeros((V, V))
     for seed in range(n):
@@ -428,7 +428,7 @@ def test_rejection_sampling_with_a_model_draft_follows_the_target() -> None:
     chi2, freedom = ((seen - should) ** 2 / should).sum(), len(seen) - 1
     assert chi2 < freedom + 4 * np.sqrt(2 * freedom)
     overlap = np.minimum(first, distribution(logits_of([1, 2], 1), params)).sum()
-    assert agreed / n == pytest.approx(overlap, abs=0.05)
+    assert agreed / n == pytest.approx(overlap, abs=0.06)
 
 
 def test_roots_of_the_tree_hang_from_the_last_token() -> None:
