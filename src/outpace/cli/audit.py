@@ -74,6 +74,7 @@ def audit(**options: Any) -> None:
     Exit code 0: everything that claims to be identical is. 1: something is not.
     """
     from ..bench.audit import AuditConfig, audit, split_by_room
+    from ..engine.llm import check_needs, needs_draft_model
 
     path: Path | None = options["json_path"]
     if path is not None and not path.absolute().parent.is_dir():
@@ -85,6 +86,9 @@ def audit(**options: Any) -> None:
         max_tokens=options["max_tokens"] or (QUICK_TOKENS if options["quick"] else 64),
         seed=options["seed"],
     )
+    for method in config.methods or ():  # before anything is loaded
+        if needs_draft_model(method):
+            check_needs(method, options["draft_model"] is not None)
     chosen = choose(options)
     sections = []
     for precision in dict.fromkeys(options["precisions"]):

@@ -1,0 +1,226 @@
+"""Write the generated parts of README.md: the methods from the registry, the figures from `results/*.json`.
+
+    python benchmarks/readme.py            rewrite them
+    python benchmarks/readme.py --check    exit code 1 when they are not up to date
+
+A part stands between `<!-- NAME -->` and `<!-- /NAME -->`. A figure without a result file is not there.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS, show_spread, table
+
+from outpace.registry import methods
+
+README = Path(__file__).parent.parent / "README.md"
+Record = dict[str, Any]
+LOSSLESS = {"identical": "yes: the same tokens", "distribution": "yes: the same distribution", "approximate": "no"}
+
+
+def records(kind: str) -> list[Record]:
+    """Result files `KIND-*.json`, each with its `file`, by name."""
+    found = []
+    for path in sorted(RESULTS.glob(f"{kind}-*.json")):
+        found.append({"file": path.stem, **json.loads(path.read_text("utf-8"))})
+    return found
+
+
+def link(record: Record, text: str | None = None) -> str:
+    page = f"benchmarks/results/{record['file']}"
+    suffix = "md" if (RESULTS / f"{record['file']}.md").exists() else "json"
+    return f"[{text or record['file']}]({page}.{suffix})"
+
+
+def best(methods_of: Record) -> tuple[str, Record]:
+    """The method with the highest speed-up, plain apart (plain when it ran alone)."""
+    others = {name: m for name, m in methods_of.items() if name != "plain"} or methods_of
+    return max(others.items(), key=lambda item: item[1]["speedup"]["median"])
+
+
+def method_table() -> str:
+    rows = []
+    for m in sorted(methods(), key=lambda m: (m.kind, m.name != "plain", m.name)):
+        paper = f"[{paper_name(m.paper)}]({m.paper})" if m.paper else ""
+        rows.append([f"`{m.name}`", m.kind, m.title, LOSSLESS[m.exactness], ", ".join(m.needs) or "nothing", paper])
+    return table(["name", "kind", "what it is", "lossless", "needs", "source"], rows)
+
+
+def paper_name(address: str) -> str:
+    found = re.search(r"arxiv\.org/abs/([\d.]+)", address)
+    return f"arXiv {found[1]}" if found else address.removeprefix("https://")
+
+
+def claims() -> str:
+    """The three sentences at the top, each with its result file."""
+    lines = []
+    if decode := records("decode"):
+        r = max(decode, key=lambda r: r["results"]["ceiling"]["weight_bytes"])
+        name, m = best(r["results"]["race"]["methods"])
+        text = f"**{m['speedup']['median']:.2f} times** the tokens a second of plain decoding"
+        if edits := r["results"].get("edits"):
+            text += f", **{best(edits['methods'])[1]['speedup']['median']:.2f} times** when code is edited"
+        lines.append(f"{text} ({config_words(r)}, `{name}`): {link(r, 'result')}.")
+    if audits := records("audit"):
+        compared, differing = map(sum, zip(*(audit_counts(r) for r in audits), strict=True))
+        links = ", ".join(link(r, f"result {i}" if len(audits) > 1 else "result") for i, r in enumerate(audits, 1))
+        lines.append(f"**{differing} of {compared}** sequences differ from plain decoding, token for token: {links}.")
+    if peers := records("llamacpp"):
+        r = peers[-1]
+        ours = {n: c for n, c in r["results"]["contestants"].items() if n != "llama.cpp"}
+        name, c = max(ours.items(), key=lambda item: item[1]["against_llamacpp"]["median"])
+        decoding, prefill = c["against_llamacpp"]["median"], c["prefill_against_llamacpp"]
+        lines.append(
+            f"**{decoding:.2f} times** llama.cpp's tokens a second and **{prefill:.2f} times** its prefill on the same "
+            f"file ({config_words(r)}, `{name}`): {link(r, 'result')}."
+        )
+    return "\n".join(f"- {line}" for line in lines) or "- No result files yet: see `benchmarks/`."
+
+
+def config_words(r: Record) -> str:
+    c = r["config"]
+    return f"{c['model']}, {c['precision']}, {c['threads']} threads"
+
+
+def audit_counts(r: Record) -> tuple[int, int]:
+    """Sequences that were promised identical, and how many of them were not."""
+    rows = [row for s in r["sections"] for row in s["rows"] if row["exactness"] == "identical" and not row["reference"]]
+    return sum(row["sequences"] for row in rows), sum(row["differing"] for row in rows)
+
+
+def results() -> str:
+    parts = [f"### {title}\n\n{make() or 'No result file yet.'}" for title, make in RESULT_TABLES.items()]
+    return "\n\n".join([hardware(), *parts])
+
+
+def hardware() -> str:
+    """Where the figures come from; every result page has the whole list of versions."""
+    machines: dict[str, list[str]] = {}
+    for kind in ("decode", "llamacpp", "perplexity", "startup", "audit"):
+        for r in records(kind):
+            e = r["environment"]
+            gpu = f", {e['gpu']}" if e["gpu"] else ""
+            features = ", ".join(e["cpu_features"])
+            words = (
+                f"{e['cpu']}, {e['cores']} cores ({features}), {e['memory_gb']} GB{gpu}; torch {e['versions']['torch']}"
+            )
+            machines.setdefault(words, []).append(r["file"])
+    if not machines:
+        return "Nothing has been measured yet."
+    if len(machines) == 1:
+        return f"Measured on: {next(iter(machines))}. Spread is median (minimum-maximum) over the trials."
+    return "\n".join(f"- {', '.join(files)}: {words}" for words, files in machines.items())
+
+
+def decode_table() -> str:
+    rows = []
+    for r in records("decode"):
+        race, c = r["results"]["race"]["methods"], r["results"]["ceiling"]
+        name, m = best(race)
+        edits = r["results"].get("edits")
+        edited = show_spread(best(edits["methods"])[1]["speedup"], 2) if edits else ""
+        rows.append(
+            [
+                link(r, f"{r['config']['model']}, {r['config']['precision']}"),
+                show_spread(race["plain"]["tokens_per_s"]),
+                f"{100 * c['fraction']:.0f} %",
+                f"`{name}`",
+                show_spread(m["tokens_per_s"]),
+                show_spread(m["speedup"], 2),
+                edited,
+                f"{m['differing_sequences']} of {r['results']['race']['prompts']}",
+            ]
+        )
+    head = ["model", "plain tokens/s", "of the ceiling", "method", "tokens/s", "x plain", "x plain, edits", "differing"]
+    return table(head, rows) if rows else ""
+
+
+def peer_table() -> str:
+    rows = [
+        [
+            link(r, f"{r['config']['model']}, {r['config']['precision']}"),
+            name,
+            show_spread(c["tokens_per_s"]),
+            show_spread(c["against_llamacpp"], 2),
+            f"{c['prefill_tokens_per_s']:.0f}",
+            f"{c['prefill_against_llamacpp']:.2f}",
+        ]
+        for r in records("llamacpp")
+        for name, c in r["results"]["contestants"].items()
+    ]
+    head = ["model", "engine or method", "tokens/s", "x llama.cpp", "prefill tokens/s", "x llama.cpp"]
+    return table(head, rows) if rows else ""
+
+
+def quality_table() -> str:
+    rows = []
+    for r in records("perplexity"):
+        for precision, p in r["results"].items():
+            against = next((f"{100 * v:+.2f} %" for k, v in p.items() if k.startswith("against_")), "")
+            rows.append([link(r, r["config"]["model"]), precision, f"{p['perplexity']:.4f}", against])
+    return table(["model", "precision", "perplexity", "against bfloat16"], rows) if rows else ""
+
+
+def audit_table() -> str:
+    rows = [
+        [
+            link(r, s["model"]),
+            s["precision"],
+            ", ".join(sorted({row["method"] for row in s["rows"]})),
+            ", ".join(str(b) for b in sorted({row["batch"] for row in s["rows"]})),
+            ", ".join(f"{t:g}" for t in sorted({row["temperature"] for row in s["rows"]})),
+            sum(row["sequences"] for row in s["rows"] if not row["reference"]),
+            sum(row["differing"] for row in s["rows"]),
+        ]
+        for r in records("audit")
+        for s in r["sections"]
+    ]
+    head = ["model", "precision", "methods", "batch", "temperature", "sequences", "differing"]
+    return table(head, rows) if rows else ""
+
+
+def startup_table() -> str:
+    rows = [[link(r, r["config"]["model"]), show_spread(r["results"]["first_token_s"], 2)] for r in records("startup")]
+    return table(["model", "seconds to the first token"], rows) if rows else ""
+
+
+RESULT_TABLES: dict[str, Callable[[], str]] = {
+    "Decoding, one sequence, greedy": decode_table,
+    "Beside llama.cpp": peer_table,
+    "The same tokens": audit_table,
+    "Quality of the arithmetic": quality_table,
+    "Start-up": startup_table,
+}
+PARTS: dict[str, Callable[[], str]] = {"claims": claims, "methods": method_table, "results": results}
+
+
+def fill(text: str) -> str:
+    """`text` with every generated part written anew. Raises ValueError for a part that is missing."""
+    for name, make in PARTS.items():
+        start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        if text.count(start) != 1 or text.count(end) != 1:
+            raise ValueError(f"README.md needs {start} and {end} once each")
+        head, rest = text.split(start)
+        _, tail = rest.split(end)
+        text = f"{head}{start}\n{make()}\n{end}{tail}"
+    return text
+
+
+def main() -> None:
+    old = README.read_text("utf-8")
+    new = fill(old)
+    if "--check" in sys.argv[1:]:
+        if old != new:
+            sys.exit("README.md is out of date: run  python benchmarks/readme.py")
+        return
+    README.write_text(new, "utf-8")
+
+
+if __name__ == "__main__":
+    main()
