@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..registry import Method
 
 LOSSLESS = {
     "identical": "yes, the same tokens",
@@ -44,18 +50,39 @@ def methods(as_json: bool) -> None:
         click.echo(json.dumps(records, indent=2, ensure_ascii=False))
         return
     from rich.console import Console
-    from rich.table import Table
 
     console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=200)
     titles = {"drafter": "Drafters (--method; a+b merges two)", "verifier": "Verifiers (--verifier)"}
     for kind, title in titles.items():
-        table = Table(title=title, title_justify="left", box=None, pad_edge=False, title_style="bold")
-        table.add_column("name", no_wrap=True)
-        for column in ("family", "title", "exactness", "lossless", "needs"):
-            table.add_column(column)
-        table.add_column("paper", overflow="fold")
-        for m in (m for m in found if m.kind == kind):
-            needs = ", ".join(m.needs) or "nothing"
-            table.add_row(m.name, m.family, m.title, m.exactness, LOSSLESS[m.exactness], needs, m.paper)
-        console.print(table)
+        console.print(title, style="bold", markup=False)
+        of_kind = [m for m in found if m.kind == kind]
+        _table(console, of_kind) if console.width >= 150 else _list(console, of_kind)
         console.print()
+
+
+def _table(console: Console, found: list[Method]) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in ("name", "family", "title", "exactness", "lossless", "needs", "paper"):
+        table.add_column(column, no_wrap=True)
+    for m in found:
+        table.add_row(m.name, m.family, m.title, m.exactness, LOSSLESS[m.exactness], _needs(m), m.paper)
+    console.print(table)
+
+
+def _list(console: Console, found: list[Method]) -> None:
+    """For narrow terminals: the same, a few lines for each."""
+    indent = " " * (max(len(m.name) for m in found) + 2)
+    for m in found:
+        lines = (
+            f"{m.title} ({m.family})",
+            f"{m.exactness}; lossless: {LOSSLESS[m.exactness]}; needs {_needs(m)}",
+            m.paper,
+        )
+        text = f"\n{indent}".join(line for line in lines if line)
+        console.print(f"{m.name:<{len(indent)}}{text}", markup=False, soft_wrap=True)
+
+
+def _needs(m: Method) -> str:
+    return ", ".join(m.needs) or "nothing"

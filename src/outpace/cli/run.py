@@ -67,7 +67,7 @@ def run(prompt: str | None, as_json: bool, no_stream: bool, show_draft: bool, **
         if as_json:
             click.echo(json.dumps(json_object(llm, result, compared), ensure_ascii=False))
         else:
-            figures(llm, result, compared)
+            figures(llm, result, compared, show_draft)
     if cancelled:
         sys.exit(INTERRUPTED)
 
@@ -180,7 +180,8 @@ def compare(llm: LLM, ask: Prompt, params: SamplingParams, result: Result) -> di
     }
 
 
-def figures(llm: LLM, result: Result, compared: dict[str, Any] | None) -> None:
+def figures(llm: LLM, result: Result, compared: dict[str, Any] | None, show_draft: bool) -> None:
+    """One line about the run, and one for each further thing that was asked for or must be said."""
     extra = f"{compared['speedup']:.2f}x plain" if compared and compared["speedup"] else ""
     say(summary(result, llm.precision, extra))
     for note in result.notes:
@@ -193,11 +194,10 @@ def figures(llm: LLM, result: Result, compared: dict[str, Any] | None) -> None:
         )
         stopped = "" if compared["complete"] else " (stopped early)"
         say(f"plain decoding{stopped}: {compared['tokens_per_s']:.1f} tokens/s, {same}; {compared['order']}")
-    if result.stats.drafted:
+    if show_draft and result.stats.drafted:
         kept = result.stats.accepted_by_source
         each = ", ".join(f"{kept.get(s, 0)} of {n} by {s}" for s, n in result.stats.drafted_by_source.items())
-        if sys.stderr.isatty():
-            say(f"drafted tokens accepted: {each}")
+        say(f"drafted tokens accepted: {each}")
 
 
 def json_object(llm: LLM, result: Result, compared: dict[str, Any] | None) -> dict[str, Any]:

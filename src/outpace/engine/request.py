@@ -73,7 +73,8 @@ class Request:
 
         The token that ends the output is kept in `token_ids`. A stop token gives no text.
         """
-        tokens = accepted.tokens.tolist()[: self.remaining]
+        tokens = accepted.tokens.tolist()
+        assert len(tokens) <= self.remaining, "the draft was longer than its budget"
         ended = next((i for i, t in enumerate(tokens) if t in self.stop_ids), None)
         visible = tokens if ended is None else tokens[:ended]
         text, used = ("", len(visible)) if self.text is None else self.text.push(visible)

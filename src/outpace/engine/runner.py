@@ -87,7 +87,9 @@ class Runner:
             chain = not path or path[-1] == len(path) - 1
             offsets = range(len(path) + 1) if chain else [0, *(i + 1 for i in path)]
             self.cache.commit(request.kv, offsets)
-        request.sequence.tokens += kept.tokens.tolist()
+        tokens = request.sequence.tokens
+        tokens += kept.tokens.tolist()
+        assert self.cache.length(request.kv) == len(tokens) - 1, "the last token alone is not in the KV cache"
         draft = NO_DRAFT if verified.draft is None else verified.draft
         self.drafter.observe(request.sequence, Observation(kept.tokens, draft, kept, verified.outputs))
 
