@@ -206,3 +206,14 @@ def test_public_names() -> None:
 def test_import_is_light() -> None:
     code = "import outpace, sys; outpace.SamplingParams; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
+def test_rejection_sampling_is_named_as_what_it_is(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=40, temperature=1.0, seed=2)
+    with LLM(llm.loaded, draft_model=toy_loaded("small"), method="draft", verifier="rejection", kv_tokens=1024) as made:
+        (result,) = made.generate("abc", params)
+        (again,) = made.generate("abc", params)
+        made.check_integrity()
+    assert result.exactness == "distribution" and len(result.token_ids) == 40
+    assert result.stats.accepted > 20  # q is the target's own distribution
+    assert len(again.token_ids) == 40
