@@ -210,7 +210,6 @@ def body(results: dict[str, Any]) -> str:
 def main(**options: Any) -> None:
     params = SamplingParams(max_tokens=options["max_tokens"], temperature=0.0)
     threads = options["threads"]
-    probes = read_bandwidth(threads)
     loaded = LLM(
         options["model"],
         draft_model=options["draft_model"],
@@ -223,6 +222,8 @@ def main(**options: Any) -> None:
     source = own_prompts() if options["path"] is None else load_prompts(options["path"])
     chosen = select(source, categories=options["categories"] or None, per_category=options["per_category"])
     prompts, too_long = split_by_room(llm, chosen, params.max_tokens)
+    device = llm.decoder.device
+    probes = read_bandwidth(threads, device)
     contestants = {"plain": llm}
     for method in options["methods"]:
         other = loaded.with_method(method)
@@ -242,7 +243,7 @@ def main(**options: Any) -> None:
     times = step_times(llm.decoder, options["step_context"], 12)
     results["step_s"] = {str(n): [round(s, 7) for s in t] for n, t in times.items()}
     results["prefill_512_tokens_per_s"] = spread(prefill_speed(llm.decoder, 512, options["trials"]))
-    probes += read_bandwidth(threads)
+    probes += read_bandwidth(threads, device)
     results["bandwidth_bytes_per_s"] = [round(p) for p in probes]
     plain = results["race"]["methods"]["plain"]["tokens_per_s"]["median"]
     results["ceiling"] = ceiling(llm.decoder, float(np.mean(race.context)), max(probes), plain)
@@ -251,6 +252,7 @@ def main(**options: Any) -> None:
         "draft_model": public_name(options["draft_model"]),
         "methods": list(contestants),
         "precision": llm.precision,
+        "device": device.type,
         "threads": threads,
         "prompts": options["path"].name if options["path"] else "own",
         "categories": sorted({p.category for p in prompts}),

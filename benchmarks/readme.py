@@ -65,7 +65,7 @@ def claims() -> str:
         name, m = best(r["results"]["race"]["methods"])
         text = f"**{m['speedup']['median']:.2f} times** the tokens a second of plain decoding"
         if edits := r["results"].get("edits"):
-            text += f", **{best(edits['methods'])[1]['speedup']['median']:.2f} times** when code is edited"
+            text += f", **{edits['methods'][name]['speedup']['median']:.2f} times** when code is edited"
         lines.append(f"{text} ({config_words(r)}, `{name}`): {link(r, 'result')}.")
     if audits := records("audit"):
         compared, differing = map(sum, zip(*(audit_counts(r) for r in audits), strict=True))
@@ -85,7 +85,8 @@ def claims() -> str:
 
 def config_words(r: Record) -> str:
     c = r["config"]
-    return f"{c['model']}, {c['precision']}, {c['threads']} threads"
+    where = "CUDA" if c.get("device", "cpu") != "cpu" else f"{c['threads']} thread{'s' if c['threads'] != 1 else ''}"
+    return f"{c['model']}, {c['precision']}, {where}"
 
 
 def audit_counts(r: Record) -> tuple[int, int]:
@@ -124,7 +125,7 @@ def decode_table() -> str:
         race, c = r["results"]["race"]["methods"], r["results"]["ceiling"]
         name, m = best(race)
         edits = r["results"].get("edits")
-        edited = show_spread(best(edits["methods"])[1]["speedup"], 2) if edits else ""
+        edited = show_spread(edits["methods"][name]["speedup"], 2) if edits else ""
         rows.append(
             [
                 link(r, f"{r['config']['model']}, {r['config']['precision']}"),
@@ -176,7 +177,7 @@ def audit_table() -> str:
             ", ".join(str(b) for b in sorted({row["batch"] for row in s["rows"]})),
             ", ".join(f"{t:g}" for t in sorted({row["temperature"] for row in s["rows"]})),
             sum(row["sequences"] for row in s["rows"] if not row["reference"]),
-            sum(row["differing"] for row in s["rows"]),
+            sum(row["differing"] for row in s["rows"] if not row["reference"]),
         ]
         for r in records("audit")
         for s in r["sections"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import re
 import shlex
 import sys
@@ -75,6 +76,43 @@ def test_generated_parts_are_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     readme = importlib.import_module("readme")
     assert readme.fill(README) == README, "run  python benchmarks/readme.py"
+
+
+def test_tables_show_what_the_result_files_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    common, readme = importlib.import_module("common"), importlib.import_module("readme")
+    plain, fast = common.Tally(), common.Tally()
+    for trial, (slow_s, fast_s) in enumerate([(10.0, 4.0), (8.0, 4.0), (9.0, 4.5)]):
+        plain.add(trial, 100, slow_s, prompt_tokens=50, prefill_s=0.5, steps=100)
+        fast.add(trial, 100, fast_s, prompt_tokens=50, prefill_s=0.5, steps=40)
+    race = {
+        name: {**t.to_json(), "speedup": common.ratios(t, plain), "differing_sequences": 0}
+        for name, t in {"plain": plain, "a+b": fast}.items()
+    }
+    environment = {
+        "cpu": "X", "cores": 2, "cpu_features": ["avx2"], "memory_gb": 8.0, "gpu": None, "versions": {"torch": "2"}
+    }  # fmt: skip
+    record = {
+        "environment": environment,
+        "config": {"model": "m", "precision": "int8", "threads": 2},
+        "results": {
+            "race": {"prompts": 3, "methods": race},
+            "ceiling": {"fraction": 0.755, "weight_bytes": 1},
+        },
+    }
+    (tmp_path / "decode-m.json").write_text(json.dumps(record))
+    row = {"method": "ngram", "batch": 8, "temperature": 0.8, "exactness": "identical", "sequences": 7, "differing": 2}
+    rows = [{**row, "reference": True}, {**row, "reference": False}]
+    audit = {"environment": environment, "sections": [{"model": "m", "precision": "int8", "rows": rows}]}
+    (tmp_path / "audit-m.json").write_text(json.dumps(audit))
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    text = readme.fill(README)
+    assert "- **2.00 times** the tokens a second of plain decoding (m, int8, 2 threads, `a+b`)" in text
+    assert "- **2 of 7** sequences differ" in text
+    shown = "| 11.1 (10.0-12.5) | 76 % | `a+b` | 25.0 (22.2-25.0) | 2.00 (2.00-2.50) |  | 0 of 3 |"
+    assert f"| [m, int8](benchmarks/results/decode-m.json) {shown}" in text
+    assert "| [m](benchmarks/results/audit-m.json) | int8 | ngram | 8 | 0.8 | 7 | 2 |" in text
+    assert "Measured on: X, 2 cores (avx2), 8.0 GB; torch 2." in text
 
 
 def test_figures_stand_in_generated_parts_only() -> None:

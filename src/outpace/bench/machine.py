@@ -11,10 +11,13 @@ from importlib import metadata
 from pathlib import Path
 from threading import Thread
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = ("outpace", "torch", "numpy", "numba", "transformers", "tokenizers", "gguf")
 
@@ -71,12 +74,16 @@ def commit() -> str:
         return "unknown"
 
 
-def read_bandwidth(threads: int, size: int = 1 << 30, repeats: int = 5) -> list[float]:
-    """Bytes per second at which `threads` threads read `size` bytes of memory once, for each repeat.
+def read_bandwidth(
+    threads: int, device: torch.device | None = None, size: int = 1 << 30, repeats: int = 5
+) -> list[float]:
+    """Bytes per second at which `threads` threads (or a CUDA device) read `size` bytes once, for each repeat.
 
-    The sums are numba loops over wide integers that release the interpreter lock; a pass over 1 GiB cannot live in a
-    cache. The first, untimed, pass touches the pages.
+    On the CPU, the sums are numba loops over integers that release the interpreter lock; a pass over 1 GiB cannot live
+    in a cache. The first, untimed, pass touches the pages.
     """
+    if device is not None and device.type == "cuda":
+        return _cuda_bandwidth(device, size, repeats)
     data = np.ones(size // 8, dtype=np.int64)
     parts = np.array_split(data, threads)
     kernel = _reader()
@@ -90,6 +97,23 @@ def read_bandwidth(threads: int, size: int = 1 << 30, repeats: int = 5) -> list[
         for worker in workers:
             worker.join()
         return data.nbytes / (perf_counter() - began)
+
+    once()
+    return [once() for _ in range(repeats)]
+
+
+def _cuda_bandwidth(device: torch.device, size: int, repeats: int) -> list[float]:
+    """By summing float32 numbers in the device's memory."""
+    import torch
+
+    data = torch.ones(size // 4, dtype=torch.float32, device=device)
+
+    def once() -> float:
+        torch.cuda.synchronize(device)
+        began = perf_counter()
+        data.sum()
+        torch.cuda.synchronize(device)
+        return size / (perf_counter() - began)
 
     once()
     return [once() for _ in range(repeats)]

@@ -107,7 +107,10 @@ def audit(**options: Any) -> None:
         show(sections[-1], config)
     holds = all(section.holds for section in sections)
     if path is not None:
-        more = {name: options[name] for name in ("draft_model", "verifier", "threads")}
+        draft: str | None = options["draft_model"]
+        more = {name: options[name] for name in ("verifier", "threads", "categories")}
+        more["draft_model"] = draft and (Path(draft).name if Path(draft).exists() else draft)
+        more["prompt_file"] = options["path"].name if options["path"] else "own"
         write_json(path, sections, {**asdict(config), **more, "prompts": [p.id for p in chosen]}, holds)
     click.echo(verdict(sections))
     if not holds:
