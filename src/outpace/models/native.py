@@ -176,10 +176,23 @@ class NativeDecoder(Decoder):
             array = self._keep.get(f"{i}.{name}")
             return 0 if array is None else array.ctypes.data
 
-        names = (
-            "qkv.w qkv.scale qkv.bias out.w out.scale gate_up.w gate_up.scale down.w down.scale "
-            "norm_1 norm_2 post_1 post_2 q_norm k_norm"
-        ).split()
+        names = [
+            "qkv.w",
+            "qkv.scale",
+            "qkv.bias",
+            "out.w",
+            "out.scale",
+            "gate_up.w",
+            "gate_up.scale",
+            "down.w",
+            "down.scale",
+            "norm_1",
+            "norm_2",
+            "post_1",
+            "post_2",
+            "q_norm",
+            "k_norm",
+        ]
         window = (self.config.sliding_window or 0) if sliding else 0
         return [*map(where, names), window, int(sliding and self._rope_local is not None), -1]
 
@@ -201,7 +214,11 @@ class NativeDecoder(Decoder):
             group = cfg.num_heads // cfg.num_kv_heads
             queries = max(MAX_QUERIES, padded(group, 8))
             c[step.C_SCORE_STRIDE] = 4 * (places + padded(rows) + 96)
-            space = max(SCRATCH_BYTES, 4 * width, 8 * queries * head + 128 + queries * int(c[step.C_SCORE_STRIDE]))
+            space = max(
+                SCRATCH_BYTES,
+                8 * max(width, attention, hidden) + 512,
+                8 * queries * head + 128 + queries * int(c[step.C_SCORE_STRIDE]),
+            )
             c[step.C_THREAD_STRIDE] = padded(space, 4096)
             buffers["space"] = np.zeros(self.threads * int(c[step.C_THREAD_STRIDE]) + 64, dtype=np.uint8)
             c[step.C_THREAD_SPACE] = padded(buffers["space"].ctypes.data, 64)

@@ -15,6 +15,7 @@ from .simd import (
     hsum,
     load_bf16,
     load_f32,
+    rotate16,
     store_bf16,
     store_f32,
     store_i8,
@@ -27,6 +28,7 @@ from .simd import (
     vmul,
     vsplat,
     vstore,
+    vsub,
 )
 
 
@@ -56,24 +58,46 @@ def add_norm_row(x, weight, out, width, true_width, eps):
         vstore(out + 4 * i, vadd(vload(out + 4 * i), y))
 
 
+@njit(inline="always")
+def _load_within(x, i, width):
+    return vload(x + 4 * i) if i < width else vsplat(np.float32(0.0))
+
+
 @njit
-def pack_row(kind, x, width, out, scale_out):
+def _pack_int8(x, width, spare, out, scale_out):
+    """Rotate in blocks of 64 (see pack_row), then quantise with one scale: the largest magnitude becomes 127."""
+    peak = vsplat(np.float32(0.0))
+    for i in range(0, width, 64):
+        a, b = rotate16(_load_within(x, i, width)), rotate16(_load_within(x, i + 16, width))
+        c, d = rotate16(_load_within(x, i + 32, width)), rotate16(_load_within(x, i + 48, width))
+        a, b, c, d = vadd(a, b), vsub(a, b), vadd(c, d), vsub(c, d)
+        a, b, c, d = vadd(a, c), vadd(b, d), vsub(a, c), vsub(b, d)
+        vstore(spare + 4 * i, a)
+        vstore(spare + 4 * i + 64, b)
+        vstore(spare + 4 * i + 128, c)
+        vstore(spare + 4 * i + 192, d)
+        peak = vmax(vmax(vmax(vabs(a), vabs(b)), vmax(vabs(c), vabs(d))), peak)
+    largest = hmax(peak)
+    factor = np.float32(0.0)
+    if largest > np.float32(0.0):
+        factor = np.float32(127.0) / largest
+    store_f32(scale_out, largest / np.float32(127.0))
+    by = vsplat(factor)
+    for i in range(0, (width + 63) // 64 * 64, 16):
+        store_i8(out + i, vmul(vload(spare + 4 * i), by))
+
+
+@njit
+def pack_row(kind, x, width, spare, out, scale_out):
     """Write a row in the format that a product of `kind` reads: float32, bf16, or int8 with one scale a row.
 
-    What lies between `width` and the product's padded depth meets weights of zero, so it only has to be finite.
+    int8 rows are first rotated by a Walsh-Hadamard matrix in blocks of 64, which spreads outliers over their block;
+    the weights are rotated back when they are packed, so the product is unchanged. `spare`: room for the row, rounded
+    up to 64. For the other kinds, what lies between `width` and the product's padded depth meets weights of zero, so
+    it only has to be finite.
     """
     if kind == KIND_INT8:
-        peak = vsplat(np.float32(0.0))
-        for i in range(0, width, 16):
-            peak = vmax(vabs(vload(x + 4 * i)), peak)
-        largest = hmax(peak)
-        factor = np.float32(0.0)
-        if largest > np.float32(0.0):
-            factor = np.float32(127.0) / largest
-        store_f32(scale_out, largest / np.float32(127.0))
-        by = vsplat(factor)
-        for i in range(0, width, 16):
-            store_i8(out + i, vmul(vload(x + 4 * i), by))
+        _pack_int8(x, width, spare, out, scale_out)
     elif kind == KIND_BF16:
         for i in range(0, width, 16):
             store_bf16(out + 2 * i, vload(x + 4 * i))

@@ -317,6 +317,16 @@ def hmax(b, v):
     return _reduce(b, v, lambda x, y: b.select(b.fcmp_ordered(">", x, y), x, y))
 
 
+@emit(f32x16, f32x16)
+def rotate16(b, v):
+    """Sixteen-point Walsh-Hadamard transform of the lanes, not normalised: four rounds of sums and differences."""
+    for width in (1, 2, 4, 8):
+        order = ir.Constant(ir.VectorType(I32, LANES), [i ^ width for i in range(LANES)])
+        signs = ir.Constant(VF, [-1.0 if i & width else 1.0 for i in range(LANES)])
+        v = fma(b, v, signs, b.shuffle_vector(v, v, order))
+    return v
+
+
 @njit(inline="always")
 def vexp(x):
     """e**x, relative error about 1e-7; 0 below -87."""

@@ -80,19 +80,19 @@ def _product(c, me, threads, mode, rows, steps, w, scales, bias, panels, out, ou
 
 
 @njit
-def _norm_and_pack(c, me, threads, x, rows, norm, eps, normed):
+def _norm_and_pack(c, me, threads, x, rows, norm, eps, space):
     width, true_width = _get(c, C_WIDTH), _get(c, C_TRUE_WIDTH)
     packed, stride, kind = _get(c, C_PACKED), _get(c, C_PACKED_STRIDE), _get(c, C_KIND)
     for t in range(me, rows, threads):
-        norm_row(x + 4 * t * width, norm, normed, width, true_width, eps)
-        pack_row(kind, normed, width, packed + t * stride, _get(c, C_PACKED_SCALE) + 4 * t)
+        norm_row(x + 4 * t * width, norm, space, width, true_width, eps)
+        pack_row(kind, space, width, space + 4 * width, packed + t * stride, _get(c, C_PACKED_SCALE) + 4 * t)
 
 
 @njit
-def _pack(c, me, threads, x, width, rows):
+def _pack(c, me, threads, x, width, rows, space):
     packed, stride, kind = _get(c, C_PACKED), _get(c, C_PACKED_STRIDE), _get(c, C_KIND)
     for t in range(me, rows, threads):
-        pack_row(kind, x + 4 * t * width, width, packed + t * stride, _get(c, C_PACKED_SCALE) + 4 * t)
+        pack_row(kind, x + 4 * t * width, width, space, packed + t * stride, _get(c, C_PACKED_SCALE) + 4 * t)
 
 
 @njit
@@ -184,7 +184,7 @@ def _layer(c, layer, index, me, threads, arrived, space, eps, attention_scale):
     arrived = meet(c, threads, arrived)
     _attention(c, layer, index, keys, values, space)
     arrived = meet(c, threads, arrived)
-    _pack(c, me, threads, _get(c, C_ATTENTION), heads * head, rows)
+    _pack(c, me, threads, _get(c, C_ATTENTION), heads * head, rows, space)
     arrived = meet(c, threads, arrived)
     _product(
         c, me, threads, mode, rows, _get(c, C_STEPS_ATTENTION), _get(layer, L_OUT_W), _get(layer, L_OUT_SCALE),
@@ -201,7 +201,7 @@ def _layer(c, layer, index, me, threads, arrived, space, eps, attention_scale):
         _get(layer, L_GATE_UP_SCALE), 0, 2 * hidden // 16, _get(c, C_GATED), 4 * hidden, space,
     )  # fmt: skip
     arrived = meet(c, threads, arrived)
-    _pack(c, me, threads, _get(c, C_GATED), hidden, rows)
+    _pack(c, me, threads, _get(c, C_GATED), hidden, rows, space)
     arrived = meet(c, threads, arrived)
     _product(
         c, me, threads, mode, rows, _get(c, C_STEPS_HIDDEN), _get(layer, L_DOWN_W), _get(layer, L_DOWN_SCALE),
@@ -245,7 +245,7 @@ def decoder_step(c, me):
     for r in range(me, wanted, threads):
         t = load_i64(_get(c, C_LOGIT_INDEX) + 8 * r)
         norm_row(x + 4 * t * width, _get(c, C_FINAL_NORM), space, width, _get(c, C_TRUE_WIDTH), eps)
-        pack_row(kind, space, width, packed + r * stride, _get(c, C_PACKED_SCALE) + 4 * r)
+        pack_row(kind, space, width, space + 4 * width, packed + r * stride, _get(c, C_PACKED_SCALE) + 4 * r)
     arrived = meet(c, threads, arrived)
     if wanted > 0:
         _product(
