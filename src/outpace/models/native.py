@@ -176,23 +176,8 @@ class NativeDecoder(Decoder):
             array = self._keep.get(f"{i}.{name}")
             return 0 if array is None else array.ctypes.data
 
-        names = [
-            "qkv.w",
-            "qkv.scale",
-            "qkv.bias",
-            "out.w",
-            "out.scale",
-            "gate_up.w",
-            "gate_up.scale",
-            "down.w",
-            "down.scale",
-            "norm_1",
-            "norm_2",
-            "post_1",
-            "post_2",
-            "q_norm",
-            "k_norm",
-        ]
+        products = [f"{name}.{part}" for name in ("qkv", "out", "gate_up", "down") for part in ("w", "scale")]
+        names = [*products, "qkv.bias", "norm_1", "norm_2", "post_1", "post_2", "q_norm", "k_norm"]
         window = (self.config.sliding_window or 0) if sliding else 0
         return [*map(where, names), window, int(sliding and self._rope_local is not None), -1]
 

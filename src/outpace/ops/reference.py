@@ -58,16 +58,11 @@ def rotate(x: torch.Tensor) -> torch.Tensor:
     Twice in a row it multiplies by 64. Spreads an outlier over its block, so that int8 loses less to it
     (https://arxiv.org/abs/2404.00456). [..., K] -> [..., K rounded up to 64]
     """
-    k = x.shape[-1]
-    x = F.pad(x, (0, -k % ROTATION))
-    blocks = x.reshape(*x.shape[:-1], -1, ROTATION)
-    step = 1
-    while step < ROTATION:
-        pairs = blocks.reshape(*blocks.shape[:-1], -1, 2, step)
-        blocks = torch.stack((pairs[..., 0, :] + pairs[..., 1, :], pairs[..., 0, :] - pairs[..., 1, :]), dim=-2)
-        blocks = blocks.reshape(*x.shape[:-1], -1, ROTATION)
-        step *= 2
-    return blocks.reshape(x.shape)
+    signs = torch.ones(1, 1, dtype=x.dtype, device=x.device)
+    while len(signs) < ROTATION:
+        signs = torch.cat((torch.cat((signs, signs), 1), torch.cat((signs, -signs), 1)))
+    x = F.pad(x, (0, -x.shape[-1] % ROTATION))
+    return (x.reshape(*x.shape[:-1], -1, ROTATION) @ signs).reshape(x.shape)
 
 
 class DenseLinear:
