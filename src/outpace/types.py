@@ -75,10 +75,7 @@ class SamplingParams:
     def edits_logits(self) -> bool:
         """Whether anything but the temperature changes the target's logits."""
         return bool(
-            self.logit_bias
-            or self.repetition_penalty != 1
-            or self.presence_penalty != 0
-            or self.frequency_penalty != 0
+            self.logit_bias or self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
         )
 
 

@@ -13,7 +13,7 @@ import outpace
 
 ROOT = Path(outpace.__file__).parent
 LAYERS = [
-    {"types", "config", "errors", "registry"},
+    {"types", "config", "errors", "paths", "registry"},
     {"ops", "parallel"},
     {"models", "cache"},
     {"decoding"},

@@ -217,9 +217,7 @@ class PagedKVCache:
                     assert self._references[page] == 1, f"sequence {seq}: provisional page {page} is shared"
         assert counted == self._references, "reference counts do not add up"
         assert len(set(self._free)) == len(self._free), "a page is free twice"
-        assert set(self._free) == {p for p, c in enumerate(counted) if c == 0}, (
-            "a page is lost or in use and free"
-        )
+        assert set(self._free) == {p for p, c in enumerate(counted) if c == 0}, "a page is lost or in use and free"
 
     # -- inside --------------------------------------------------------------------------------------------
 

@@ -126,9 +126,7 @@ def _rows(span: Span) -> tuple[NDArray[np.int64], NDArray[np.int32], Visible | N
     offsets = np.arange(first, first + n, dtype=np.int32)
     if isinstance(mask, Tree):
         nodes = first + n - mask.rooted
-        assert len(mask.parents) == nodes, (
-            f"{len(mask.parents)} parents for the {nodes} nodes up to the last row"
-        )
+        assert len(mask.parents) == nodes, f"{len(mask.parents)} parents for the {nodes} nodes up to the last row"
         if not is_chain(mask.parents):
             start, visible = tree_visible(mask.parents, first, mask.rooted)
             return (start[1:] - start[:-1]).astype(np.int64) + (span.committed - 1), offsets, (start, visible)

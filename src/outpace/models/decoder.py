@@ -41,7 +41,5 @@ class Decoder(ABC):
         """KV memory for `num_pages` pages, in this decoder's layout."""
 
     @abstractmethod
-    def forward(
-        self, batch: ForwardBatch, storage: KVStorage, hidden_layers: Sequence[int] = ()
-    ) -> DecoderOutput:
+    def forward(self, batch: ForwardBatch, storage: KVStorage, hidden_layers: Sequence[int] = ()) -> DecoderOutput:
         """Run one packed step; writes the rows' keys and values to their places in `storage`."""

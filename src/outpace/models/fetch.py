@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import IO
 
 from ..errors import CorruptModel, DownloadError, ModelError
+from ..paths import models_dir
 from .catalog import KnownModel
-from .paths import models_dir
 
 #: what, bytes done, bytes in all
 Progress = Callable[[str, int, int], None]

@@ -26,8 +26,7 @@ SUPPORTED = "llama (smollm too), mistral, qwen2, qwen3 and gemma3"
 _COMMON: dict[str, Any] = {"rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "tie_word_embeddings": False}
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": _COMMON | {"max_position_embeddings": 2048},
-    "mistral": _COMMON
-    | {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+    "mistral": _COMMON | {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
     "qwen2": _COMMON | {"max_position_embeddings": 32768, "max_window_layers": 28},
     "qwen3": _COMMON | {"max_position_embeddings": 32768, "max_window_layers": 28, "head_dim": 128},
     "gemma3": {
@@ -115,9 +114,7 @@ def parse(raw: Mapping[str, Any], source: str) -> ModelConfig:
     given = _text_section(_Reader(raw, source))
     architecture = _architecture(given)
     values = _DEFAULTS[architecture] | {k: v for k, v in given.values.items() if v is not None}
-    if (
-        "sliding_window" in given.values
-    ):  # null turns it off, unlike the fields where null asks for the default
+    if "sliding_window" in given.values:  # null turns it off, unlike the fields where null asks for the default
         values["sliding_window"] = given.values["sliding_window"]
     r = _Reader(values, source)
     for name, off in _MUST_BE_OFF.items():

@@ -18,7 +18,7 @@ from ..cache.storage import KVStorage
 from ..errors import UnsupportedModel
 from ..ops.cpu import isa, step
 from ..ops.cpu.attention import MAX_QUERIES
-from ..ops.cpu.linear import GATED_GELU, GATED_SILU, KIND_BF16, KIND_F32, KIND_INT8, SCRATCH_BYTES
+from ..ops.cpu.linear import GATED_GELU, GATED_SILU, KIND_BF16, KIND_F32, KIND_INT4, KIND_INT8, SCRATCH_BYTES
 from ..ops.cpu.team import team
 from ..types import Precision
 from . import packed
@@ -28,7 +28,7 @@ from .config import ModelConfig, rope_inv_freq
 from .decoder import Decoder, DecoderOutput
 from .packed import Tensors, padded
 
-_KINDS: dict[Precision, int] = {"float32": KIND_F32, "bfloat16": KIND_BF16, "int8": KIND_INT8}
+_KINDS: dict[Precision, int] = {"float32": KIND_F32, "bfloat16": KIND_BF16, "int8": KIND_INT8, "int4": KIND_INT4}
 _ROPE_CHUNK = 4096
 
 
@@ -146,7 +146,7 @@ class NativeDecoder(Decoder):
         unit = packed.DEPTH_UNIT[self.precision]
         width, hidden = padded(cfg.hidden_size), padded(cfg.intermediate_size)
         self._depths = [padded(n, unit) for n in (cfg.hidden_size, cfg.num_heads * head, cfg.intermediate_size)]
-        self._row_bytes = max(self._depths) * 64 // unit
+        self._row_bytes = max(self._depths) * {16: 4, 32: 2, 64: 1}[unit]
         self._floats = np.array([cfg.rms_norm_eps, cfg.embedding_scale, cfg.attention_scale], dtype=np.float32)
         self._tiles = isa.tile_config()
         self._counters = np.zeros(8 + cfg.num_layers, dtype=np.int64)  # the barrier's, then one per layer

@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError, ParameterError
+from ..paths import prepared_dir
 from .checkpoint import Checkpoint, TokenizerFiles
 from .config import ModelConfig, RopeScaling
 from .fetch import Progress
-from .paths import prepared_dir
 from .source import ModelSource, resolve
 from .tokenizer import Tokenizer
 

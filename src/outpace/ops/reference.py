@@ -58,11 +58,11 @@ def rotate(x: torch.Tensor) -> torch.Tensor:
     Twice in a row it multiplies by 64. Spreads an outlier over its block, so that int8 loses less to it
     (https://arxiv.org/abs/2404.00456). [..., K] -> [..., K rounded up to 64]
     """
-    signs = torch.ones(1, 1, dtype=x.dtype, device=x.device)
+    signs = torch.ones(1, 1, dtype=torch.float64, device=x.device)  # float64: the same for every number of rows
     while len(signs) < ROTATION:
         signs = torch.cat((torch.cat((signs, signs), 1), torch.cat((signs, -signs), 1)))
     x = F.pad(x, (0, -x.shape[-1] % ROTATION))
-    return (x.reshape(*x.shape[:-1], -1, ROTATION) @ signs).reshape(x.shape)
+    return (x.double().reshape(*x.shape[:-1], -1, ROTATION) @ signs).reshape(x.shape).to(x.dtype)
 
 
 class DenseLinear:

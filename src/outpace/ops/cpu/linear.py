@@ -3,9 +3,11 @@
 Weights lie in *panels* of sixteen outputs. Within a panel, depth runs in steps of one *tile row* of 64 bytes:
   int8      16 outputs x 4 depths     float32   16 outputs x 1 depth
   bfloat16  16 outputs x 2 depths
-so that a panel is one contiguous stream, read once per sixteen rows and step. A micro-kernel multiplies up to sixteen
-rows with 1, 2 or 4 panels into a scratch block of [16][64] int32 (int8) or float32 (others); the epilogue scales,
-adds the bias and stores, adds to the residual, or applies the gated activation.
+int4 has groups of 64 depths: 512 bytes, whose low nibbles are the first 512 bytes of an int8 tile and whose high ones
+are the rest, then the group's sixteen float32 scales. A panel is one contiguous stream, read once per sixteen rows and
+step. A micro-kernel multiplies up to sixteen rows with 1, 2 or 4 panels into a scratch block of [16][64] int32 (int8)
+or float32 (others); the epilogue scales, adds the bias and stores, adds to the residual, or applies the gated
+activation.
 
 Each (row, output) accumulates over the depth in one fixed order, whatever the number of rows or panels.
 """
@@ -58,7 +60,9 @@ TILE_ROW = 64  # bytes
 SCRATCH_ROW = 256  # bytes: 64 outputs
 SCRATCH_BYTES = 2 * LANES * SCRATCH_ROW
 
-KIND_F32, KIND_BF16, KIND_INT8 = 0, 1, 2
+KIND_F32, KIND_BF16, KIND_INT8, KIND_INT4 = 0, 1, 2, 3
+GROUP_BYTES = 576  # of int4: 64 depths of 16 outputs, and their scales
+_SPARE = LANES * SCRATCH_ROW  # int4 works on one row tile; its unpacked weights lie behind the results
 STORE, ADD, GATED_SILU, GATED_GELU = 0, 1, 2, 3
 
 
@@ -209,6 +213,59 @@ def _float(panels: int, bf16: bool) -> Callable[..., Any]:
     return kernel
 
 
+def _unpack_int4(b: ir.IRBuilder, group: ir.Value, tile: ir.Value) -> None:
+    """512 bytes of nibbles, stored with 8 added, to an int8 tile of 1 KiB."""
+    bytes64 = ir.VectorType(I8, 64)
+    mask, four, eight = (ir.Constant(bytes64, [v] * 64) for v in (15, 4, 8))
+    for i in range(8):
+        both = load(b, at(b, group, 64 * i), bytes64, 1)
+        store(b, at(b, tile, 64 * i), b.sub(b.and_(both, mask), eight), 1)
+        store(b, at(b, tile, 512 + 64 * i), b.sub(b.lshr(both, four), eight), 1)
+
+
+def _int4(amx: bool, vnni: bool) -> Callable[..., Any]:
+    """Up to sixteen rows x one panel: int32 sums within a group, float32 over the groups in rising order."""
+
+    @emit(types.void, *[types.int64] * 7)
+    def kernel(b, x, stride, w, steps, rows, out, spare):
+        if (amx and not HAS_AMX) or (vnni and not HAS_VNNI):
+            _unavailable(b)
+            return
+        sums = b.add(spare, const(1024))
+        bias = const(-0x7F7F7F80, I32)  # 0x80808080, see _int8
+        with cgutils.for_range(b, rows) as row:
+            store(b, at(b, out, b.mul(row.index, const(SCRATCH_ROW))), ir.Constant(VF, None))
+        with cgutils.for_range(b, steps) as loop:
+            group = at(b, w, b.mul(loop.index, const(GROUP_BYTES)))
+            depth = b.mul(loop.index, const(TILE_ROW))
+            _unpack_int4(b, group, spare)
+            if amx:
+                pointer, line = I8.as_pointer(), const(TILE_ROW)
+                _void(b, "llvm.x86.tilezero", _tile(0))
+                _void(b, "llvm.x86.tileloadd64", _tile(4), b.inttoptr(at(b, x, depth), pointer), stride)
+                _void(b, "llvm.x86.tileloadd64", _tile(6), b.inttoptr(spare, pointer), line)
+                _void(b, "llvm.x86.tdpbssd", _tile(0), _tile(4), _tile(6))
+                _void(b, "llvm.x86.tilestored64", _tile(0), b.inttoptr(sums, pointer), line)
+            scales = load(b, at(b, group, 512), VF)
+            with cgutils.for_range(b, rows) as row:
+                if amx:
+                    total = load(b, at(b, sums, b.mul(row.index, const(TILE_ROW))), VI)
+                else:
+                    here = b.add(at(b, x, b.mul(row.index, stride)), depth)
+                    total = offset = ir.Constant(VI, None)
+                    for k in range(LANES):
+                        weights = load(b, at(b, spare, TILE_ROW * k), VI)
+                        x4 = load(b, at(b, here, 4 * k), I32, 1)
+                        total = _int8_dot(b, total, b.xor(x4, bias) if vnni else x4, weights, vnni)
+                        offset = _int8_dot(b, offset, bias, weights, True) if vnni else offset
+                    total = b.sub(total, offset) if vnni else total
+                target = at(b, out, b.mul(row.index, const(SCRATCH_ROW)))
+                store(b, target, fma(b, b.sitofp(total, VF), scales, load(b, target, VF)))
+
+    return kernel
+
+
+_int4_amx, _int4_vnni, _int4_plain = _int4(True, False), _int4(False, True), _int4(False, False)
 _amx_i8_1, _amx_i8_2, _amx_i8_4 = (_amx("llvm.x86.tdpbssd", n, 1) for n in (1, 2, 4))
 _amx_bf_1, _amx_bf_2, _amx_bf_4 = (_amx("llvm.x86.tdpbf16ps", n, 1) for n in (1, 2, 4))
 _amx_i8_22, _amx_bf_22 = _amx("llvm.x86.tdpbssd", 2, 2), _amx("llvm.x86.tdpbf16ps", 2, 2)
@@ -266,11 +323,25 @@ def _vector_block(kind, level, panels, x, stride, w, steps, scratch):
         _f32_1(x, stride, w, steps, scratch)
 
 
+@njit
+def _int4_panels(level, panels, x, stride, w, steps, rows, scratch):
+    for n in range(panels):
+        panel, out = w + n * steps * GROUP_BYTES, scratch + n * TILE_ROW
+        if level == AMX:
+            _int4_amx(x, stride, panel, steps, rows, out, scratch + _SPARE)
+        elif level == VNNI:
+            _int4_vnni(x, stride, panel, steps, rows, out, scratch + _SPARE)
+        else:
+            _int4_plain(x, stride, panel, steps, rows, out, scratch + _SPARE)
+
+
 @njit(inline="always")
 def _value(kind, scratch, row_scale, scales, n):
     """Sixteen finished products of one row: scratch lane block n."""
     if kind == KIND_INT8:
         return vmul(vmul(to_float(iload(scratch + TILE_ROW * n)), vsplat(row_scale)), vload(scales + TILE_ROW * n))
+    if kind == KIND_INT4:
+        return vmul(vload(scratch + TILE_ROW * n), vsplat(row_scale))
     return vload(scratch + TILE_ROW * n)
 
 
@@ -282,7 +353,7 @@ def _epilogue(kind, mode, rows, panels, scratch, row_scales, scales, bias, out, 
         line = scratch + m * SCRATCH_ROW
         target = out + m * out_stride
         row_scale = np.float32(1.0)
-        if kind == KIND_INT8:
+        if kind >= KIND_INT8:
             row_scale = load_f32(row_scales + 4 * m)
         if mode >= GATED_SILU:
             for n in range(0, panels, 2):
@@ -323,13 +394,14 @@ def linear(
     out_stride,
     scratch,
 ):
-    """Panels first..last-1 of one product. Addresses are int64; strides bytes; `steps` KiB per panel.
+    """Panels first..last-1 of one product. Addresses are int64; strides bytes; `steps` KiB (int4: groups) per panel.
 
     `x` has its rows padded to a multiple of sixteen (what lies in the padding does not matter); `bias` 0: none.
     In the gated modes panels alternate gate, up; `first` and `last` are even and `out` gets half as many columns.
     """
     halve = 2 if mode >= GATED_SILU else 1
-    tiles = level == AMX and kind != KIND_F32
+    tiles = level == AMX and kind in (KIND_BF16, KIND_INT8)
+    step_bytes = GROUP_BYTES if kind == KIND_INT4 else 1024
     p = first
     while p < last:
         left = last - p
@@ -337,7 +409,7 @@ def linear(
         wide = tiles and rows > LANES
         if wide and left >= 2:
             panels = 2
-        weights = w + p * steps * 1024
+        weights = w + p * steps * step_bytes
         column = p * TILE_ROW
         b_at = bias + column if bias != 0 else 0
         m = 0
@@ -350,6 +422,8 @@ def linear(
                     _amx_i8_22(xm, x_stride, weights, steps, scratch)
                 else:
                     _amx_bf_22(xm, x_stride, weights, steps, scratch)
+            elif kind == KIND_INT4:
+                _int4_panels(level, panels, xm, x_stride, weights, steps, block, scratch)
             elif tiles:
                 _amx_tiles(kind, panels, xm, x_stride, weights, steps, scratch)
             else:

@@ -91,12 +91,12 @@ def _pack_int8(x, width, spare, out, scale_out):
 def pack_row(kind, x, width, spare, out, scale_out):
     """Write a row in the format that a product of `kind` reads: float32, bf16, or int8 with one scale a row.
 
-    int8 rows are first rotated by a Walsh-Hadamard matrix in blocks of 64, which spreads outliers over their block;
-    the weights are rotated back when they are packed, so the product is unchanged. `spare`: room for the row, rounded
-    up to 64. For the other kinds, what lies between `width` and the product's padded depth meets weights of zero, so
-    it only has to be finite.
+    int8 rows (int4 products read them too) are first rotated by a Walsh-Hadamard matrix in blocks of 64, which spreads
+    outliers over their block; the weights are rotated back when they are packed, so the product is unchanged. `spare`:
+    room for the row, rounded up to 64. For the other kinds, what lies between `width` and the product's padded depth
+    meets weights of zero, so it only has to be finite.
     """
-    if kind == KIND_INT8:
+    if kind >= KIND_INT8:
         _pack_int8(x, width, spare, out, scale_out)
     elif kind == KIND_BF16:
         for i in range(0, width, 16):

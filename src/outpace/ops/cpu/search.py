@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from .compiled import compiled
 from .simd import hmax, load_f32, vload, vmax
 
 _BLOCK = 64  # logits looked at together: most blocks hold nothing large and cost one comparison
@@ -30,7 +31,7 @@ def _place(value, index, values, ids, k):
     values[i], ids[i] = value, index
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def top_rows(logits, stride, vocabulary, values, ids):
     """Fill values f32[R, k] (falling) and ids i64[R, k]."""
     rows, k = values.shape

@@ -10,6 +10,7 @@ import numpy as np
 from numba import njit
 
 from .attention import MAX_QUERIES, attend
+from .compiled import compiled
 from .isa import AMX
 from .linear import ADD, STORE, linear, load_tile_config, release_tiles
 from .rows import add_norm_row, embed_row, norm_row, pack_row, rotate_head, write_key, write_value
@@ -218,7 +219,7 @@ def _layer(c, layer, index, me, threads, arrived, space, eps, attention_scale):
     return arrived
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def decoder_step(c, me):
     """Thread `me` of the team; `c` is the control block's address."""
     threads = _get(c, C_THREADS)
@@ -256,7 +257,7 @@ def decoder_step(c, me):
     meet(c, threads, arrived)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def serve(mailbox, me, seen, patience):
     """A worker's life between parkings: wait for the next job number, run it, wait again.
 

@@ -1,0 +1,60 @@
+"""Compile once per machine, not once per process.
+
+numba's own cache looks only at the file that holds a function; the step is inlined from several. So the compiled code
+is kept in a folder named by a digest of this package's sources, in outpace's cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numba
+from numba import njit
+from numba.core import config as _numba_config
+
+from ...paths import cache_dir
+
+_KEPT_VERSIONS = 3
+
+
+@cache
+def _folder() -> Path | None:
+    """None when there is nowhere to write: the code is then compiled in each process."""
+    digest = hashlib.sha256(numba.__version__.encode())
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    folder = cache_dir() / "kernels" / digest.hexdigest()[:16]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        os.utime(folder)
+        _drop_old(folder.parent)
+    except OSError:
+        return None
+    return folder if os.access(folder, os.W_OK) else None
+
+
+def _drop_old(root: Path) -> None:
+    import shutil
+
+    folders = sorted((f for f in root.iterdir() if f.is_dir()), key=lambda f: f.stat().st_mtime)
+    for old in folders[:-_KEPT_VERSIONS]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def compiled(function: Callable[..., Any]) -> Any:
+    """`njit(nogil=True)`, kept on disk."""
+    folder = _folder()
+    if folder is None:
+        return njit(nogil=True)(function)
+    config: Any = _numba_config
+    before = config.CACHE_DIR
+    config.CACHE_DIR = str(folder)  # read when the decorator runs
+    try:
+        return njit(nogil=True, cache=True)(function)
+    finally:
+        config.CACHE_DIR = before
