@@ -114,7 +114,7 @@ class NativeDecoder(Decoder):
 
     def new_storage(self, num_pages: int) -> NativeStorage:
         c = self.config
-        return NativeStorage(c.num_layers, num_pages, c.num_kv_heads, padded(c.head_dim), self.precision != "float32")
+        return NativeStorage(c.num_layers, num_pages, c.num_kv_heads, packed.head_width(c), self.precision != "float32")
 
     def forward(self, batch: ForwardBatch, storage: KVStorage, hidden_layers: Sequence[int] = ()) -> DecoderOutput:
         assert isinstance(storage, NativeStorage)
@@ -142,19 +142,20 @@ class NativeDecoder(Decoder):
 
     def _fill_constants(self) -> None:
         cfg, c, keep = self.config, self._control, self._keep
-        head = padded(cfg.head_dim)
+        head = packed.head_width(cfg)
         unit = packed.DEPTH_UNIT[self.precision]
         width, hidden = padded(cfg.hidden_size), padded(cfg.intermediate_size)
         self._depths = [padded(n, unit) for n in (cfg.hidden_size, cfg.num_heads * head, cfg.intermediate_size)]
         self._row_bytes = max(self._depths) * {16: 4, 32: 2, 64: 1}[unit]
         self._floats = np.array([cfg.rms_norm_eps, cfg.embedding_scale, cfg.attention_scale], dtype=np.float32)
-        self._tiles = isa.tile_config()
+        self._tiles, self._page_tiles = isa.tile_config(), isa.tile_config(page_tiles=True)
         self._counters = np.zeros(8 + cfg.num_layers, dtype=np.int64)  # the barrier's, then one per layer
         self._layers = np.zeros((cfg.num_layers, step.LAYER_SIZE), dtype=np.int64)
         for i, kind in enumerate(cfg.layer_types):
             self._layers[i] = self._layer_entries(i, kind == "sliding")
         values = {
             step.C_KIND: _KINDS[self.precision], step.C_LEVEL: self.level, step.C_TILE_CONFIG: self._tiles.ctypes.data,
+            step.C_PAGE_TILE_CONFIG: self._page_tiles.ctypes.data,
             step.C_BARRIER: self._counters.ctypes.data, step.C_ITEMS: self._counters[8:].ctypes.data,
             step.C_THREADS: self.threads, step.C_LAYERS: cfg.num_layers, step.C_LAYER_TABLE: self._layers.ctypes.data,
             step.C_FLOATS: self._floats.ctypes.data, step.C_WIDTH: width, step.C_TRUE_WIDTH: cfg.hidden_size,
@@ -184,7 +185,7 @@ class NativeDecoder(Decoder):
     def _reserve(self, rows: int, wanted: int, places: int) -> None:
         """Grow the buffers to what this step needs; they never shrink."""
         cfg, c, buffers = self.config, self._control, self._buffers
-        head = padded(cfg.head_dim)
+        head = packed.head_width(cfg)
         if rows > self._rows or places > self._score_places:
             self._rows = rows = max(padded(rows, 32), self._rows)
             self._score_places = places = max(padded(places, 256), self._score_places)
@@ -197,12 +198,12 @@ class NativeDecoder(Decoder):
                 buffers[name] = np.zeros((rows, columns_), dtype=np.float32)
                 c[entry] = buffers[name].ctypes.data
             group = cfg.num_heads // cfg.num_kv_heads
-            queries = max(MAX_QUERIES, padded(group, 8))
+            queries = max(MAX_QUERIES, padded(group, 8)) + 16
             c[step.C_SCORE_STRIDE] = 4 * (places + padded(rows) + 96)
             space = max(
                 SCRATCH_BYTES,
                 8 * max(width, attention, hidden) + 512,
-                8 * queries * head + 128 + queries * int(c[step.C_SCORE_STRIDE]),
+                8 * queries * head + 128 * head + 256 + queries * int(c[step.C_SCORE_STRIDE]),
             )
             c[step.C_THREAD_STRIDE] = padded(space, 4096)
             buffers["space"] = np.zeros(self.threads * int(c[step.C_THREAD_STRIDE]) + 64, dtype=np.uint8)

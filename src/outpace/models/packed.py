@@ -28,7 +28,7 @@ from ..types import Precision
 from .checkpoint import Checkpoint
 from .config import ModelConfig
 
-FORMAT = 2  # part of the file's name: a new layout gets a new file
+FORMAT = 3  # part of the file's name: a new layout gets a new file
 DEPTH_UNIT: dict[Precision, int] = {"float32": 16, "bfloat16": 32, "int8": 64, "int4": 64}
 Tensors = dict[str, NDArray[Any]]
 Progress = Callable[[int, int], None]
@@ -36,6 +36,11 @@ Progress = Callable[[int, int], None]
 
 def padded(n: int, unit: int = 16) -> int:
     return -(-n // unit) * unit
+
+
+def head_width(config: ModelConfig) -> int:
+    """Head width in the kernels: half a tile of bf16 pairs must be whole."""
+    return padded(config.head_dim, 32)
 
 
 def _panels(w: torch.Tensor, per_row: int) -> NDArray[Any]:
@@ -125,7 +130,7 @@ class _Packer:
         self.vector(name, self.read(source) + (1.0 if self.config.norm_plus_one else 0.0))
 
     def layer(self, i: int) -> None:
-        c, head = self.config, padded(self.config.head_dim)
+        c, head = self.config, head_width(self.config)
         source, name = f"model.layers.{i}.", f"{i}."
         parts = [("q", c.num_heads), ("k", c.num_kv_heads), ("v", c.num_kv_heads)]
 
@@ -239,7 +244,7 @@ def load(path: Path) -> Tensors:
 
 def expected(config: ModelConfig, precision: Precision) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the products, for checking a file against its model."""
-    unit, head = DEPTH_UNIT[precision], padded(config.head_dim)
+    unit, head = DEPTH_UNIT[precision], head_width(config)
     per_row = unit // 16
     attention, width, hidden = config.num_heads * head, config.hidden_size, config.intermediate_size
 

@@ -27,10 +27,15 @@ def best_level() -> int:
     return VNNI if HAS_VNNI else PORTABLE
 
 
-def tile_config() -> np.ndarray:
-    """u8[64] for LDTILECFG: eight tiles of 16 rows x 64 bytes."""
+def tile_config(page_tiles: bool = False) -> np.ndarray:
+    """u8[64] for LDTILECFG: eight tiles of 16 rows x 64 bytes.
+
+    `page_tiles`: tile 5 is 16 x 32 bytes and tile 7 is 8 x 64, for products over one page of sixteen places.
+    """
     config = np.zeros(64, dtype=np.uint8)
     config[0] = 1  # palette
     config[16:32:2] = 64  # bytes per row
     config[48:56] = 16  # rows
+    if page_tiles:
+        config[16 + 2 * 5], config[48 + 7] = 32, 8
     return config

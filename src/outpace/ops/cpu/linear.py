@@ -66,15 +66,15 @@ _SPARE = LANES * SCRATCH_ROW  # int4 works on one row tile; its unpacked weights
 STORE, ADD, GATED_SILU, GATED_GELU = 0, 1, 2, 3
 
 
-def _void(b: ir.IRBuilder, name: str, *args: ir.Value) -> None:
+def amx_call(b: ir.IRBuilder, name: str, *args: ir.Value) -> None:
     call(b, name, ir.VoidType(), *args)
 
 
-def _tile(n: int) -> ir.Constant:
+def tile_number(n: int) -> ir.Constant:
     return const(n, I8)
 
 
-def _unavailable(b: ir.IRBuilder) -> None:
+def unavailable(b: ir.IRBuilder) -> None:
     """In place of code that this CPU cannot run; the level check keeps it from being reached."""
     call(b, "llvm.trap", ir.VoidType())
 
@@ -82,17 +82,17 @@ def _unavailable(b: ir.IRBuilder) -> None:
 @emit(types.void, types.int64)
 def load_tile_config(b, address):
     if HAS_AMX:
-        _void(b, "llvm.x86.ldtilecfg", b.inttoptr(address, I8.as_pointer()))
+        amx_call(b, "llvm.x86.ldtilecfg", b.inttoptr(address, I8.as_pointer()))
     else:
-        _unavailable(b)
+        unavailable(b)
 
 
 @emit(types.void)
 def release_tiles(b):
     if HAS_AMX:
-        _void(b, "llvm.x86.tilerelease")
+        amx_call(b, "llvm.x86.tilerelease")
     else:
-        _unavailable(b)
+        unavailable(b)
 
 
 def _amx(product: str, panels: int, row_tiles: int) -> Callable[..., Any]:
@@ -101,13 +101,13 @@ def _amx(product: str, panels: int, row_tiles: int) -> Callable[..., Any]:
     @emit(types.void, *[types.int64] * 5)
     def kernel(b, x, stride, w, steps, scratch):
         if not HAS_AMX:
-            _unavailable(b)
+            unavailable(b)
             return
         pointer = I8.as_pointer()
         row, count = const(TILE_ROW), row_tiles * panels
         a0, b0 = count, count + row_tiles
         for t in range(count):
-            _void(b, "llvm.x86.tilezero", _tile(t))
+            amx_call(b, "llvm.x86.tilezero", tile_number(t))
         xs = [at(b, x, b.mul(stride, const(LANES * r))) for r in range(row_tiles)]
         ws = [at(b, w, b.mul(steps, const(1024 * n))) for n in range(panels)]
         with cgutils.for_range(b, steps) as loop:
@@ -115,16 +115,16 @@ def _amx(product: str, panels: int, row_tiles: int) -> Callable[..., Any]:
             offset = b.mul(loop.index, const(1024))
             for r in range(row_tiles):
                 source = b.inttoptr(at(b, xs[r], depth), pointer)
-                _void(b, "llvm.x86.tileloadd64", _tile(a0 + r), source, stride)
+                amx_call(b, "llvm.x86.tileloadd64", tile_number(a0 + r), source, stride)
             for n in range(panels):
                 source = b.inttoptr(at(b, ws[n], offset), pointer)
-                _void(b, "llvm.x86.tileloadd64", _tile(b0), source, row)
+                amx_call(b, "llvm.x86.tileloadd64", tile_number(b0), source, row)
                 for r in range(row_tiles):
-                    _void(b, product, _tile(r * panels + n), _tile(a0 + r), _tile(b0))
+                    amx_call(b, product, tile_number(r * panels + n), tile_number(a0 + r), tile_number(b0))
         for r in range(row_tiles):
             for n in range(panels):
                 target = b.inttoptr(at(b, scratch, LANES * SCRATCH_ROW * r + TILE_ROW * n), pointer)
-                _void(b, "llvm.x86.tilestored64", _tile(r * panels + n), target, const(SCRATCH_ROW))
+                amx_call(b, "llvm.x86.tilestored64", tile_number(r * panels + n), target, const(SCRATCH_ROW))
 
     return kernel
 
@@ -148,7 +148,7 @@ def _int8(panels: int, vnni: bool) -> Callable[..., Any]:
     @emit(types.void, *[types.int64] * 5)
     def kernel(b, x, stride, w, steps, scratch):
         if vnni and not HAS_VNNI:
-            _unavailable(b)
+            unavailable(b)
             return
         rows = 4
         acc = Accumulators(b, rows * panels, VI)
@@ -229,7 +229,7 @@ def _int4(amx: bool, vnni: bool) -> Callable[..., Any]:
     @emit(types.void, *[types.int64] * 7)
     def kernel(b, x, stride, w, steps, rows, out, spare):
         if (amx and not HAS_AMX) or (vnni and not HAS_VNNI):
-            _unavailable(b)
+            unavailable(b)
             return
         sums = b.add(spare, const(1024))
         bias = const(-0x7F7F7F80, I32)  # 0x80808080, see _int8
@@ -241,11 +241,11 @@ def _int4(amx: bool, vnni: bool) -> Callable[..., Any]:
             _unpack_int4(b, group, spare)
             if amx:
                 pointer, line = I8.as_pointer(), const(TILE_ROW)
-                _void(b, "llvm.x86.tilezero", _tile(0))
-                _void(b, "llvm.x86.tileloadd64", _tile(4), b.inttoptr(at(b, x, depth), pointer), stride)
-                _void(b, "llvm.x86.tileloadd64", _tile(6), b.inttoptr(spare, pointer), line)
-                _void(b, "llvm.x86.tdpbssd", _tile(0), _tile(4), _tile(6))
-                _void(b, "llvm.x86.tilestored64", _tile(0), b.inttoptr(sums, pointer), line)
+                amx_call(b, "llvm.x86.tilezero", tile_number(0))
+                amx_call(b, "llvm.x86.tileloadd64", tile_number(4), b.inttoptr(at(b, x, depth), pointer), stride)
+                amx_call(b, "llvm.x86.tileloadd64", tile_number(6), b.inttoptr(spare, pointer), line)
+                amx_call(b, "llvm.x86.tdpbssd", tile_number(0), tile_number(4), tile_number(6))
+                amx_call(b, "llvm.x86.tilestored64", tile_number(0), b.inttoptr(sums, pointer), line)
             scales = load(b, at(b, group, 512), VF)
             with cgutils.for_range(b, rows) as row:
                 if amx:

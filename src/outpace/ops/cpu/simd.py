@@ -152,6 +152,11 @@ def iload(b, address):
     return load(b, address, VI)
 
 
+@emit(types.void, types.int64, i32x16)
+def istore(b, address, value):
+    store(b, address, value)
+
+
 @emit(types.float32, types.int64)
 def load_f32(b, address):
     return load(b, address, F32)

@@ -10,24 +10,25 @@ import numpy as np
 from numba import njit
 
 from .attention import MAX_QUERIES, attend
+from .attention_tiles import attend_tiles
 from .compiled import compiled
 from .isa import AMX
 from .linear import ADD, STORE, linear, load_tile_config, release_tiles
 from .rows import add_norm_row, embed_row, norm_row, pack_row, rotate_head, write_key, write_value
-from .simd import atomic_add, atomic_load, load_f32, load_i32, load_i64, pause, vload, vstore, yield_core
+from .simd import atomic_add, atomic_load, load_f32, load_i32, load_i64, pause, store_i64, vload, vstore, yield_core
 
 # The control block, the per-layer table and the block of float32 constants: names of their entries.
 (
-    C_KIND, C_LEVEL, C_TILE_CONFIG, C_BARRIER, C_ARRIVED, C_ITEMS, C_THREADS, C_ROWS, C_SEQUENCES, C_LOGIT_ROWS,
-    C_LAYERS, C_LAYER_TABLE, C_FLOATS, C_WIDTH, C_TRUE_WIDTH, C_HIDDEN, C_TRUE_HIDDEN, C_HEADS,
-    C_KV_HEADS, C_HEAD, C_HEAD_TRUE, C_ACTIVATION, C_POST_NORMS, C_TOKENS, C_POSITIONS, C_ROW_START,
+    C_KIND, C_LEVEL, C_TILE_CONFIG, C_PAGE_TILE_CONFIG, C_BARRIER, C_ARRIVED, C_ITEMS, C_THREADS, C_ROWS,
+    C_SEQUENCES, C_LOGIT_ROWS, C_LAYERS, C_LAYER_TABLE, C_FLOATS, C_WIDTH, C_TRUE_WIDTH, C_HIDDEN, C_TRUE_HIDDEN,
+    C_HEADS, C_KV_HEADS, C_HEAD, C_HEAD_TRUE, C_ACTIVATION, C_POST_NORMS, C_TOKENS, C_POSITIONS, C_ROW_START,
     C_OFFSETS, C_CAUSAL, C_VISIBLE_START, C_VISIBLE, C_COMMITTED, C_PAGES, C_PAGES_STRIDE,
     C_LOGIT_INDEX, C_EMBEDDING, C_EMBEDDING_BF16, C_COS, C_SIN, C_COS_LOCAL, C_SIN_LOCAL, C_FINAL_NORM,
     C_HEAD_W, C_HEAD_SCALE, C_HEAD_PANELS, C_LOGITS, C_LOGITS_STRIDE, C_KEYS, C_VALUES,
     C_KV_LAYER_BYTES, C_KV_PAGE_BYTES, C_KV_HEAD_BYTES, C_KV_BF16, C_X, C_QKV, C_ATTENTION, C_GATED,
     C_SUBLAYER, C_PACKED, C_PACKED_STRIDE, C_PACKED_SCALE, C_THREAD_SPACE, C_THREAD_STRIDE,
     C_SCORE_STRIDE, C_STEPS_WIDTH, C_STEPS_ATTENTION, C_STEPS_HIDDEN, C_HIDDEN_OUT,
-) = range(67)  # fmt: skip
+) = range(68)  # fmt: skip
 (
     L_QKV_W, L_QKV_SCALE, L_OUT_W, L_OUT_SCALE, L_GATE_UP_W, L_GATE_UP_SCALE, L_DOWN_W, L_DOWN_SCALE, L_QKV_BIAS,
     L_NORM_1, L_NORM_2, L_POST_1, L_POST_2, L_Q_NORM, L_K_NORM, L_WINDOW, L_LOCAL_ROPE, L_SAVE_HIDDEN,
@@ -36,7 +37,7 @@ from .simd import atomic_add, atomic_load, load_f32, load_i32, load_i64, pause, 
     F_EPS, F_EMBEDDING_SCALE, F_ATTENTION_SCALE,
 ) = range(3)  # fmt: skip
 
-CONTROL_SIZE, LAYER_SIZE = 67, 18
+CONTROL_SIZE, LAYER_SIZE = 68, 18
 LAYER_STRIDE = 8 * LAYER_SIZE
 SPINS_BEFORE_YIELD = 256
 
@@ -131,10 +132,13 @@ def _attention(c, layer, index, keys, values, space):
     group, is_bf16 = heads // kv_heads, _get(c, C_KV_BF16)
     columns = heads + 2 * kv_heads
     block = max(1, MAX_QUERIES // group)
-    queries = max(MAX_QUERIES, (group + 7) // 8 * 8)
+    queries = max(MAX_QUERIES, (group + 7) // 8 * 8) + 16
     stride = _get(c, C_SCORE_STRIDE)
     q, acc = space, space + 4 * queries * head
-    scores = acc + 4 * queries * head + 64
+    spare = acc + 4 * queries * head
+    scores = spare + 128 * head + 64
+    store_i64(spare + 96 * head, 0)
+    tiles = _get(c, C_LEVEL) == AMX and is_bf16
     counter = _get(c, C_ITEMS) + 8 * index
     wanted, item = atomic_add(counter, 1), 0
     row_start, head_bytes = _get(c, C_ROW_START), _get(c, C_KV_HEAD_BYTES)
@@ -143,15 +147,25 @@ def _attention(c, layer, index, keys, values, space):
         blocks = (end - begin + block - 1) // block
         while wanted < item + blocks * kv_heads:
             kv, row = (wanted - item) % kv_heads, begin + (wanted - item) // kv_heads * block
-            attend(
-                is_bf16, group, head, _get(c, C_QKV) + 4 * head * kv * group, 4 * head * columns,
-                row, min(block, end - row), _get(c, C_OFFSETS), _get(c, C_POSITIONS),
-                load_i32(_get(c, C_CAUSAL) + 4 * b), _get(c, C_VISIBLE_START), _get(c, C_VISIBLE),
-                load_i32(_get(c, C_COMMITTED) + 4 * b), _get(layer, L_WINDOW),
-                _get(c, C_PAGES) + b * _get(c, C_PAGES_STRIDE), keys + kv * head_bytes, values + kv * head_bytes,
-                _get(c, C_KV_PAGE_BYTES), _get(c, C_ATTENTION) + 4 * head * kv * group, 4 * head * heads,
-                q, scores, stride, acc,
-            )  # fmt: skip
+            n = min(block, end - row)
+            queries_at, out_at = _get(c, C_QKV) + 4 * head * kv * group, _get(c, C_ATTENTION) + 4 * head * kv * group
+            offsets, positions = _get(c, C_OFFSETS), _get(c, C_POSITIONS)
+            causal, committed = load_i32(_get(c, C_CAUSAL) + 4 * b), load_i32(_get(c, C_COMMITTED) + 4 * b)
+            visible_start, visible = _get(c, C_VISIBLE_START), _get(c, C_VISIBLE)
+            window, pages = _get(layer, L_WINDOW), _get(c, C_PAGES) + b * _get(c, C_PAGES_STRIDE)
+            k, v, page_bytes = keys + kv * head_bytes, values + kv * head_bytes, _get(c, C_KV_PAGE_BYTES)
+            if tiles:
+                attend_tiles(
+                    group, head, queries_at, 4 * head * columns, row, n, offsets, positions, causal, visible_start,
+                    visible, committed, window, pages, k, v, page_bytes, out_at, 4 * head * heads, q, scores, stride,
+                    acc, spare, _get(c, C_TILE_CONFIG), _get(c, C_PAGE_TILE_CONFIG),
+                )  # fmt: skip
+            else:
+                attend(
+                    is_bf16, group, head, queries_at, 4 * head * columns, row, n, offsets, positions, causal,
+                    visible_start, visible, committed, window, pages, k, v, page_bytes, out_at, 4 * head * heads,
+                    q, scores, stride, acc,
+                )  # fmt: skip
             wanted = atomic_add(counter, 1)
         item += blocks * kv_heads
 
