@@ -22,7 +22,6 @@ from .simd import (
     I32,
     I64,
     at,
-    call,
     const,
     emit,
     hmax,
@@ -33,6 +32,7 @@ from .simd import (
     load,
     load_f32,
     load_i32,
+    prefetch,
     splat_int,
     store_bf16,
     store_f32,
@@ -59,8 +59,7 @@ def _prefetch_page(b: ir.IRBuilder, pages: Any, p: Any, last: Any, base: Any, pa
     following = b.select(b.icmp_signed("<", after, last), after, p)
     address = _page(b, pages, following, base, page_stride)
     with cgutils.for_range(b, b.sdiv(size, const(64))) as loop:
-        pointer = b.inttoptr(at(b, address, b.mul(loop.index, const(64))), I8.as_pointer())
-        call(b, "llvm.prefetch.p0", ir.VoidType(), pointer, const(0, I32), const(3, I32), const(1, I32))
+        prefetch(b, at(b, address, b.mul(loop.index, const(64))))
 
 
 @emit(types.void, *[types.int64] * 10)

@@ -10,15 +10,17 @@ from numba import njit
 
 from .linear import KIND_BF16, KIND_INT8
 from .simd import (
-    bf16_bits,
     hmax,
     hsum,
     load_bf16,
     load_f32,
+    load_i32,
+    load_u16,
     rotate16,
     store_bf16,
     store_f32,
     store_i8,
+    store_i32,
     store_u16,
     vabs,
     vadd,
@@ -119,28 +121,44 @@ def rotate_head(x, cos, sin, half, norm, padded, head_dim, eps, scale):
     """In place on one head: optional RMS norm, rotary embedding of the two halves, then `scale`."""
     if norm != 0:
         norm_row(x, norm, x, padded, head_dim, eps)
-    for i in range(half):
-        a, b = load_f32(x + 4 * i), load_f32(x + 4 * (i + half))
-        c, s = load_f32(cos + 4 * i), load_f32(sin + 4 * i)
-        store_f32(x + 4 * i, (a * c - b * s) * scale)
-        store_f32(x + 4 * (i + half), (b * c + a * s) * scale)
+    whole = half // 16 * 16
+    by = vsplat(scale)
+    for i in range(0, whole, 16):
+        a, b, c, s = vload(x + 4 * i), vload(x + 4 * (i + half)), vload(cos + 4 * i), vload(sin + 4 * i)
+        vstore(x + 4 * i, vmul(vsub(vmul(a, c), vmul(b, s)), by))
+        vstore(x + 4 * (i + half), vmul(vadd(vmul(b, c), vmul(a, s)), by))
+    for i in range(whole, half):
+        a1, b1 = load_f32(x + 4 * i), load_f32(x + 4 * (i + half))
+        c1, s1 = load_f32(cos + 4 * i), load_f32(sin + 4 * i)
+        store_f32(x + 4 * i, (a1 * c1 - b1 * s1) * scale)
+        store_f32(x + 4 * (i + half), (b1 * c1 + a1 * s1) * scale)
 
 
 @njit
-def write_key(x, page, lane, padded, is_bf16):
-    """Keys of a page and head: [padded / 2][16 places][2] bf16, or [padded][16 places] float32."""
-    for c in range(padded):
-        if is_bf16:
-            store_u16(page + 4 * ((c >> 1) * 16 + lane) + 2 * (c & 1), bf16_bits(load_f32(x + 4 * c)))
-        else:
+def write_key(x, page, lane, padded, is_bf16, spare):
+    """Keys of a page and head: [padded / 2][16 places][2] bf16, or [padded][16 places] float32.
+
+    `spare`: room for the head as bf16.
+    """
+    if is_bf16:
+        for c in range(0, padded, 16):
+            store_bf16(spare + 2 * c, vload(x + 4 * c))
+        for pair in range(padded // 2):
+            store_i32(page + 4 * (pair * 16 + lane), load_i32(spare + 4 * pair))
+    else:
+        for c in range(padded):
             store_f32(page + 4 * (c * 16 + lane), load_f32(x + 4 * c))
 
 
 @njit
-def write_value(x, page, lane, padded, is_bf16):
+def write_value(x, page, lane, padded, is_bf16, spare):
     """Values of a page and head: [8 pairs of places][padded][2] bf16, or [16 places][padded] float32."""
-    for c in range(padded):
-        if is_bf16:
-            store_u16(page + 4 * ((lane >> 1) * padded + c) + 2 * (lane & 1), bf16_bits(load_f32(x + 4 * c)))
-        else:
+    if is_bf16:
+        row = page + 4 * (lane >> 1) * padded + 2 * (lane & 1)
+        for c in range(0, padded, 16):
+            store_bf16(spare + 2 * c, vload(x + 4 * c))
+        for c in range(padded):
+            store_u16(row + 4 * c, load_u16(spare + 2 * c))
+    else:
+        for c in range(padded):
             store_f32(page + 4 * (lane * padded + c), load_f32(x + 4 * c))

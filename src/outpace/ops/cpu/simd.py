@@ -102,6 +102,12 @@ def fma(b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
     return call(b, "llvm.fma.v16f32", VF, x, y, z)
 
 
+def prefetch(b: ir.IRBuilder, address: ir.Value) -> None:
+    """Ask for the cache line at an address."""
+    pointer = b.inttoptr(address, I8.as_pointer())
+    call(b, "llvm.prefetch.p0", ir.VoidType(), pointer, const(0, I32), const(3, I32), const(1, I32))
+
+
 def splat_int(value: int) -> ir.Constant:
     return ir.Constant(VI, [value] * LANES)
 
@@ -178,8 +184,13 @@ def load_i32(b, address):
 
 
 @emit(types.int64, types.int64)
-def load_u8(b, address):
-    return b.zext(load(b, address, I8, 1), I64)
+def load_u16(b, address):
+    return b.zext(load(b, address, I16, 2), I64)
+
+
+@emit(types.void, types.int64, types.int64)
+def store_i32(b, address, value):
+    store(b, address, b.trunc(value, I32))
 
 
 @emit(types.void, types.int64, types.int64)
@@ -210,13 +221,6 @@ def store_bf16(b, address, value):
     store(b, address, b.trunc(_bf16_bits(b, b.bitcast(value, VI)), ir.VectorType(I16, LANES)), 2)
 
 
-@emit(types.int64, types.float32)
-def bf16_bits(b, value):
-    """One float as the bits of a bf16."""
-    one = b.insert_element(ir.Constant(VF, ir.Undefined), value, const(0, I32))
-    return b.zext(b.extract_element(_bf16_bits(b, b.bitcast(one, VI)), const(0, I32)), I64)
-
-
 @emit(f32x16, types.int64)
 def load_bf16(b, address):
     wide = b.zext(load(b, address, ir.VectorType(I16, LANES), 2), VI)
@@ -231,12 +235,6 @@ def load_bf16_even(b, address):
 @emit(f32x16, types.int64)
 def load_bf16_odd(b, address):
     return high_bf16(b, load(b, address, VI))
-
-
-@emit(types.void, types.int64)
-def prefetch(b, address):
-    pointer = b.inttoptr(address, I8.as_pointer())
-    call(b, "llvm.prefetch.p0", ir.VoidType(), pointer, const(0, I32), const(3, I32), const(1, I32))
 
 
 # arithmetic

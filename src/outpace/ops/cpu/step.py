@@ -97,7 +97,7 @@ def _pack(c, me, threads, x, width, rows, space):
 
 
 @njit
-def _rotate_and_write(c, layer, me, threads, keys, values, eps, attention_scale):
+def _rotate_and_write(c, layer, me, threads, keys, values, eps, attention_scale, space):
     """Rotary embedding of queries and keys in place; keys and values go to their cache places."""
     heads, kv_heads = _get(c, C_HEADS), _get(c, C_KV_HEADS)
     head, head_true = _get(c, C_HEAD), _get(c, C_HEAD_TRUE)
@@ -121,8 +121,8 @@ def _rotate_and_write(c, layer, me, threads, keys, values, eps, attention_scale)
             else:
                 rotate_head(x, ct, st, half, _get(layer, L_K_NORM), head, head_true, eps, one)
                 at = page * page_bytes + (h - heads) * head_bytes
-                write_key(x, keys + at, place % 16, head, is_bf16)
-                write_value(x + 4 * head * kv_heads, values + at, place % 16, head, is_bf16)
+                write_key(x, keys + at, place % 16, head, is_bf16, space)
+                write_value(x + 4 * head * kv_heads, values + at, place % 16, head, is_bf16, space)
 
 
 @njit
@@ -194,7 +194,7 @@ def _layer(c, layer, index, me, threads, arrived, space, eps, attention_scale):
         _get(layer, L_QKV_BIAS), columns // 16, _get(c, C_QKV), 4 * columns, space,
     )  # fmt: skip
     arrived = meet(c, threads, arrived)
-    _rotate_and_write(c, layer, me, threads, keys, values, eps, attention_scale)
+    _rotate_and_write(c, layer, me, threads, keys, values, eps, attention_scale, space)
     arrived = meet(c, threads, arrived)
     _attention(c, layer, index, keys, values, space)
     arrived = meet(c, threads, arrived)
