@@ -131,9 +131,8 @@ class NativeDecoder(Decoder):
         c[step.C_KEYS], c[step.C_VALUES] = storage.keys.ctypes.data, storage.values.ctypes.data
         c[step.C_KV_LAYER_BYTES], c[step.C_KV_PAGE_BYTES], c[step.C_KV_HEAD_BYTES] = storage.strides
         hidden = self._hidden(hidden_layers, rows)
-        c[step.C_ARRIVED] = self._counters[0]
-        self._counters[8:] = 0
-        self._team.run(c.ctypes.data)
+        self._items[:] = 0
+        self._team.run(c)
         del held
         logits = torch.from_numpy(self._buffers["logits"][:wanted, : self.config.vocab_size])
         return DecoderOutput(logits, hidden)
@@ -149,14 +148,14 @@ class NativeDecoder(Decoder):
         self._row_bytes = max(self._depths) * {16: 4, 32: 2, 64: 1}[unit]
         self._floats = np.array([cfg.rms_norm_eps, cfg.embedding_scale, cfg.attention_scale], dtype=np.float32)
         self._tiles, self._page_tiles = isa.tile_config(), isa.tile_config(page_tiles=True)
-        self._counters = np.zeros(8 + cfg.num_layers, dtype=np.int64)  # the barrier's, then one per layer
+        self._items = np.zeros(cfg.num_layers, dtype=np.int64)  # of attention, taken so far in each layer
         self._layers = np.zeros((cfg.num_layers, step.LAYER_SIZE), dtype=np.int64)
         for i, kind in enumerate(cfg.layer_types):
             self._layers[i] = self._layer_entries(i, kind == "sliding")
         values = {
             step.C_KIND: _KINDS[self.precision], step.C_LEVEL: self.level, step.C_TILE_CONFIG: self._tiles.ctypes.data,
             step.C_PAGE_TILE_CONFIG: self._page_tiles.ctypes.data,
-            step.C_BARRIER: self._counters.ctypes.data, step.C_ITEMS: self._counters[8:].ctypes.data,
+            step.C_ITEMS: self._items.ctypes.data,
             step.C_THREADS: self.threads, step.C_LAYERS: cfg.num_layers, step.C_LAYER_TABLE: self._layers.ctypes.data,
             step.C_FLOATS: self._floats.ctypes.data, step.C_WIDTH: width, step.C_TRUE_WIDTH: cfg.hidden_size,
             step.C_HIDDEN: hidden, step.C_HEADS: cfg.num_heads, step.C_KV_HEADS: cfg.num_kv_heads, step.C_HEAD: head,

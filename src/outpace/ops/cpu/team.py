@@ -13,10 +13,11 @@ import threading
 from functools import cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .compiled import compiled
 from .simd import atomic_store
-from .step import decoder_step, serve
+from .step import C_ARRIVED, C_BARRIER, decoder_step, serve
 
 _PATIENCE = 20_000  # spins of about 40 ns
 
@@ -33,6 +34,8 @@ class Team:
     def __init__(self, threads: int) -> None:
         self.threads = threads
         self._mailbox = np.zeros(8, dtype=np.int64)
+        # arrivals at barriers, ever; not the decoder's: a slow worker may still look at it when the decoder is gone
+        self._arrivals = np.zeros(8, dtype=np.int64)
         self._jobs = 0
         self._lock = threading.Lock()
         self._wake = threading.Condition()
@@ -56,21 +59,23 @@ class Team:
                     self._wake.wait()
                 self._parked -= 1
 
-    def run(self, control: int) -> None:
-        """Run the step described by the control block at this address; returns when all threads are done."""
+    def run(self, control: NDArray[np.int64]) -> None:
+        """Run the step that a control block describes; returns when all threads are done with it."""
         with self._lock:
             self._jobs += 1
+            control[C_BARRIER], control[C_ARRIVED] = self._arrivals.ctypes.data, self._arrivals[0]
+            address = control.ctypes.data
             if self.threads > 1:
-                _post(self._mailbox.ctypes.data, self._jobs, control)
+                _post(self._mailbox.ctypes.data, self._jobs, address)
                 if self._parked:
                     with self._wake:
                         self._wake.notify_all()
             if not self._pinned:
-                decoder_step(control, 0)
+                decoder_step(address, 0)
                 return
             os.sched_setaffinity(0, self._cores[:1])
             try:
-                decoder_step(control, 0)
+                decoder_step(address, 0)
             finally:  # threads that the caller starts later must be free to go anywhere
                 os.sched_setaffinity(0, self._cores)
 
