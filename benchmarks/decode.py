@@ -4,12 +4,15 @@
         --prompts spec_bench.jsonl --category coding --category summarization --category writing \
         --edits humaneval.jsonl --name decode-qwen2.5-coder-1.5b-int8
 
-Greedy, one sequence. All contestants decode a prompt before any of them goes on to the next one, so that slow drifts
-of the machine hit all of them. `--edits` adds a second set: each solved function with a request for a small change.
+Greedy, one sequence. Every trial starts with fresh drafters: what they learn within a trial comes from its earlier
+prompts, never from an earlier answer to the same prompt. All contestants decode a prompt before any of them goes on to
+the next one, so that slow drifts of the machine hit all of them. `--edits` adds a second set: each solved function with
+a request for a small change.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -85,20 +88,23 @@ def prefill_speed(decoder: Decoder, size: int, repeats: int) -> list[float]:
 class Race:
     """Plain and the methods on one set of prompts, with the tokens of all of them kept for comparison."""
 
-    def __init__(self, contestants: dict[str, LLM], params: SamplingParams) -> None:
-        self.contestants, self.params = contestants, params
-        self.tallies = {name: Tally() for name in contestants}
+    def __init__(self, enter: Callable[[], dict[str, LLM]], params: SamplingParams) -> None:
+        self.enter, self.params = enter, params
+        self.contestants = enter()
+        self.trial = 0
+        self.tallies = {name: Tally() for name in self.contestants}
         self.by_category: dict[str, dict[str, Tally]] = {}
-        self.outputs: dict[str, dict[str, list[int]]] = {name: {} for name in contestants}
+        self.outputs: dict[str, dict[str, list[int]]] = {name: {} for name in self.contestants}
         self.context: list[float] = []
 
     def run(self, prompts: list[Prompt], trials: int) -> None:
         in_turns(trials, prompts, {name: self._runner(name) for name in self.contestants})
 
     def _runner(self, name: str) -> Any:
-        llm = self.contestants[name]
-
         def once(trial: int, prompt: Prompt) -> None:
+            if trial != self.trial:
+                self.contestants, self.trial = self.enter(), trial
+            llm = self.contestants[name]
             result: Result = llm.generate([ask(llm, prompt)], self.params)[0]
             self.tallies[name].add_result(trial, result)
             categories = self.by_category.setdefault(prompt.category, {n: Tally() for n in self.contestants})
@@ -224,19 +230,20 @@ def main(**options: Any) -> None:
     prompts, too_long = split_by_room(llm, chosen, params.max_tokens)
     device = llm.decoder.device
     probes = read_bandwidth(threads, device)
-    contestants = {"plain": llm}
-    for method in options["methods"]:
-        other = loaded.with_method(method)
-        contestants[other.method] = other
+
+    def enter() -> dict[str, LLM]:
+        others = [loaded.with_method(method) for method in options["methods"]]
+        return {"plain": loaded.with_method("plain"), **{other.method: other for other in others}}
+
     note("warming up")
-    for contestant in contestants.values():
+    for contestant in enter().values():
         contestant.generate([ask(contestant, prompts[0])], SamplingParams(max_tokens=16))
-    race = Race(contestants, params)
+    race = Race(enter, params)
     race.run(prompts, options["trials"])
     results: dict[str, Any] = {"race": race.to_json()}
     if options["edits"]:
         edits = select(code_edits(load_prompts(options["edits"])), total=options["edits_n"])
-        second = Race(contestants, params)
+        second = Race(enter, params)
         second.run(edits, options["trials"])
         results["edits"] = second.to_json()
     note("step times")
@@ -250,7 +257,7 @@ def main(**options: Any) -> None:
     config = {
         "model": public_name(llm.name),
         "draft_model": public_name(options["draft_model"]),
-        "methods": list(contestants),
+        "methods": list(race.contestants),
         "precision": llm.precision,
         "device": device.type,
         "threads": threads,
