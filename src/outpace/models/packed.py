@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,9 @@ def save(tensors: Tensors, path: Path) -> None:
     try:
         save_file(tensors, partial)
         os.replace(partial, path)
+        for old in path.parent.glob(re.sub(r"-v\d+\.", "-v*.", path.name)):  # of earlier layouts
+            if old != path:
+                old.unlink(missing_ok=True)
     finally:
         partial.unlink(missing_ok=True)
 
