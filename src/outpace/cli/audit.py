@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from ..bench.workloads import Prompt, load_prompts, own_prompts, select
 from ..errors import ParameterError
+from ..types import Precision
 from .common import DEFAULT_MODEL, open_llm, say
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ SHOWN = 10  # divergences printed for one row; --json has all of them
     "--precision",
     "precisions",
     multiple=True,
-    type=click.Choice(["auto", "float32", "bfloat16", "int8", "int4"]),
+    type=click.Choice(["auto", *get_args(Precision)]),
     default=["auto"],
     show_default=True,
     help="Repeatable.",

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import click
 
 from ..errors import ParameterError
 from ..models.catalog import DEFAULT_MODEL
-from ..types import Result, SamplingParams
+from ..types import Precision, Result, SamplingParams
 
 if TYPE_CHECKING:
     from ..engine.llm import LLM, Stream
@@ -31,7 +31,7 @@ def _apply(options: list[Callable[[Any], Any]], function: F) -> F:
 
 def model_options(function: F) -> F:
     """Which model, how it decodes and with what arithmetic."""
-    precisions = click.Choice(["auto", "float32", "bfloat16", "int8"])
+    precisions = click.Choice(["auto", *get_args(Precision)])
     options = [
         click.option(
             "-m",
@@ -58,7 +58,7 @@ def model_options(function: F) -> F:
             type=precisions,
             default="auto",
             show_default=True,
-            help="Arithmetic of the model; auto: int8 on a CPU, bfloat16 on CUDA.",
+            help="Arithmetic of the model; auto: int8 on a CPU, bfloat16 on CUDA. int4 loses quality.",
         ),
         click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: one per core]"),
         click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto: cuda if there is one."),

@@ -18,7 +18,7 @@ from ..types import Precision
 
 #: What a decoder exists for, the default first
 PRECISIONS: dict[str, tuple[Precision, ...]] = {
-    "cpu": ("int8", "float32", "bfloat16"),
+    "cpu": ("int8", "float32", "bfloat16", "int4"),
     "cuda": ("bfloat16", "float32"),
 }
 KV_BYTES = 2 << 30  # the default cache holds at most this much, or a quarter of the free memory if that is less

@@ -1,0 +1,50 @@
+"""`outpace run` with a toy model from a folder, through the real loader and the CPU decoder, in every precision."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from click.testing import CliRunner
+from safetensors.numpy import save_file
+from toy import toy_checkpoint
+
+from outpace.cli import main
+from outpace.engine.load import PRECISIONS
+from outpace.models import native
+from outpace.types import Precision
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model in a folder. What is made of it goes elsewhere; compiled kernels stay where they were found on import."""
+    assert native.NativeDecoder.row_invariant
+    monkeypatch.setenv("OUTPACE_CACHE", str(tmp_path / "cache"))
+    checkpoint, model = toy_checkpoint("llama")
+    files = checkpoint.tokenizer_files()
+    made = tmp_path / "toy-model"
+    made.mkdir()
+    save_file(checkpoint.tensors, made / "model.safetensors")
+    (made / "config.json").write_text(json.dumps(model.config.to_dict()))
+    (made / "tokenizer.json").write_text(files.tokenizer_json)
+    (made / "tokenizer_config.json").write_text(json.dumps(files.tokenizer_config))
+    return made
+
+
+def test_the_cpu_has_all_precisions() -> None:
+    assert set(PRECISIONS["cpu"]) == set(get_args(Precision))
+
+
+@pytest.mark.parametrize("precision", get_args(Precision))
+def test_run_in_every_precision_is_identical(folder: Path, precision: str) -> None:
+    args = ["run", "-m", str(folder), "--precision", precision, "--device", "cpu", "--threads", "1", "--raw", "--json"]
+    result = CliRunner().invoke(main, [*args, "--max-tokens", "24", "--against-plain", "abababab"])
+    assert result.exit_code == 0, result.stderr
+    record = json.loads(result.stdout)
+    assert record["precision"] == precision and record["exactness"] == "identical" and record["notes"] == []
+    assert record["against_plain"]["identical"] and record["stats"]["tokens"] >= 1
+    assert list((folder.parent / "cache").rglob(f"weights-{precision}-*.bin"))
+    help_text = CliRunner().invoke(main, ["run", "--help"]).stdout
+    assert precision in help_text
