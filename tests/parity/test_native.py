@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from toy import ARCHITECTURES, MemoryCheckpoint, Rig, random_tokens, toy_checkpoint
+from toy import ARCHITECTURES, MemoryCheckpoint, Rig, hf_logits, random_tokens, toy_checkpoint
 
 from outpace.models.native import NativeDecoder
 from outpace.models.torch_decoder import TorchDecoder
@@ -170,6 +170,17 @@ def test_int4_is_nearer_to_float32_than_chance(architecture):
     tokens = random_tokens(40, 6)
     exact, ours = (one_by_one(native(architecture, p), tokens) for p in ("float32", "int4"))
     assert 0.001 < error(ours, exact) < 0.5
+
+
+@pytest.mark.parametrize("head_dim", [8, 16, 24, 40, 48])
+def test_heads_of_any_even_width(head_dim):
+    """qwen3 norms its heads, so weights must be there for the padding too."""
+    checkpoint, model = toy_checkpoint("qwen3", head_dim=head_dim)
+    tokens = random_tokens(40, 15)
+    expected = hf_logits(model, tokens)
+    for precision, tolerance in (("float32", 1e-4), ("bfloat16", 0.03), ("int8", 0.1)):
+        ours = in_chunks(NativeDecoder.from_checkpoint(checkpoint, precision, 2), tokens, [33, 1])
+        assert error(ours, expected) < tolerance
 
 
 @each_architecture

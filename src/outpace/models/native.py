@@ -5,6 +5,7 @@ Shapes: `B` sequences, `T` packed rows, `R` rows of logits, `D` width, `Hq`/`Hkv
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from ..cache.native_storage import NativeStorage
 from ..cache.storage import KVStorage
-from ..errors import UnsupportedModel
+from ..errors import CorruptModel, UnsupportedModel
 from ..ops.cpu import isa, step
 from ..ops.cpu.attention import MAX_QUERIES
 from ..ops.cpu.linear import GATED_GELU, GATED_SILU, KIND_BF16, KIND_F32, KIND_INT4, KIND_INT8, SCRATCH_BYTES
@@ -56,7 +57,7 @@ class _Rope:
 
 
 class NativeDecoder(Decoder):
-    """Runs on any CPU with numba; fastest with AMX. Precisions float32, bfloat16 and int8.
+    """Runs on any CPU with numba; fastest with AMX. Precisions float32, bfloat16, int8 and int4.
 
     Every row's result is independent of the others' (`row_invariant`), in all precisions: chunked prefill, batches and
     trees give the bits that one token at a time gives.
@@ -98,13 +99,19 @@ class NativeDecoder(Decoder):
     def load(
         cls, model: Any, precision: Precision, threads: int | None = None, progress: packed.Progress | None = None
     ) -> NativeDecoder:
-        """From an opened model (models.prepared.OpenModel); packs at the first use, then reads the packed file."""
+        """From an opened model (models.prepared.OpenModel); packs at the first use, then reads the packed file. One
+        that is damaged is packed anew, with a line on stderr."""
         cls.require(precision)
         path = Path(model.prepared_dir) / packed.file_name(precision)
-        if not path.exists():
+        tensors: Tensors | None = None
+        if path.exists():
+            try:
+                tensors = packed.load_checked(path, model.config, precision)
+            except CorruptModel as error:
+                print(f"{error}; packing the weights anew", file=sys.stderr, flush=True)
+        if tensors is None:
             packed.save(packed.pack(model.checkpoint(), precision, progress), path)
-        tensors = packed.load(path)
-        packed.check(tensors, model.config, precision, path)
+            tensors = packed.load_checked(path, model.config, precision)
         return cls(model.config, tensors, precision, threads)
 
     @staticmethod

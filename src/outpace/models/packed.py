@@ -15,6 +15,7 @@ import mmap
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..errors import CorruptModel
+from ..errors import CorruptModel, ParameterError
 from ..ops.cpu.linear import GROUP_BYTES
 from ..ops.reference import ROTATION, rotate
 from ..types import Precision
@@ -124,11 +125,11 @@ class _Packer:
     def product(self, name: str, w: torch.Tensor) -> None:
         self.out[f"{name}.w"], self.out[f"{name}.scale"] = pack_product(w, self.precision)
 
-    def vector(self, name: str, v: torch.Tensor) -> None:
-        self.out[name] = torch.nn.functional.pad(v, (0, padded(len(v)) - len(v))).contiguous().numpy()
+    def vector(self, name: str, v: torch.Tensor, width: int = 0) -> None:
+        self.out[name] = torch.nn.functional.pad(v, (0, max(padded(len(v)), width) - len(v))).contiguous().numpy()
 
-    def norm(self, name: str, source: str) -> None:
-        self.vector(name, self.read(source) + (1.0 if self.config.norm_plus_one else 0.0))
+    def norm(self, name: str, source: str, width: int = 0) -> None:
+        self.vector(name, self.read(source) + (1.0 if self.config.norm_plus_one else 0.0), width)
 
     def layer(self, i: int) -> None:
         c, head = self.config, head_width(self.config)
@@ -155,8 +156,8 @@ class _Packer:
         else:
             self.norm(name + "norm_2", f"{source}post_attention_layernorm.weight")
         if c.qk_norm:
-            self.norm(name + "q_norm", f"{source}self_attn.q_norm.weight")
-            self.norm(name + "k_norm", f"{source}self_attn.k_norm.weight")
+            self.norm(name + "q_norm", f"{source}self_attn.q_norm.weight", head)
+            self.norm(name + "k_norm", f"{source}self_attn.k_norm.weight", head)
 
     def ends(self) -> None:
         embedding = self.read("model.embed_tokens.weight")
@@ -188,7 +189,8 @@ def file_name(precision: Precision) -> str:
 
 
 def save(tensors: Tensors, path: Path) -> None:
-    """Write atomically: a killed process leaves no half file under the final name."""
+    """Write atomically: a killed process leaves no half file under the final name. Raises ParameterError."""
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
@@ -198,8 +200,14 @@ def save(tensors: Tensors, path: Path) -> None:
         for old in path.parent.glob(re.sub(r"-v\d+\.", "-v*.", path.name)):  # of earlier layouts
             if old != path:
                 old.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        raise ParameterError(
+            f"the packed weights cannot be written to {path.parent}: {error}; make room there, or set OUTPACE_CACHE "
+            "to a folder that can be written to"
+        ) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
 
 
 def _huge(size: int) -> mmap.mmap:
@@ -240,34 +248,49 @@ def load(path: Path) -> Tensors:
                 raise ValueError(f"tensor {name} lies outside the file")
             out[name] = np.frombuffer(memory[start:stop], dtype=_DTYPES[entry["dtype"]]).reshape(entry["shape"])
         return out
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CorruptModel(
-            f"{path}: not a sound file of packed weights ({error}); delete it to have it rebuilt"
-        ) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptModel(f"{path}: not a sound file of packed weights ({error})") from None
 
 
 def expected(config: ModelConfig, precision: Precision) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the products, for checking a file against its model."""
+    """Names and shapes of all that `pack` makes, for checking a file against its model."""
     unit, head = DEPTH_UNIT[precision], head_width(config)
     per_row = unit // 16
     attention, width, hidden = config.num_heads * head, config.hidden_size, config.intermediate_size
+    columns = attention + 2 * config.num_kv_heads * head
+    shapes: dict[str, tuple[int, ...]] = {}
 
-    def panels(n: int, k: int) -> tuple[int, ...]:
-        if precision == "int4":
-            return padded(n) // 16, padded(k, unit) // unit, GROUP_BYTES
-        return padded(n) // 16, padded(k, unit) // per_row, 16, per_row
+    def product(name: str, n: int, k: int) -> None:
+        shape = (
+            (padded(k, unit) // per_row, 16, per_row) if precision != "int4" else (padded(k, unit) // unit, GROUP_BYTES)
+        )
+        shapes[f"{name}.w"], shapes[f"{name}.scale"] = (padded(n) // 16, *shape), (padded(n),)
 
-    shapes: dict[str, tuple[int, ...]] = {"head.w": panels(config.vocab_size, width)}
     for i in range(config.num_layers):
-        shapes[f"{i}.qkv.w"] = panels(attention + 2 * config.num_kv_heads * head, width)
-        shapes[f"{i}.out.w"] = panels(width, attention)
-        shapes[f"{i}.gate_up.w"] = panels(2 * padded(hidden), width)
-        shapes[f"{i}.down.w"] = panels(width, hidden)
-    return shapes
+        product(f"{i}.qkv", columns, width)
+        product(f"{i}.out", width, attention)
+        product(f"{i}.gate_up", 2 * padded(hidden), width)
+        product(f"{i}.down", width, hidden)
+        for norm in ("norm_1", "norm_2", *(("post_1", "post_2") if config.post_norms else ())):
+            shapes[f"{i}.{norm}"] = (padded(width),)
+        for norm in ("q_norm", "k_norm") if config.qk_norm else ():
+            shapes[f"{i}.{norm}"] = (head,)
+        if config.qkv_bias:
+            shapes[f"{i}.qkv.bias"] = (columns,)
+    product("head", config.vocab_size, width)
+    return shapes | {"embedding": (config.vocab_size, padded(width)), "norm": (padded(width),)}
 
 
 def check(tensors: Tensors, config: ModelConfig, precision: Precision, path: Path) -> None:
     """Raises CorruptModel when the file is not this model's."""
-    for name, shape in expected(config, precision).items():
-        if name not in tensors or tensors[name].shape != shape:
-            raise CorruptModel(f"{path}: {name} is missing or misshapen; delete the file to have it rebuilt")
+    wanted = expected(config, precision)
+    for name in sorted(wanted.keys() | tensors.keys()):
+        if name not in tensors or tensors[name].shape != wanted.get(name):
+            raise CorruptModel(f"{path}: {name} is missing, misshapen or unknown")
+
+
+def load_checked(path: Path, config: ModelConfig, precision: Precision) -> Tensors:
+    """`load` and `check`."""
+    tensors = load(path)
+    check(tensors, config, precision, path)
+    return tensors
