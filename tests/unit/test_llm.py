@@ -184,7 +184,7 @@ def test_a_closed_llm_says_so() -> None:
 
 def test_devices_and_precisions() -> None:
     cpu = choose_device("cpu")
-    assert choose_precision("auto", cpu) == "int8" and choose_precision("float32", cpu) == "float32"
+    assert choose_precision("auto", cpu) == "int8" and choose_precision("int4", cpu) == "int4"
     with pytest.raises(ParameterError, match=r"'int3' does not work on cpu.*int8"):
         choose_precision("int3", cpu)
     for wrong in ("tpu", "meta", "cuda:99"):
@@ -214,6 +214,10 @@ def test_rejection_sampling_is_named_as_what_it_is(llm: LLM) -> None:
         (result,) = made.generate("abc", params)
         (again,) = made.generate("abc", params)
         made.check_integrity()
+        with made.with_method("plain") as same, made.with_method("plain", verifier="coupled") as other:
+            assert same.verifier == "rejection" and other.verifier == "coupled"
+            assert same.generate("abc", params)[0].exactness == "distribution"
+            assert other.generate("abc", params)[0].exactness == "identical"
     assert result.exactness == "distribution" and len(result.token_ids) == 40
     assert result.stats.accepted > 20  # q is the target's own distribution
     assert len(again.token_ids) == 40

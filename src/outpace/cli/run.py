@@ -162,7 +162,7 @@ def _coloured(llm: LLM, params: SamplingParams) -> Any:
 
 def compare(llm: LLM, ask: Prompt, params: SamplingParams, result: Result) -> dict[str, Any]:
     """Plain decoding of the same prompt, on the same loaded model, after the run it is compared with."""
-    with llm.with_method("plain") as plain:
+    with llm.with_method("plain", verifier="auto") as plain:
         other = collect(plain, ask, params)
     pairs = enumerate(zip(result.token_ids, other.token_ids, strict=False))
     differs = next((i for i, (a, b) in pairs if a != b), None)

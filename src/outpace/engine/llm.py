@@ -36,7 +36,8 @@ class LLM:
                   recycling (with `draft_model`, lookup and that model), and plain decoding where the arithmetic
                   cannot promise the same tokens (bfloat16 on CUDA); name a method there to have it all the same
     verifier      "auto" is "coupled": the same tokens as plain decoding, sampled ones too
-    precision     "auto" is int8 on a CPU and bfloat16 on CUDA
+    precision     "float32", "bfloat16", "int8" or "int4" (the last two on a CPU only); "auto" is int8 on a CPU and
+                  bfloat16 on CUDA
     max_batch     sequences that decode at once; further prompts wait
     max_rows      rows of one sequence in a step (its last token and the draft), and at least that many in all
     kv_tokens     size of the KV cache; by default `max_batch` contexts as far as memory goes
@@ -135,7 +136,7 @@ class LLM:
         self,
         method: str,
         *,
-        verifier: str = "auto",
+        verifier: str | None = None,
         max_batch: int | None = None,
         max_rows: int | None = None,
         kv_tokens: int | None = None,
@@ -147,7 +148,7 @@ class LLM:
             self.loaded,
             draft_model=self.draft_loaded if drafts else None,
             method=method,
-            verifier=verifier,
+            verifier=verifier if verifier is not None else self.verifier,
             max_batch=max_batch if max_batch is not None else self._limits["max_batch"],
             max_rows=max_rows if max_rows is not None else self._limits["max_rows"],
             kv_tokens=kv_tokens if kv_tokens is not None else self._wanted,
