@@ -30,11 +30,10 @@ from outpace.ops.cpu.linear import (
     SCRATCH_BYTES,
     STORE,
     linear,
-    load_tile_config,
-    release_tiles,
 )
 from outpace.ops.cpu.rows import pack_row
 from outpace.ops.cpu.simd import vexp, vload, vstore
+from outpace.ops.cpu.tiles import load_tile_config, release_tiles
 from outpace.types import Precision
 
 KINDS: dict[Precision, int] = {"float32": KIND_F32, "bfloat16": KIND_BF16, "int8": KIND_INT8, "int4": KIND_INT4}

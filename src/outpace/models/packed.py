@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..errors import CorruptModel, ParameterError
-from ..ops.cpu.linear import GROUP_BYTES
+from ..ops.cpu.products import GROUP_BYTES
 from ..ops.reference import ROTATION, rotate
 from ..types import Precision
 from .checkpoint import Checkpoint

@@ -214,6 +214,31 @@ def _add_path(bf16, weights, path, count, committed, pages, values, page_stride,
 
 
 @njit
+def row_span(t, offsets, positions, causal, visible_start, visible, committed, window):
+    """What row t sees: positions low..end-1; its path visible[start : start + count] (0 when causal); and the number of
+    the sequence's places up to the last one it looks at.
+    """
+    low = max(0, load_i32(positions + 4 * t) + 1 - window) if window > 0 else 0
+    if causal:
+        end = committed + load_i32(offsets + 4 * t) + 1
+        return low, end, 0, 0, end
+    start = load_i32(visible_start + 4 * t)
+    count = load_i32(visible_start + 4 * (t + 1)) - start
+    reach = committed + load_i32(visible + 4 * (start + count - 1)) + 1
+    return low, committed + count, start, count, reach
+
+
+@njit
+def to_position_order(scores, start, count, visible, committed):
+    """Bring a row's scores of its own path behind those of the prefix. Visible offsets rise, so nothing is overwritten
+    before it is read.
+    """
+    for d in range(count):
+        place = committed + load_i32(visible + 4 * (start + d))
+        store_f32(scores + 4 * (committed + d), load_f32(scores + 4 * place))
+
+
+@njit
 def attend(
     bf16, group, width, queries, q_stride, row, rows, offsets, positions, causal, visible_start, visible, committed,
     window, pages, keys, values, page_stride, out, out_stride, q, s, s_stride, acc,
@@ -227,14 +252,8 @@ def attend(
     first, last = 1 << 40, 0
     for r in range(rows):
         t = row + r
-        end = committed + load_i32(offsets + 4 * t) + 1
-        if not causal:
-            stop = load_i32(visible_start + 4 * (t + 1))
-            end = committed + load_i32(visible + 4 * (stop - 1)) + 1
-        low = 0
-        if window > 0:
-            low = min(max(0, load_i32(positions + 4 * t) + 1 - window), committed)
-        first, last = min(first, low // 16), max(last, (end + 15) // 16)
+        low, _, _, _, reach = row_span(t, offsets, positions, causal, visible_start, visible, committed, window)
+        first, last = min(first, min(low, committed) // 16), max(last, (reach + 15) // 16)
         for g in range(group):
             for c in range(0, width, 16):
                 vstore(q + 4 * ((r * group + g) * width + c), vload(queries + t * q_stride + 4 * (g * width + c)))
@@ -244,19 +263,11 @@ def attend(
     tail = 16 * shared + 16
     for r in range(rows):
         t = row + r
-        start, count = 0, 0
-        end = committed + load_i32(offsets + 4 * t) + 1
-        if not causal:
-            start = load_i32(visible_start + 4 * t)
-            count = load_i32(visible_start + 4 * (t + 1)) - start
-            end = committed + count
-        low = max(0, load_i32(positions + 4 * t) + 1 - window) if window > 0 else 0
+        low, end, start, count, _ = row_span(t, offsets, positions, causal, visible_start, visible, committed, window)
         for g in range(group):
             i = r * group + g
             si = s + i * s_stride
-            for d in range(count):  # visible offsets rise, so nothing is overwritten before it is read
-                place = committed + load_i32(visible + 4 * (start + d))
-                store_f32(si + 4 * (committed + d), load_f32(si + 4 * place))
+            to_position_order(si, start, count, visible, committed)
             scale = _softmax(si, low, end)
             _fill(si, first * 16, low // 16 * 16, np.float32(0.0))
             _fill(si, (end + 15) // 16 * 16, 16 * shared, np.float32(0.0))

@@ -15,8 +15,8 @@ import numpy as np
 from numba import njit, types
 from numba.core import cgutils
 
+from .attention import row_span, to_position_order
 from .isa import HAS_AMX
-from .linear import amx_call, load_tile_config, tile_number, unavailable
 from .simd import (
     I8,
     I32,
@@ -45,6 +45,7 @@ from .simd import (
     vstore,
     vsub,
 )
+from .tiles import amx_call, load_tile_config, tile_number, unavailable
 
 
 def _page(b: ir.IRBuilder, pages: ir.Value, p: ir.Value, base: ir.Value, page_stride: ir.Value) -> ir.Value:
@@ -222,14 +223,8 @@ def attend_tiles(
     first, last = 1 << 40, 0
     for r in range(rows):
         t = row + r
-        end = committed + load_i32(offsets + 4 * t) + 1
-        if not causal:
-            stop = load_i32(visible_start + 4 * (t + 1))
-            end = committed + load_i32(visible + 4 * (stop - 1)) + 1
-        low = 0
-        if window > 0:
-            low = min(max(0, load_i32(positions + 4 * t) + 1 - window), committed)
-        first, last = min(first, low // 16), max(last, (end + 15) // 16)
+        low, _, _, _, reach = row_span(t, offsets, positions, causal, visible_start, visible, committed, window)
+        first, last = min(first, min(low, committed) // 16), max(last, (reach + 15) // 16)
         for g in range(group):
             i = r * group + g
             for c in range(0, width, 16):
@@ -241,19 +236,11 @@ def attend_tiles(
     zero = vsplat(np.float32(0.0))
     for r in range(rows):
         t = row + r
-        start, count = 0, 0
-        end = committed + load_i32(offsets + 4 * t) + 1
-        if not causal:
-            start = load_i32(visible_start + 4 * t)
-            count = load_i32(visible_start + 4 * (t + 1)) - start
-            end = committed + count
-        low = max(0, load_i32(positions + 4 * t) + 1 - window) if window > 0 else 0
+        low, end, start, count, _ = row_span(t, offsets, positions, causal, visible_start, visible, committed, window)
         for g in range(group):
             i = r * group + g
             si = s + i * s_stride
-            for d in range(count):  # visible offsets rise, so nothing is overwritten before it is read
-                place = committed + load_i32(visible + 4 * (start + d))
-                store_f32(si + 4 * (committed + d), load_f32(si + 4 * place))
+            to_position_order(si, start, count, visible, committed)
             store_f32(si - 64, _softmax(si, low, end, first, shared))
             for c in range(0, width, 16):
                 vstore(acc + 4 * (i * width + c), zero)

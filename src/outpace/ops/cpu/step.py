@@ -13,9 +13,10 @@ from .attention import MAX_QUERIES, attend
 from .attention_tiles import attend_tiles
 from .compiled import compiled
 from .isa import AMX
-from .linear import ADD, STORE, linear, load_tile_config, release_tiles
+from .linear import ADD, STORE, linear
 from .rows import add_norm_row, embed_row, norm_row, pack_row, rotate_head, write_key, write_value
 from .simd import atomic_add, atomic_load, load_f32, load_i32, load_i64, pause, store_i64, vload, vstore, yield_core
+from .tiles import load_tile_config, release_tiles
 
 # The control block, the per-layer table and the block of float32 constants: names of their entries.
 (
