@@ -77,6 +77,11 @@ class Drafter(ABC):
     name: ClassVar[str]
     paper: ClassVar[str]
 
+    @property
+    def expects_topk(self) -> int:
+        """The largest k for which `observe` asks the outputs for `topk`, every time; 0 if it does not."""
+        return 0
+
     @classmethod
     def create(cls, context: DrafterContext) -> Drafter:
         """Build one with default parameters. Raises MethodError when `context` lacks what it needs."""

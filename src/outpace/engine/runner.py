@@ -131,4 +131,6 @@ class Runner:
             for request in stepping:
                 request.alone = False
         batch = pack(spans, cache.page_tables([request.kv for request in stepping]))
-        return StepOutputs(self.decoder.forward(batch, cache.storage).logits), ends
+        # only steps that decode are observed together with their outputs
+        expected = self.drafter.expects_topk if decoding else 0
+        return StepOutputs(self.decoder.forward(batch, cache.storage).logits, expected), ends

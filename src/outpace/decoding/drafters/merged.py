@@ -74,6 +74,10 @@ class Merged(Drafter):
         self._calibrations = [Calibration() for _ in self.drafters]
         self._proposed: dict[int, list[Draft]] = {}
 
+    @property
+    def expects_topk(self) -> int:
+        return max(drafter.expects_topk for drafter in self.drafters)
+
     def begin(self, sequence: Sequence) -> None:
         for drafter in self.drafters:
             drafter.begin(sequence)

@@ -138,6 +138,10 @@ class Recycling(Drafter):
             raise ParameterError(f"recycling needs k from 1 to the vocabulary size {self.vocab_size}, not {self.k}")
         self._rates = Rates([_PRIOR] * self.k + [_PAIR_PRIOR] * self.k)
 
+    @property
+    def expects_topk(self) -> int:
+        return self.k
+
     @classmethod
     def create(cls, context: DrafterContext) -> Recycling:
         if context.owner_of is None:
