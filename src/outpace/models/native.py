@@ -20,6 +20,7 @@ from ..errors import CorruptModel, UnsupportedModel
 from ..ops.cpu import isa, step
 from ..ops.cpu.attention import MAX_QUERIES
 from ..ops.cpu.linear import GATED_GELU, GATED_SILU, KIND_BF16, KIND_F32, KIND_INT4, KIND_INT8, SCRATCH_BYTES
+from ..ops.cpu.ready import made_ready
 from ..ops.cpu.team import team
 from ..types import Precision
 from . import packed
@@ -102,17 +103,20 @@ class NativeDecoder(Decoder):
         """From an opened model (models.prepared.OpenModel); packs at the first use, then reads the packed file. One
         that is damaged is packed anew, with a line on stderr."""
         cls.require(precision)
+        with made_ready():
+            tensors = cls._weights(model, precision, progress)
+        return cls(model.config, tensors, precision, threads)
+
+    @staticmethod
+    def _weights(model: Any, precision: Precision, progress: packed.Progress | None) -> Tensors:
         path = Path(model.prepared_dir) / packed.file_name(precision)
-        tensors: Tensors | None = None
         if path.exists():
             try:
-                tensors = packed.load_checked(path, model.config, precision)
+                return packed.load_checked(path, model.config, precision)
             except CorruptModel as error:
                 print(f"{error}; packing the weights anew", file=sys.stderr, flush=True)
-        if tensors is None:
-            packed.save(packed.pack(model.checkpoint(), precision, progress), path)
-            tensors = packed.load_checked(path, model.config, precision)
-        return cls(model.config, tensors, precision, threads)
+        packed.save(packed.pack(model.checkpoint(), precision, progress), path)
+        return packed.load_checked(path, model.config, precision)
 
     @staticmethod
     def require(precision: Precision) -> None:

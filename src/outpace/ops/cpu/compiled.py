@@ -46,6 +46,13 @@ def _drop_old(root: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def is_cached(function: Any) -> bool:
+    """Whether some process has compiled this function on this machine and kept the code."""
+    folder = _folder()
+    name = f"{Path(function.__code__.co_filename).stem}.{function.__name__}"
+    return folder is not None and any(folder.glob(f"*/{name}-*.nbc"))
+
+
 def compiled(function: Callable[..., Any]) -> Any:
     """`njit(nogil=True)`, kept on disk."""
     folder = _folder()

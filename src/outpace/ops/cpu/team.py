@@ -23,7 +23,7 @@ _PATIENCE = 20_000  # spins of about 40 ns
 
 
 @compiled
-def _post(mailbox, job, control):
+def post(mailbox, job, control):
     atomic_store(mailbox + 8, control)
     atomic_store(mailbox, job)
 
@@ -66,7 +66,7 @@ class Team:
             control[C_BARRIER], control[C_ARRIVED] = self._arrivals.ctypes.data, self._arrivals[0]
             address = control.ctypes.data
             if self.threads > 1:
-                _post(self._mailbox.ctypes.data, self._jobs, address)
+                post(self._mailbox.ctypes.data, self._jobs, address)
                 if self._parked:
                     with self._wake:
                         self._wake.notify_all()

@@ -1,0 +1,42 @@
+"""Makes the kernels ready before the first step asks for them: loaded from the cache, or compiled with a word about it.
+
+The first token then waits for the model alone, and loading runs beside the reading of the weights.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from numba import float32, int64
+
+from .compiled import is_cached
+from .search import top_rows
+from .step import decoder_step, serve
+from .team import post
+
+_MATRIX = (float32[:, ::1], int64[:, ::1])
+
+
+def make_ready() -> None:
+    """Load or compile every entry point, in the types that callers pass. Takes no time when that is done."""
+    decoder_step.compile((int64, int64))
+    serve.compile((int64,) * 4)
+    post.compile((int64,) * 3)
+    top_rows.compile((int64, int64, int64, *_MATRIX))
+
+
+@contextmanager
+def made_ready() -> Iterator[None]:
+    """Kernels get ready while the block runs, and are when it ends. Compiling, once per machine, comes first."""
+    if not is_cached(decoder_step):
+        print("compiling the CPU kernels for this machine (once, about 20 s)…", file=sys.stderr, flush=True)
+        make_ready()  # here and not beside: Ctrl-C must end it
+    loading = threading.Thread(target=make_ready, name="outpace-kernels", daemon=True)
+    loading.start()
+    try:
+        yield
+    finally:
+        loading.join()
