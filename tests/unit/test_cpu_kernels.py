@@ -73,9 +73,10 @@ def unpacked(panels: NDArray[Any], precision: Precision) -> NDArray[np.float64]:
     if precision == "int4":
         n, k = panels.shape[0], panels.shape[1]
         nibbles = panels[:, :, :512].view(np.uint8)
-        tiles = np.concatenate((nibbles & 15, nibbles >> 4), axis=-1).reshape(n, k, 16, 16, 4).astype(np.float64) - 8
-        scales = np.ascontiguousarray(panels[:, :, 512:]).view(np.float32).reshape(n, k, 1, 16, 1)
-        return (tiles * scales).transpose(0, 3, 1, 2, 4).reshape(16 * n, 64 * k)
+        halves = np.stack((nibbles & 15, nibbles >> 4), axis=2).reshape(n, k, 2, 8, 16, 4).astype(np.float64)
+        bits = np.ascontiguousarray(panels[:, :, 512:]).view(np.uint16).astype(np.uint32) << 16
+        scales, minima = bits.view(np.float32).reshape(n, k, 2, 2, 1, 16, 1).transpose(2, 0, 1, 3, 4, 5, 6)
+        return (halves * scales + minima).transpose(0, 4, 1, 2, 3, 5).reshape(16 * n, 64 * k)
     if precision == "bfloat16":
         panels = (panels.astype(np.int32) << 16).view(np.float32)
     return panels.transpose(0, 2, 1, 3).reshape(16 * panels.shape[0], -1).astype(np.float64)
@@ -104,9 +105,11 @@ class Product:
         self.bias = rng.standard_normal(n, dtype=np.float32)
         self.row_scales = np.full(space, np.nan, dtype=np.float32)
         self.row_scales[: self.rows] = rng.uniform(0.01, 0.03, self.rows)
-        if self.whole_numbers:
+        if self.precision in ("int8", "int4"):
             self.x = rng.integers(-127, 128, (space, depth)).astype(np.int8)
             self.numbers = self.x[: self.rows].astype(np.float64)
+            if self.precision == "int4":
+                self._scale_groups(rng)
             return
         exact = rng.standard_normal((space, depth), dtype=np.float32)
         exact[self.rows :] = np.nan
@@ -116,9 +119,14 @@ class Product:
             exact = torch.from_numpy(self.x).view(torch.bfloat16).float().numpy()
         self.numbers = exact[: self.rows].astype(np.float64)
 
-    @property
-    def whole_numbers(self) -> bool:
-        return self.precision in ("int8", "int4")
+    def _scale_groups(self, rng: np.random.Generator) -> None:
+        """A scale for each 32 elements of a row; it and scale * sum go behind the row."""
+        space, depth = self.x.shape
+        groups = self.x.reshape(space, depth // 32, 32)
+        scales = rng.uniform(0.01, 0.03, groups.shape[:2]).astype(np.float32)
+        behind = np.stack((scales, scales * groups.sum(axis=-1).astype(np.float32)), axis=-1)
+        self.numbers = (groups * scales[:, :, None].astype(np.float64)).reshape(space, depth)[: self.rows]
+        self.x = np.concatenate((self.x, behind.reshape(space, -1).view(np.int8)), axis=1)
 
     def run(
         self,
@@ -150,8 +158,12 @@ class Product:
 
     def expected(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """The product in float64, and how far float32 sums may be from it. [rows, N] each"""
-        scale = self.row_scales[: self.rows, None].astype(np.float64) * self.scales if self.whole_numbers else 1.0
+        scale = self.row_scales[: self.rows, None].astype(np.float64) * self.scales if self.precision == "int8" else 1.0
         size = (np.abs(self.numbers) @ np.abs(self.weights).T) * scale
+        if (
+            self.precision == "int4"
+        ):  # nibbles and minima are summed apart, so a weight near zero does not make it small
+            size += np.abs(self.numbers).sum(axis=1, keepdims=True) * 2 * np.abs(self.weights).max()
         return (self.numbers @ self.weights.T) * scale, size * 2.0**-24 * (self.numbers.shape[1] + 8)
 
 

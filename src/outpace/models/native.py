@@ -157,6 +157,8 @@ class NativeDecoder(Decoder):
         width, hidden = padded(cfg.hidden_size), padded(cfg.intermediate_size)
         self._depths = [padded(n, unit) for n in (cfg.hidden_size, cfg.num_heads * head, cfg.intermediate_size)]
         self._row_bytes = max(self._depths) * {16: 4, 32: 2, 64: 1}[unit]
+        if self.precision == "int4":  # two float32 for each 32 elements follow them
+            self._row_bytes += max(self._depths) // 4
         self._floats = np.array([cfg.rms_norm_eps, cfg.embedding_scale, cfg.attention_scale], dtype=np.float32)
         self._tiles, self._page_tiles = isa.tile_config(), isa.tile_config(page_tiles=True)
         self._items = np.zeros(cfg.num_layers, dtype=np.int64)  # of attention, taken so far in each layer

@@ -3,10 +3,10 @@
 Weights lie in *panels* of sixteen outputs. Within a panel, depth runs in steps of one *tile row* of 64 bytes:
   int8      16 outputs x 4 depths     float32   16 outputs x 1 depth
   bfloat16  16 outputs x 2 depths
-int4 has groups of 64 depths: 512 bytes, whose low nibbles are the first 512 bytes of an int8 tile and whose high ones
-are the rest, then the group's sixteen float32 scales. A panel is one contiguous stream, read once per sixteen rows and
-step. A micro-kernel multiplies up to sixteen rows with 1, 2 or 4 panels into a scratch block of [16][64] int32 (int8)
-or float32 (others); the epilogue scales, adds the bias and stores, adds to the residual, or applies the gated
+int4 has 32 bytes for 64 depths of an output: low nibbles are the first 32, high ones the rest; per sixteen outputs 512
+bytes, then bf16 scales of the two groups and their bf16 minima. A panel is one contiguous stream, read once per sixteen
+rows and step. A micro-kernel multiplies up to sixteen rows with 1, 2 or 4 panels into a scratch block of [16][64] int32
+(int8) or float32 (others); the epilogue scales, adds the bias and stores, adds to the residual, or applies the gated
 activation.
 
 Each (row, output) accumulates over the depth in one fixed order, whatever the number of rows or panels.
@@ -134,8 +134,6 @@ def _value(kind, scratch, row_scale, scales, n):
     """Sixteen finished products of one row: scratch lane block n."""
     if kind == KIND_INT8:
         return vmul(vmul(to_float(iload(scratch + TILE_ROW * n)), vsplat(row_scale)), vload(scales + TILE_ROW * n))
-    if kind == KIND_INT4:
-        return vmul(vload(scratch + TILE_ROW * n), vsplat(row_scale))
     return vload(scratch + TILE_ROW * n)
 
 
@@ -147,7 +145,7 @@ def _epilogue(kind, mode, rows, panels, scratch, row_scales, scales, bias, out, 
         line = scratch + m * SCRATCH_ROW
         target = out + m * out_stride
         row_scale = np.float32(1.0)
-        if kind >= KIND_INT8:
+        if kind == KIND_INT8:
             row_scale = load_f32(row_scales + 4 * m)
         if mode >= GATED_SILU:
             for n in range(0, panels, 2):

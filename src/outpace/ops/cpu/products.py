@@ -13,6 +13,7 @@ from .isa import HAS_AMX, HAS_VNNI
 from .simd import (
     F32,
     I8,
+    I16,
     I32,
     LANES,
     VF,
@@ -34,7 +35,7 @@ from .tiles import amx_call, tile_number, unavailable
 
 TILE_ROW = 64  # bytes
 SCRATCH_ROW = 256  # bytes: 64 outputs
-GROUP_BYTES = 576  # of int4: 64 depths of 16 outputs, and their scales
+GROUP_BYTES = 640  # of int4: 64 depths of 16 outputs, with their scales and minima
 
 
 def _amx(product: str, panels: int, row_tiles: int) -> Callable[..., Any]:
@@ -155,26 +156,41 @@ def _float(panels: int, bf16: bool) -> Callable[..., Any]:
     return kernel
 
 
-def _unpack_int4(b: ir.IRBuilder, group: ir.Value, tile: ir.Value) -> None:
-    """512 bytes of nibbles, stored with 8 added, to an int8 tile of 1 KiB."""
+def _unpack_int4(b: ir.IRBuilder, group: ir.Value, tiles: ir.Value) -> None:
+    """512 bytes of nibbles to two int8 tiles of 1 KiB: the low ones to the first half of the first tile, the high ones
+    to the second half of the second. The other halves stay zero, so each tile's product is that of 32 depths.
+    """
     bytes64 = ir.VectorType(I8, 64)
-    mask, four, eight = (ir.Constant(bytes64, [v] * 64) for v in (15, 4, 8))
+    mask, four = ir.Constant(bytes64, [15] * 64), ir.Constant(bytes64, [4] * 64)
     for i in range(8):
         both = load(b, at(b, group, 64 * i), bytes64, 1)
-        store(b, at(b, tile, 64 * i), b.sub(b.and_(both, mask), eight), 1)
-        store(b, at(b, tile, 512 + 64 * i), b.sub(b.lshr(both, four), eight), 1)
+        store(b, at(b, tiles, 64 * i), b.and_(both, mask), 1)
+        store(b, at(b, tiles, 1024 + 512 + 64 * i), b.lshr(both, four), 1)
+
+
+def _load_bf16(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
+    wide = b.zext(load(b, address, ir.VectorType(I16, LANES), 2), VI)
+    return b.bitcast(b.shl(wide, splat_int(16)), VF)
 
 
 def _int4(amx: bool, vnni: bool) -> Callable[..., Any]:
-    """Up to sixteen rows x one panel: int32 sums within a group, float32 over the groups in rising order."""
+    """Up to sixteen rows x one panel. Weights are scale * nibble + minimum in groups of 32 depths, activations int8
+    with a scale for the same 32: int32 sums within a group, float32 over the groups in rising order.
+
+    Behind a row's int8 follow, for each group, its scale and scale * sum (for the minima), as float32.
+    """
 
     @emit(types.void, *[types.int64] * 7)
     def kernel(b, x, stride, w, steps, rows, out, spare):
         if (amx and not HAS_AMX) or (vnni and not HAS_VNNI):
             unavailable(b)
             return
-        sums = b.add(spare, const(1024))
+        sums = b.add(spare, const(2048))
+        depths = b.mul(steps, const(TILE_ROW))
         bias = const(-0x7F7F7F80, I32)  # 0x80808080, see _int8
+        for i in range(8):
+            for zero_half in (512, 1024):
+                store(b, at(b, spare, zero_half + 64 * i), ir.Constant(VI, None))
         with cgutils.for_range(b, rows) as row:
             store(b, at(b, out, b.mul(row.index, const(SCRATCH_ROW))), ir.Constant(VF, None))
         with cgutils.for_range(b, steps) as loop:
@@ -183,26 +199,37 @@ def _int4(amx: bool, vnni: bool) -> Callable[..., Any]:
             _unpack_int4(b, group, spare)
             if amx:
                 pointer, line = I8.as_pointer(), const(TILE_ROW)
-                amx_call(b, "llvm.x86.tilezero", tile_number(0))
                 amx_call(b, "llvm.x86.tileloadd64", tile_number(4), b.inttoptr(at(b, x, depth), pointer), stride)
-                amx_call(b, "llvm.x86.tileloadd64", tile_number(6), b.inttoptr(spare, pointer), line)
-                amx_call(b, "llvm.x86.tdpbssd", tile_number(0), tile_number(4), tile_number(6))
-                amx_call(b, "llvm.x86.tilestored64", tile_number(0), b.inttoptr(sums, pointer), line)
-            scales = load(b, at(b, group, 512), VF)
+                for half in range(2):
+                    source = b.inttoptr(at(b, spare, 1024 * half), pointer)
+                    target = b.inttoptr(at(b, sums, 1024 * half), pointer)
+                    amx_call(b, "llvm.x86.tilezero", tile_number(half))
+                    amx_call(b, "llvm.x86.tileloadd64", tile_number(6), source, line)
+                    amx_call(b, "llvm.x86.tdpbssd", tile_number(half), tile_number(4), tile_number(6))
+                    amx_call(b, "llvm.x86.tilestored64", tile_number(half), target, line)
+            scales = [_load_bf16(b, at(b, group, 512 + 32 * half)) for half in range(2)]
+            minima = [_load_bf16(b, at(b, group, 576 + 32 * half)) for half in range(2)]
             with cgutils.for_range(b, rows) as row:
-                if amx:
-                    total = load(b, at(b, sums, b.mul(row.index, const(TILE_ROW))), VI)
-                else:
-                    here = b.add(at(b, x, b.mul(row.index, stride)), depth)
-                    total = offset = ir.Constant(VI, None)
-                    for k in range(LANES):
-                        weights = load(b, at(b, spare, TILE_ROW * k), VI)
-                        x4 = load(b, at(b, here, 4 * k), I32, 1)
-                        total = _int8_dot(b, total, b.xor(x4, bias) if vnni else x4, weights, vnni)
-                        offset = _int8_dot(b, offset, bias, weights, True) if vnni else offset
-                    total = b.sub(total, offset) if vnni else total
+                begin = at(b, x, b.mul(row.index, stride))
+                factors = at(b, b.add(begin, depths), b.mul(loop.index, const(16)))
                 target = at(b, out, b.mul(row.index, const(SCRATCH_ROW)))
-                store(b, target, fma(b, b.sitofp(total, VF), scales, load(b, target, VF)))
+                acc = load(b, target, VF)
+                for half in range(2):
+                    if amx:
+                        total = load(b, at(b, at(b, sums, b.mul(row.index, const(TILE_ROW))), 1024 * half), VI)
+                    else:
+                        total = offset = ir.Constant(VI, None)
+                        for k in range(8 * half, 8 * half + 8):
+                            weights = load(b, at(b, spare, 1024 * half + TILE_ROW * k), VI)
+                            x4 = load(b, at(b, b.add(begin, depth), 4 * k), I32, 1)
+                            total = _int8_dot(b, total, b.xor(x4, bias) if vnni else x4, weights, vnni)
+                            offset = _int8_dot(b, offset, bias, weights, True) if vnni else offset
+                        total = b.sub(total, offset) if vnni else total
+                    scale = splat(b, load(b, at(b, factors, 8 * half), F32))
+                    weighted_sum = splat(b, load(b, at(b, factors, 8 * half + 4), F32))
+                    acc = fma(b, b.fmul(b.sitofp(total, VF), scale), scales[half], acc)
+                    acc = fma(b, weighted_sum, minima[half], acc)
+                store(b, target, acc)
 
     return kernel
 
