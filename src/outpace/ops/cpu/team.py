@@ -70,7 +70,7 @@ class Team:
                 if self._parked:
                     with self._wake:
                         self._wake.notify_all()
-            if not self._pinned:
+            if not self._pinned or os.sched_getaffinity(0) != set(self._cores):  # the caller has chosen its own cores
                 decoder_step(address, 0)
                 return
             os.sched_setaffinity(0, self._cores[:1])
