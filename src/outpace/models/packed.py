@@ -82,7 +82,7 @@ def pack_product(w: torch.Tensor, precision: Precision) -> tuple[NDArray[Any], N
     """f32[N, K] -> panels (int8, int4 groups, bf16 bits as i16, or float32) and scales f32[N] (ones but for int8).
 
     int8 weights are rotated in blocks of 64 as the kernel rotates the activations (rows.pack_row): int8 then
-    costs 0.3 % of perplexity where it cost 3 % (SmolLM2), without calibration. The idea is QuaRot's (arXiv 2404.00456).
+    costs 0.5 % of perplexity where it cost 3 % (SmolLM2), without calibration. The idea is QuaRot's (arXiv 2404.00456).
     """
     n, k = w.shape
     w = torch.nn.functional.pad(w, (0, padded(k, DEPTH_UNIT[precision]) - k, 0, padded(n) - n))
