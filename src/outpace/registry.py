@@ -19,8 +19,8 @@ from typing import Literal, TypeVar
 from .errors import MethodError
 from .types import Exactness
 
-Kind = Literal["drafter", "verifier"]
-METHOD_PACKAGES = ("outpace.decoding.drafters", "outpace.decoding.verify")
+Kind = Literal["drafter", "verifier", "planner", "mode"]
+METHOD_PACKAGES = tuple(f"outpace.decoding.{part}" for part in ("drafters", "verify", "planners", "modes"))
 
 T = TypeVar("T", bound=type)
 

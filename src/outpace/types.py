@@ -91,6 +91,9 @@ class Draft:
     sources: list[str]  # [n] name of the drafter that proposed the node first
     scores: FloatArray | None = None  # [n] drafter's estimate of P(node is accepted | its parent is)
     q: FloatArray | None = None  # [n, V] distribution each node was *sampled* from; None: proposed outright
+    # With q: whether siblings, all drawn from one distribution, were drawn independently. Without replacement the
+    # later ones of a node exclude the earlier; their rows of q are then the distribution before any exclusion.
+    replacement: bool = True
 
     def __len__(self) -> int:
         return len(self.tokens)

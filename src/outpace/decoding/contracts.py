@@ -12,14 +12,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
+from ..cache.pages import PagedKVCache
 from ..models.decoder import Decoder
-from ..types import Accepted, Draft, Exactness, IntArray, SamplingParams
+from ..models.tokenizer import Tokenizer
+from ..types import Accepted, Draft, Exactness, IntArray, Precision, SamplingParams
 from .outputs import TargetOutputs
 from .sampling import History
+
+NOT_CACHED = -1
 
 
 @dataclass(slots=True, eq=False)
@@ -30,6 +34,8 @@ class Sequence:
     tokens: list[int]  # prompt and output so far; the last one is not in the KV cache yet
     prompt_length: int
     params: SamplingParams
+    prediction: list[int] = field(default_factory=list)  # what the caller expects the output to be, or much of it
+    kv: int = NOT_CACHED  # its handle in the target's KV cache, which holds all of `tokens` but the last
     _history: History | None = field(default=None, init=False, repr=False)
 
     @property
@@ -69,6 +75,11 @@ class DrafterContext:
     sampled: bool = False  # the verifier uses q (rejection sampling): drafters that can should sample
     merged: bool = False  # the draft will be merged with others, which loses q: propose outright
     owner_of: Callable[[Sequence], Hashable] | None = None  # sequences of two owners share no drafter state
+    target: Decoder | None = None  # for drafters that draft with the target itself,
+    cache: PagedKVCache | None = None  # in its own KV cache: a provisional region of sequence.kv, rolled back after
+    target_in: Callable[[Precision], Decoder] | None = None  # the target's weights in another precision
+    tokenizer: Tokenizer | None = None  # of the target
+    draft_tokenizer: Tokenizer | None = None  # of the draft model, which may be another
 
 
 class Drafter(ABC):
@@ -77,15 +88,24 @@ class Drafter(ABC):
     name: ClassVar[str]
     paper: ClassVar[str]
 
+    #: A node that is less likely to be reached and accepted than this does not repay its row. Set by the planner before
+    #: `propose`; drafters that order nodes by such an estimate stop there, others may ignore it.
+    floor: float = 0.0
+    #: The same for what costs a forward of the draft model.
+    forward_floor: float = 0.0
+
     @property
     def expects_topk(self) -> int:
         """The largest k for which `observe` asks the outputs for `topk`, every time; 0 if it does not."""
         return 0
 
     @classmethod
-    def create(cls, context: DrafterContext) -> Drafter:
-        """Build one with default parameters. Raises MethodError when `context` lacks what it needs."""
-        return cls()
+    def create(cls, context: DrafterContext, **options: Any) -> Drafter:
+        """Build one; `options` are parameters of the constructor that a user may set, checked by the caller.
+
+        Raises MethodError when `context` lacks what it needs, ParameterError for an option out of range.
+        """
+        return cls(**options)
 
     def begin(self, sequence: Sequence) -> None:  # noqa: B027
         """A sequence starts; its prompt is in `sequence.tokens`."""

@@ -1,18 +1,35 @@
-"""From a method's name to a drafter: "plain", "suffix", "suffix+recycling"."""
+"""From a method's name to a drafter: "plain", "suffix", "suffix+recycling", "draft:max_tokens=8+suffix"."""
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
+from typing import Any
 
-from ..errors import MethodError
+from ..errors import MethodError, ParameterError
 from ..registry import method, methods
 from .contracts import Drafter, DrafterContext
 from .drafters.merged import Merged
 
+Option = int | float | bool | str
+
 
 def split_spec(spec: str) -> list[str]:
     """Names in a spec such as "suffix+recycling". Raises MethodError for an unknown, empty or repeated one."""
-    names = [name.strip() for name in spec.split("+")]
+    return [name for name, _ in parse_spec(spec)]
+
+
+def parse_spec(spec: str) -> list[tuple[str, dict[str, Option]]]:
+    """Names and options in a spec: methods are joined by '+', options follow a ':' and are joined by ','.
+
+    >>> parse_spec("draft:max_tokens=8,min_reach=0.3+suffix")
+    [('draft', {'max_tokens': 8, 'min_reach': 0.3}), ('suffix', {})]
+
+    Raises MethodError for an unknown, empty or repeated name, ParameterError for an option that the method does not
+    have or that is not of its type.
+    """
+    parts = [part.strip().partition(":") for part in spec.split("+")]
+    names = [name.strip() for name, _, _ in parts]
     known = [m.name for m in methods("drafter")]
     for name in names:
         if name not in known:
@@ -23,17 +40,56 @@ def split_spec(spec: str) -> list[str]:
         raise MethodError(f"{spec!r} names a method twice; name each once")
     if "plain" in names and len(names) > 1:
         raise MethodError(f"{spec!r} joins plain decoding, which drafts nothing, with a drafter; leave 'plain' out")
-    return names
+    return [(name, _options(name, text)) for name, (_, _, text) in zip(names, parts, strict=True)]
+
+
+def options_of(name: str) -> dict[str, Option]:
+    """What a user may set of a drafter, with the defaults: the plain parameters of its constructor."""
+    parameters = inspect.signature(method(name, "drafter").cls).parameters.values()
+    kinds = (bool, int, float, str)
+    hidden = ("sampled", "coupled")  # follow from the verifier
+    return {p.name: p.default for p in parameters if isinstance(p.default, kinds) and p.name not in hidden}
+
+
+def _options(name: str, text: str) -> dict[str, Option]:
+    allowed = options_of(name)
+    chosen: dict[str, Option] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        key, _, value = (piece.strip() for piece in part.partition("="))
+        if key not in allowed:
+            listed = ", ".join(f"{k}={v}" for k, v in allowed.items()) or "none"
+            raise ParameterError(f"method {name!r} has no option {key!r}; its options and their defaults: {listed}")
+        chosen[key] = _value(name, key, value, allowed[key])
+    return chosen
+
+
+def _value(name: str, key: str, text: str, default: Option) -> Option:
+    if isinstance(default, str):
+        return text
+    try:
+        if isinstance(default, bool):
+            return {"true": True, "false": False}[text.lower()]
+        return type(default)(text)
+    except (ValueError, KeyError):
+        kind = (
+            "true or false" if isinstance(default, bool) else {int: "a whole number", float: "a number"}[type(default)]
+        )
+        raise ParameterError(f"{name}:{key}={text!r} is not {kind}; the default is {default}") from None
 
 
 def make_drafter(spec: str, context: DrafterContext) -> Drafter:
     """Build what `spec` names; several names joined by '+' draft into one tree.
 
-    Merged drafts carry no q, so drafters are told not to sample. Raises MethodError for an unknown
-    name or an unmet need, saying what would work.
+    Merged drafts carry no q, so drafters are told not to sample. Raises MethodError for an unknown name or an unmet
+    need, ParameterError for an option out of range, each saying what would work.
     """
-    names = split_spec(spec)
-    if len(names) > 1:
+    named = parse_spec(spec)
+    if len(named) > 1:
         context = replace(context, merged=True)
-    drafters = [method(name, "drafter").cls.create(context) for name in names]  # type: ignore[attr-defined]
+    drafters = [_make(name, context, options) for name, options in named]
     return drafters[0] if len(drafters) == 1 else Merged(drafters)
+
+
+def _make(name: str, context: DrafterContext, options: dict[str, Any]) -> Drafter:
+    made: Drafter = method(name, "drafter").cls.create(context, **options)  # type: ignore[attr-defined]
+    return made

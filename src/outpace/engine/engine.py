@@ -41,12 +41,17 @@ class EngineConfig:
                 raise ParameterError(f"{name}={value!r} is out of range: it must be at least 1")
 
 
+def new_cache(decoder: Decoder, config: EngineConfig) -> PagedKVCache:
+    return PagedKVCache(decoder.new_storage(-(-config.kv_tokens // PAGE_SIZE)))
+
+
 class Engine:
     """Runs requests through one decoder with one drafter and one verifier. Not thread-safe.
 
     `detokenizer` makes what turns one output into text; without it results have no text and stop strings are
     refused. `eos_ids` end an output beside those that the model's config names. After an exception from `step`
-    cancel the requests: what their step had reserved is given back, other requests go on.
+    cancel the requests: what their step had reserved is given back, other requests go on. `cache`: the one that the
+    drafter was built with, if it drafts in the target's own cache.
     """
 
     def __init__(
@@ -59,12 +64,13 @@ class Engine:
         eos_ids: Iterable[int] = (),
         method: str | None = None,
         config: EngineConfig | None = None,
+        cache: PagedKVCache | None = None,
     ) -> None:
         self.config = config = config if config is not None else EngineConfig()
         self.decoder, self.verifier = decoder, verifier
         self.method = method if method is not None else drafter.name
-        pages = -(-config.kv_tokens // PAGE_SIZE)
-        self.cache = PagedKVCache(decoder.new_storage(pages))
+        self.cache = new_cache(decoder, config) if cache is None else cache
+        pages = self.cache.storage.num_pages
         self._runner = Runner(decoder, self.cache, drafter, verifier)
         self._admission = Admission(config.max_batch, pages, PAGE_SIZE, decoder.config.max_position)
         self._detokenizer = detokenizer
@@ -75,9 +81,14 @@ class Engine:
 
     # -- requests ----------------------------------------------------------------------------------------------
 
-    def add(self, prompt_ids: Sequence[int], params: SamplingParams | None = None) -> int:
-        """Queue a request; returns its id. Raises ParameterError for a prompt that is empty or has ids outside
-        the vocabulary, CapacityError for one that could never fit."""
+    def add(
+        self, prompt_ids: Sequence[int], params: SamplingParams | None = None, prediction: Sequence[int] = ()
+    ) -> int:
+        """Queue a request; returns its id. `prediction`: tokens that the output is expected to repeat.
+
+        Raises ParameterError for a prompt that is empty or has ids outside the vocabulary, CapacityError for one that
+        could never fit.
+        """
         params = params if params is not None else SamplingParams()
         prompt = [int(t) for t in prompt_ids]
         vocab = self.decoder.config.vocab_size
@@ -92,7 +103,7 @@ class Engine:
         id, self._next_id = self._next_id, self._next_id + 1
         stop_ids = frozenset(params.stop_token_ids)
         self._waiting[id] = Request(
-            sequence=TokenSequence(id, prompt, len(prompt), params),
+            sequence=TokenSequence(id, prompt, len(prompt), params, [int(t) for t in prediction]),
             text=TextStream(self._detokenizer(), params.stop) if self._detokenizer is not None else None,
             stop_ids=stop_ids if params.ignore_eos else stop_ids | self._eos_ids,
             method=self.method,

@@ -15,7 +15,7 @@ from ..models.decoder import Decoder
 from ..models.tokenizer import Tokenizer
 from ..registry import Method, method
 from ..types import Precision, Result, SamplingParams
-from .engine import Engine, EngineConfig
+from .engine import Engine, EngineConfig, new_cache
 from .load import LoadedModel, Progress, load_model, size_of_cache
 from .request import StepEvent
 
@@ -25,6 +25,7 @@ Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, Any]]
 LOSSLESS_METHOD = "suffix+recycling"
 LOSSLESS_METHOD_WITH_DRAFT_MODEL = "suffix+draft"
 DRAFT_MODEL = "draft model"  # as drafters name it in what they need
+ANY_DRAFT_MODEL = "draft model of any vocabulary"
 
 
 class LLM:
@@ -71,7 +72,7 @@ class LLM:
         self.loaded = model if isinstance(model, LoadedModel) else load_model(model, **how)
         self.draft_loaded = load_model(draft_model, **how) if isinstance(draft_model, str) else draft_model
         if self.draft_loaded is not None:
-            check_vocabulary(self.loaded, self.draft_loaded)
+            check_vocabulary(self.loaded, self.draft_loaded, method)
         if method == "auto":
             method = self._best_lossless()
         self.method = method
@@ -85,12 +86,18 @@ class LLM:
     def _open(self, judge: Verifier, limits: dict[str, int], wanted: int | None) -> None:
         decoder = self.loaded.decoder
         config = EngineConfig(**limits, kv_tokens=size_of_cache(decoder, wanted, limits["max_batch"]))
+        cache = new_cache(decoder, config)
         drafts = (config.kv_tokens + limits["max_batch"] * (limits["max_rows"] + PAGE_SIZE)) // PAGE_SIZE + 1
         context = DrafterContext(
             vocab_size=decoder.config.vocab_size,
             draft=self.draft_loaded.decoder if self.draft_loaded is not None else None,
             draft_pages=drafts,  # everything that the target's cache holds, and a draft for each sequence
-            sampled=self.verifier == "rejection",
+            sampled=uses_q(judge),
+            target=decoder,
+            cache=cache,
+            target_in=self.loaded.in_precision,
+            tokenizer=self.tokenizer,
+            draft_tokenizer=self.draft_loaded.tokenizer if self.draft_loaded is not None else None,
         )
         self._engine = Engine(
             decoder,
@@ -100,6 +107,7 @@ class LLM:
             eos_ids=self.tokenizer.eos_ids,
             method=self.method,
             config=config,
+            cache=cache,
         )
         self._limits, self._wanted = limits, wanted
         self._inbox: dict[int, list[StepEvent]] = {}
@@ -161,22 +169,27 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         progress: bool = False,
+        prediction: str | Sequence[str] = "",
     ) -> list[Result]:
         """Answer one or many prompts in one batch; results in the order of the prompts.
 
         A string is continued as it is; messages ({"role": …, "content": …}) go through the model's chat template.
-        `params` is one for all, or one for each. `progress` shows a bar on stderr. If one request is refused, or the
-        call is interrupted, none of them goes on.
+        `params` is one for all, or one for each, and so is `prediction`: text that the output is expected to repeat
+        in large part (the code to be edited), which changes the speed but never the output. `progress` shows a bar on
+        stderr. If one request is refused, or the call is interrupted, none of them goes on.
         """
         asked = as_prompts(prompts)
         each = [params] * len(asked) if params is None or isinstance(params, SamplingParams) else list(params)
         if len(each) != len(asked):
             raise ParameterError(f"{len(asked)} prompts but {len(each)} SamplingParams: give one, or one for each")
+        expected = [prediction] * len(asked) if isinstance(prediction, str) else list(prediction)
+        if len(expected) != len(asked):
+            raise ParameterError(f"{len(asked)} prompts but {len(expected)} predictions: give one, or one for each")
         ids: list[int] = []
         results: dict[int, Result] = {}
         try:
-            for prompt, param in zip(asked, each, strict=True):
-                ids.append(self._add(prompt, param))
+            for prompt, param, text in zip(asked, each, expected, strict=True):
+                ids.append(self._add(prompt, param, text))
             with _bar(len(ids), progress) as advance:
                 while len(results) < len(ids):
                     self._pump()
@@ -198,9 +211,9 @@ class LLM:
             messages = [{"role": "user", "content": messages}]
         return self.generate(messages, params)[0]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None, prediction: str = "") -> Stream:
         """Answer one prompt step by step. Refusals are raised here, before the first step."""
-        return Stream(self, self._add(prompt, params))
+        return Stream(self, self._add(prompt, params, prediction))
 
     def tokens(self, prompt: Prompt) -> list[int]:
         """The token ids that the model reads for a prompt."""
@@ -239,8 +252,9 @@ class LLM:
 
     # -- inside: several streams may be open at once, whoever steps fills everyone's inbox -----------------------
 
-    def _add(self, prompt: Prompt, params: SamplingParams | None) -> int:
-        id = self._open_engine().add(self.tokens(prompt), params)
+    def _add(self, prompt: Prompt, params: SamplingParams | None, prediction: str) -> int:
+        expected = self.tokenizer.encode(prediction) if prediction else []
+        id = self._open_engine().add(self.tokens(prompt), params, expected)
         self._inbox[id] = []
         return id
 
@@ -317,7 +331,12 @@ def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 def needs_draft_model(spec: str) -> bool:
     """Whether some drafter of `a+b` needs one. Raises MethodError for unknown names."""
-    return any(DRAFT_MODEL in method(name, "drafter").needs for name in split_spec(spec))
+    return any({DRAFT_MODEL, ANY_DRAFT_MODEL} & {*method(name, "drafter").needs} for name in split_spec(spec))
+
+
+def uses_q(verifier: Verifier) -> bool:
+    """Whether a verifier looks at the distribution that a draft was sampled from."""
+    return verifier.exactness != "identical"
 
 
 def check_needs(spec: str, has_draft_model: bool) -> None:
@@ -335,12 +354,14 @@ def check_needs(spec: str, has_draft_model: bool) -> None:
         )
 
 
-def check_vocabulary(target: LoadedModel, draft: LoadedModel) -> None:
-    """A draft model's tokens must be the target's."""
+def check_vocabulary(target: LoadedModel, draft: LoadedModel, spec: str) -> None:
+    """A draft model's tokens must be the target's, unless the method translates them."""
+    if spec != "auto" and all(DRAFT_MODEL not in method(name, "drafter").needs for name in split_spec(spec)):
+        return
     if not target.tokenizer.same_vocabulary(draft.tokenizer):
         raise MethodError(
             f"{draft.name} cannot draft for {target.name}: their vocabularies differ, so its tokens mean something "
-            "else; use a draft model of the same family"
+            "else; use a draft model of the same family, or method omnidraft, which translates"
         )
 
 

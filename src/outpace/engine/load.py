@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import get_args
 
 import torch
 
 from ..cache.storage import PAGE_SIZE
-from ..errors import ParameterError
+from ..errors import MethodError, ParameterError
 from ..models.config import ModelConfig
 from ..models.decoder import Decoder
 from ..models.tokenizer import Tokenizer
@@ -34,6 +35,17 @@ class LoadedModel:
     name: str
     decoder: Decoder
     tokenizer: Tokenizer
+    reload: Callable[[Precision], Decoder] | None = None  # the same weights in another precision
+
+    def in_precision(self, precision: Precision) -> Decoder:
+        """The same weights in another precision; loaded at the first call and kept. Raises MethodError where that
+        does not exist."""
+        if self.reload is None:
+            raise MethodError(
+                f"{self.name} runs on {self.decoder.device.type}, where its weights come in one precision only; "
+                "use a method that does not need two"
+            )
+        return self.reload(precision)
 
     @property
     def config(self) -> ModelConfig:
@@ -93,9 +105,13 @@ def load_model(
     decoder: Decoder
     if where.type == "cuda":
         decoder = TorchDecoder.from_checkpoint(opened.checkpoint(), arithmetic, where)
-    else:
-        decoder = NativeDecoder.load(opened, arithmetic, threads, progress=_packing(progress))
-    return LoadedModel(opened.name, decoder, opened.tokenizer)
+        return LoadedModel(opened.name, decoder, opened.tokenizer)
+
+    @cache
+    def native(precision: Precision) -> Decoder:
+        return NativeDecoder.load(opened, precision, threads, progress=_packing(progress))
+
+    return LoadedModel(opened.name, native(arithmetic), opened.tokenizer, native)
 
 
 def _packing(progress: Progress | None) -> Callable[[int, int], None] | None:

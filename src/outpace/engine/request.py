@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from time import perf_counter
 
-from ..decoding.contracts import Sequence
+from ..decoding.contracts import NOT_CACHED, Sequence
 from ..types import Accepted, DecodingStats, Draft, Exactness, FinishReason, IntArray, Result
 from .text import TextStream
 
 TARGET = "target"  # the source of tokens that nobody drafted
-NOT_CACHED = -1
 
 
 @dataclass(slots=True, eq=False)
@@ -43,7 +42,6 @@ class Request:
     text: TextStream | None
     stop_ids: frozenset[int]
     method: str
-    kv: int = NOT_CACHED  # handle in the KV cache while it runs
     prefilled: int = 0
     alone: bool = True  # no step had rows of another sequence in it
     finish: FinishReason | None = None
@@ -58,6 +56,15 @@ class Request:
     @property
     def id(self) -> int:
         return self.sequence.id
+
+    @property
+    def kv(self) -> int:
+        """Handle in the KV cache while it runs."""
+        return self.sequence.kv
+
+    @property
+    def cached(self) -> bool:
+        return self.sequence.kv != NOT_CACHED
 
     @property
     def remaining(self) -> int:

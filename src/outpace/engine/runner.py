@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from time import perf_counter
 
 from ..cache.pages import PagedKVCache
-from ..decoding.contracts import Drafter, Observation, Verifier
+from ..decoding.contracts import NOT_CACHED, Drafter, Observation, Verifier
 from ..decoding.outputs import StepOutputs, TargetOutputs
 from ..models.batch import Span, Tree, pack
 from ..models.decoder import Decoder
 from ..types import Accepted, Draft
-from .request import NOT_CACHED, Request
+from .request import Request
 
 NO_DRAFT = Draft.empty()
 
@@ -42,14 +42,14 @@ class Runner:
         self.decoder, self.cache, self.drafter, self.verifier = decoder, cache, drafter, verifier
 
     def begin(self, request: Request) -> None:
-        request.kv = self.cache.new()
+        request.sequence.kv = self.cache.new()
         self.drafter.begin(request.sequence)
 
     def end(self, request: Request) -> None:
         """Forget a request, at any moment outside `forward`. Safe after a failed `begin`."""
-        if request.kv != NOT_CACHED:
+        if request.cached:
             self.cache.free(request.kv)
-            request.kv = NOT_CACHED
+            request.sequence.kv = NOT_CACHED
         self.drafter.end(request.sequence)
 
     def forward(self, decoding: list[Request], budgets: list[int], chunks: list[tuple[Request, int]]) -> list[Verified]:
@@ -96,7 +96,7 @@ class Runner:
     def abandon(self, requests: Seq[Request]) -> None:
         """Drop what a failed step reserved; nothing was committed."""
         for request in requests:
-            if request.kv != NOT_CACHED:
+            if request.cached:
                 self.cache.rollback(request.kv)
 
     def _propose(self, decoding: list[Request], budgets: list[int]) -> list[Draft]:

@@ -15,6 +15,7 @@ from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -252,10 +253,10 @@ class DraftChain(DraftModel):
         self._rates = Rates(np.full(max_tokens, 0.8))  # by depth, of sampled drafts
 
     @classmethod
-    def create(cls, context: DrafterContext) -> DraftChain:
+    def create(cls, context: DrafterContext, **options: Any) -> DraftChain:
         decoder = cls._decoder_of(context)
         sampled = context.sampled and not context.merged
-        return cls(decoder, context.draft_pages, context.vocab_size, sampled, coupled=not context.sampled)
+        return cls(decoder, context.draft_pages, context.vocab_size, sampled, coupled=not context.sampled, **options)
 
     def _places(self, budget: int) -> int:
         return min(budget, self.max_tokens)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from heapq import heappop, heappush, nlargest
+from typing import Any
 
 import numpy as np
 import torch
@@ -120,9 +121,9 @@ class DraftTree(DraftModel):
         self.branches, self.width, self.max_depth, self.min_reach = branches, width, max_depth, min_reach
 
     @classmethod
-    def create(cls, context: DrafterContext) -> DraftTree:
+    def create(cls, context: DrafterContext, **options: Any) -> DraftTree:
         decoder = cls._decoder_of(context)
-        return cls(decoder, context.draft_pages, context.vocab_size, coupled=not context.sampled)
+        return cls(decoder, context.draft_pages, context.vocab_size, coupled=not context.sampled, **options)
 
     def _places(self, budget: int) -> int:
         return min(budget, self.max_depth - 1) * self.width

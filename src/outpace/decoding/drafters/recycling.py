@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -143,10 +144,10 @@ class Recycling(Drafter):
         return self.k
 
     @classmethod
-    def create(cls, context: DrafterContext) -> Recycling:
+    def create(cls, context: DrafterContext, **options: Any) -> Recycling:
         if context.owner_of is None:
-            return cls(context.vocab_size)
-        return cls(context.vocab_size, owner_of=context.owner_of)
+            return cls(context.vocab_size, **options)
+        return cls(context.vocab_size, owner_of=context.owner_of, **options)
 
     def begin(self, sequence: Sequence) -> None:
         owner = self.owner_of(sequence)
