@@ -67,6 +67,8 @@ class ForwardBatch:
     page_tables: NDArray[np.int32]  # [B, P]
     # filled by the runner
     logit_rows: NDArray[np.int64]  # [R] ascending
+    # filled by who has vectors instead of tokens (`Decoder.embedding`); `tokens` then only count
+    embeddings: NDArray[np.float32] | None = None  # [T, D]
 
 
 @dataclass(slots=True, eq=False)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ..cache.storage import KVStorage
+from ..errors import ParameterError, UnsupportedModel
 from ..types import Precision
 from .batch import ForwardBatch
 from .config import ModelConfig
@@ -43,3 +46,27 @@ class Decoder(ABC):
     @abstractmethod
     def forward(self, batch: ForwardBatch, storage: KVStorage, hidden_layers: Sequence[int] = ()) -> DecoderOutput:
         """Run one packed step; writes the rows' keys and values to their places in `storage`."""
+
+    def embedding(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Rows of the embedding table, f32[n, D], as they are before the model's own `embedding_scale`.
+
+        `ForwardBatch.embeddings` are of the same kind (the step scales them), so given the rows of its tokens a step
+        gives the same bits. Raises UnsupportedModel where a decoder has no such table.
+        """
+        raise UnsupportedModel(f"{type(self).__name__} does not give out its embeddings; the CPU and torch decoders do")
+
+
+def checked_layers(config: ModelConfig, layers: Collection[int]) -> frozenset[int]:
+    """Raises ParameterError for a layer that the model does not have."""
+    wrong = sorted(i for i in layers if not 0 <= i < config.num_layers)
+    if wrong:
+        raise ParameterError(f"no layer {wrong[0]}: the model has the layers 0 to {config.num_layers - 1}")
+    return frozenset(layers)
+
+
+def checked_ids(config: ModelConfig, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Sorted, each once. Raises ParameterError for none, or one outside the vocabulary."""
+    kept = np.unique(np.asarray(ids, dtype=np.int64))
+    if not len(kept) or kept[0] < 0 or kept[-1] >= config.vocab_size:
+        raise ParameterError(f"an output head is cut to some of the tokens 0 to {config.vocab_size - 1}, not to {ids}")
+    return kept

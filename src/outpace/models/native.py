@@ -6,7 +6,7 @@ Shapes: `B` sequences, `T` packed rows, `R` rows of logits, `D` width, `Hq`/`Hkv
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ..cache.native_storage import NativeStorage
 from ..cache.storage import KVStorage
-from ..errors import CorruptModel, UnsupportedModel
+from ..errors import CorruptModel, ParameterError, UnsupportedModel
 from ..ops.cpu import isa, step
 from ..ops.cpu.attention import MAX_QUERIES
 from ..ops.cpu.linear import GATED_GELU, GATED_SILU, KIND_BF16, KIND_F32, KIND_INT4, KIND_INT8, SCRATCH_BYTES
@@ -27,11 +27,13 @@ from . import packed
 from .batch import PAGE_SIZE, ForwardBatch
 from .checkpoint import Checkpoint
 from .config import ModelConfig, rope_inv_freq
-from .decoder import Decoder, DecoderOutput
+from .decoder import Decoder, DecoderOutput, checked_ids, checked_layers
 from .packed import Tensors, padded
 
 _KINDS: dict[Precision, int] = {"float32": KIND_F32, "bfloat16": KIND_BF16, "int8": KIND_INT8, "int4": KIND_INT4}
 _ROPE_CHUNK = 4096
+_ATTENTION_TENSORS = ("qkv.w", "qkv.scale", "qkv.bias", "out.w", "out.scale", "norm_1", "post_1", "q_norm", "k_norm")
+_MLP_TENSORS = ("gate_up.w", "gate_up.scale", "down.w", "down.scale", "norm_2", "post_2")
 
 
 def default_threads() -> int:
@@ -79,14 +81,15 @@ class NativeDecoder(Decoder):
         self.level = isa.best_level() if level is None else level
         self._team = team(self.threads)
         self._keep: dict[str, NDArray[Any]] = dict(tensors)
+        self._head_ids: NDArray[np.int64] | None = None  # of a trimmed head; None: all
+        self.skipped: tuple[frozenset[int], frozenset[int]] = (frozenset(), frozenset())
         self._buffers: dict[str, NDArray[Any]] = {}
         self._rows = self._logit_rows = self._score_places = 0
         self._control = np.zeros(step.CONTROL_SIZE, dtype=np.int64)
         self._rope = _Rope(rope_inv_freq(config, "full"))
         self._rope_local = _Rope(rope_inv_freq(config, "sliding")) if config.rope_local_theta else None
         self._fill_constants()
-        streamed = [a.nbytes for name, a in tensors.items() if name != "embedding"]
-        self.weight_bytes = sum(streamed)
+        self.weight_bytes = self._streamed_bytes()
 
     @classmethod
     def from_checkpoint(
@@ -127,6 +130,43 @@ class NativeDecoder(Decoder):
         c = self.config
         return NativeStorage(c.num_layers, num_pages, c.num_kv_heads, packed.head_width(c), self.precision != "float32")
 
+    def view(self) -> NativeDecoder:
+        """The same weights and KV layout with buffers of its own; `skip` and `trim` on it leave this one alone."""
+        twin = NativeDecoder(self.config, self._keep, self.precision, self.threads, self.level)
+        twin._rope, twin._rope_local = self._rope, self._rope_local
+        twin._set_head(self._head_ids)
+        twin.skip(*self.skipped)
+        return twin
+
+    def skip(self, attention: Collection[int], mlp: Collection[int]) -> None:
+        """From the next forward on leave out the attention and the MLP of these layers, and no others. A skipped
+        attention neither writes nor reads its layer's keys and values.
+        """
+        self.skipped = checked_layers(self.config, attention), checked_layers(self.config, mlp)
+        for entry, layers in zip((step.L_SKIP_ATTENTION, step.L_SKIP_MLP), self.skipped, strict=True):
+            self._layers[:, entry] = 0
+            self._layers[list(layers), entry] = 1
+        self.weight_bytes = self._streamed_bytes()
+
+    def trim(self, ids: NDArray[np.int64]) -> None:
+        """From the next forward on compute the logits of `ids` only; the others are -inf. Cuts a head once cut further,
+        never grows it."""
+        kept = checked_ids(self.config, ids)
+        rows = kept
+        if self._head_ids is not None:
+            rows = np.searchsorted(self._head_ids, kept)
+            known = self._head_ids[np.minimum(rows, len(self._head_ids) - 1)] == kept
+            if not known.all():
+                raise ParameterError("a trimmed head can only be trimmed further; trim the whole model instead")
+        w, scale = packed.take_outputs(self._keep["head.w"], self._keep["head.scale"], rows, self.precision)
+        self._keep |= {"head.w": w, "head.scale": scale}
+        self._set_head(kept)
+        self.weight_bytes = self._streamed_bytes()
+
+    def embedding(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+        rows = self._keep["embedding"][tokens, : self.config.hidden_size]
+        return rows if rows.dtype == np.float32 else (rows.astype(np.uint16).astype(np.uint32) << 16).view(np.float32)
+
     def forward(self, batch: ForwardBatch, storage: KVStorage, hidden_layers: Sequence[int] = ()) -> DecoderOutput:
         assert isinstance(storage, NativeStorage)
         rows, wanted = len(batch.tokens), len(batch.logit_rows)
@@ -145,8 +185,12 @@ class NativeDecoder(Decoder):
         self._items[:] = 0
         self._team.run(c)
         del held
-        logits = torch.from_numpy(self._buffers["logits"][:wanted, : self.config.vocab_size])
-        return DecoderOutput(logits, hidden)
+        logits = self._buffers["logits"][:wanted, : self._outputs]
+        if self._head_ids is not None:
+            whole = self._buffers["all_logits"][:wanted]
+            whole[:, self._head_ids] = logits
+            logits = whole
+        return DecoderOutput(torch.from_numpy(logits), hidden)
 
     # What follows keeps the control block in step with the buffers.
 
@@ -174,15 +218,28 @@ class NativeDecoder(Decoder):
             step.C_HIDDEN: hidden, step.C_HEADS: cfg.num_heads, step.C_KV_HEADS: cfg.num_kv_heads, step.C_HEAD: head,
             step.C_HEAD_TRUE: cfg.head_dim, step.C_POST_NORMS: int(cfg.post_norms),
             step.C_ACTIVATION: GATED_GELU if cfg.activation == "gelu_tanh" else GATED_SILU,
-            step.C_EMBEDDING: keep["embedding"].ctypes.data, step.C_EMBEDDING_BF16: int(self.precision != "float32"),
-            step.C_FINAL_NORM: keep["norm"].ctypes.data, step.C_HEAD_W: keep["head.w"].ctypes.data,
-            step.C_HEAD_SCALE: keep["head.scale"].ctypes.data, step.C_HEAD_PANELS: padded(cfg.vocab_size) // 16,
-            step.C_LOGITS_STRIDE: 4 * padded(cfg.vocab_size), step.C_KV_BF16: int(self.precision != "float32"),
+            step.C_FINAL_NORM: keep["norm"].ctypes.data, step.C_KV_BF16: int(self.precision != "float32"),
             step.C_PACKED_STRIDE: self._row_bytes, step.C_STEPS_WIDTH: self._depths[0] // unit,
             step.C_STEPS_ATTENTION: self._depths[1] // unit, step.C_STEPS_HIDDEN: self._depths[2] // unit,
         }  # fmt: skip
         for index, value in values.items():
             c[index] = value
+        self._set_head(None)
+
+    def _set_head(self, ids: NDArray[np.int64] | None) -> None:
+        """Point at the output head as it is in `_keep`, which gives the logits of `ids`."""
+        c = self._control
+        self._head_ids = ids
+        self._outputs = self.config.vocab_size if ids is None else len(ids)
+        c[step.C_HEAD_W], c[step.C_HEAD_SCALE] = (self._keep[f"head.{part}"].ctypes.data for part in ("w", "scale"))
+        c[step.C_HEAD_PANELS], c[step.C_LOGITS_STRIDE] = padded(self._outputs) // 16, 4 * padded(self._outputs)
+        self._logit_rows = 0  # their buffers are made at the next forward
+
+    def _streamed_bytes(self) -> int:
+        """Weights that a step of one row reads."""
+        left_out = {f"{i}.{name}" for i in self.skipped[0] for name in _ATTENTION_TENSORS}
+        left_out |= {f"{i}.{name}" for i in self.skipped[1] for name in _MLP_TENSORS} | {"embedding"}
+        return sum(array.nbytes for name, array in self._keep.items() if name not in left_out)
 
     def _layer_entries(self, i: int, sliding: bool) -> list[int]:
         def where(name: str) -> int:
@@ -192,7 +249,7 @@ class NativeDecoder(Decoder):
         products = [f"{name}.{part}" for name in ("qkv", "out", "gate_up", "down") for part in ("w", "scale")]
         names = [*products, "qkv.bias", "norm_1", "norm_2", "post_1", "post_2", "q_norm", "k_norm"]
         window = (self.config.sliding_window or 0) if sliding else 0
-        return [*map(where, names), window, int(sliding and self._rope_local is not None), -1]
+        return [*map(where, names), window, int(sliding and self._rope_local is not None), -1, 0, 0]
 
     def _reserve(self, rows: int, wanted: int, places: int) -> None:
         """Grow the buffers to what this step needs; they never shrink."""
@@ -228,17 +285,26 @@ class NativeDecoder(Decoder):
             c[step.C_PACKED_SCALE] = buffers["packed_scale"].ctypes.data
         if wanted > self._logit_rows:
             self._logit_rows = max(wanted, 32)
-            buffers["logits"] = np.empty((self._logit_rows, padded(cfg.vocab_size)), dtype=np.float32)
+            buffers["logits"] = np.empty((self._logit_rows, padded(self._outputs)), dtype=np.float32)
             c[step.C_LOGITS] = buffers["logits"].ctypes.data
+            if self._head_ids is not None:
+                buffers["all_logits"] = np.full((self._logit_rows, cfg.vocab_size), -np.inf, dtype=np.float32)
 
     def _point_at_batch(self, batch: ForwardBatch) -> list[NDArray[Any]]:
         c = self._control
         c[step.C_ROWS], c[step.C_SEQUENCES] = len(batch.tokens), len(batch.committed)
         c[step.C_LOGIT_ROWS] = len(batch.logit_rows)
         c[step.C_PAGES_STRIDE] = 4 * batch.page_tables.shape[1]
-        held = []
+        table, tokens, is_bf16 = self._keep["embedding"], batch.tokens, self.precision != "float32"
+        if batch.embeddings is not None:  # a table of this step's own, one entry for each row
+            assert batch.embeddings.shape == (len(tokens), self.config.hidden_size), "embeddings are f32[T, D]"
+            table = np.zeros((len(tokens), padded(self.config.hidden_size)), dtype=np.float32)
+            table[:, : self.config.hidden_size] = batch.embeddings
+            tokens, is_bf16 = np.arange(len(tokens)), False
+        c[step.C_EMBEDDING], c[step.C_EMBEDDING_BF16] = table.ctypes.data, is_bf16
+        held = [table]
         for entry, array, dtype in (
-            (step.C_TOKENS, batch.tokens, np.int64), (step.C_POSITIONS, batch.positions, np.int32),
+            (step.C_TOKENS, tokens, np.int64), (step.C_POSITIONS, batch.positions, np.int32),
             (step.C_ROW_START, batch.row_start, np.int32), (step.C_OFFSETS, batch.offsets, np.int32),
             (step.C_CAUSAL, batch.causal, np.int32), (step.C_VISIBLE_START, batch.visible_start, np.int32),
             (step.C_VISIBLE, batch.visible, np.int32), (step.C_COMMITTED, batch.committed, np.int32),

@@ -99,6 +99,29 @@ def pack_product(w: torch.Tensor, precision: Precision) -> tuple[NDArray[Any], N
     return _panels(w, 1), scales.numpy()
 
 
+def take_outputs(
+    w: NDArray[Any], scales: NDArray[np.float32], outputs: NDArray[np.int64], precision: Precision
+) -> tuple[NDArray[Any], NDArray[np.float32]]:
+    """A packed product with some outputs only, in that order: panels and scales as `pack_product` makes them.
+
+    The padding repeats the last output.
+    """
+    wanted = np.append(outputs, np.repeat(outputs[-1:], padded(len(outputs)) - len(outputs)))
+    panel, lane = (part.reshape(-1, 16) for part in np.divmod(wanted, 16))
+
+    def take(parts: NDArray[Any]) -> NDArray[Any]:
+        """[N/16, rows, 16, ...] -> [n/16, rows, 16, ...]"""
+        rows = np.arange(parts.shape[1])[None, :, None]
+        return parts[panel[:, None], rows, lane[:, None]]
+
+    if precision != "int4":
+        return np.ascontiguousarray(take(w)), scales[wanted]
+    n, steps = w.shape[:2]
+    nibbles = take(w[..., :512].reshape(n, steps * 8, 16, 4)).reshape(-1, steps, 512)
+    factors = take(w[..., 512:].reshape(n, steps * 4, 16, 2)).reshape(-1, steps, 128)
+    return np.concatenate((nibbles, factors), axis=-1), scales[wanted]
+
+
 def _pad_heads(w: torch.Tensor, heads: int, width: int) -> torch.Tensor:
     """[heads * C, ...] -> [heads * width, ...] with zero rows behind each head."""
     c = w.shape[0] // heads

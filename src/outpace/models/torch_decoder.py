@@ -12,7 +12,8 @@ group of `G` sequences attends together, padded to its longest `n` rows and `S` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +30,7 @@ from ..types import Precision
 from .batch import PAGE_SIZE, ForwardBatch
 from .checkpoint import Checkpoint
 from .config import LayerType, ModelConfig, rope_inv_freq
-from .decoder import Decoder, DecoderOutput
+from .decoder import Decoder, DecoderOutput, checked_ids, checked_layers
 from .weights import WeightReader
 
 _DTYPES: dict[Precision, torch.dtype] = {
@@ -96,8 +97,8 @@ class TorchDecoder(Decoder):
         self._scale = torch.tensor(config.embedding_scale, dtype=self._dtype, device=device)
         self.padded_rows = _PADDED_ROWS.get(device.type, 64)
         self._rope = {kind: _RopeTable(config, kind, device) for kind in set(config.layer_types)}
-        linears = [m for x in layers for m in (x.qkv, x.o, x.gate_up, x.down)]
-        self.weight_bytes = head.nbytes + sum(m.nbytes for m in linears)
+        self._head_ids: torch.Tensor | None = None  # of a trimmed head; None: all
+        self.skip((), ())
 
     @classmethod
     def from_checkpoint(
@@ -119,23 +120,60 @@ class TorchDecoder(Decoder):
         c = self.config
         return TorchStorage(c.num_layers, num_pages, c.num_kv_heads, c.head_dim, self._dtype, self.device)
 
+    def view(self) -> TorchDecoder:
+        """The same weights and KV layout; `skip` and `trim` on it leave this one alone."""
+        return copy.copy(self)
+
+    def skip(self, attention: Collection[int], mlp: Collection[int]) -> None:
+        """From the next forward on leave out the attention and the MLP of these layers, and no others. A skipped
+        attention neither writes nor reads its layer's keys and values.
+        """
+        self.skipped = checked_layers(self.config, attention), checked_layers(self.config, mlp)
+        kept = [m for i, x in enumerate(self._layers) if i not in self.skipped[0] for m in (x.qkv, x.o)]
+        kept += [m for i, x in enumerate(self._layers) if i not in self.skipped[1] for m in (x.gate_up, x.down)]
+        self.weight_bytes = self._head.nbytes + sum(m.nbytes for m in kept)
+
+    def trim(self, ids: NDArray[np.int64]) -> None:
+        """From the next forward on compute the logits of `ids` only; the others are -inf."""
+        if self._head_ids is not None:
+            raise ParameterError("the head is trimmed already; trim the whole model instead")
+        self._head_ids = self._to_device(checked_ids(self.config, ids))
+        self._head = self._head.take(self._head_ids)
+        self.skip(*self.skipped)
+
+    def embedding(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+        return self._embedding[self._to_device(tokens)].float().cpu().numpy()
+
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, storage: KVStorage, hidden_layers: Sequence[int] = ()) -> DecoderOutput:
         assert isinstance(storage, TorchStorage), "a TorchDecoder runs over a storage of its own new_storage"
         rotary = {kind: table.at(batch.positions) for kind, table in self._rope.items()}
         written = self._to_device(_slots(batch))
         groups = self._groups(batch)
-        x = self._embedding[self._to_device(batch.tokens)] * self._scale
+        x = self._embedded(batch) * self._scale
         hidden: dict[int, torch.Tensor] = {}
         for i, layer in enumerate(self._layers):
-            y = self._attend(i, layer, x, rotary[layer.kind], written, groups, storage)
-            x = x + self._maybe_norm(y, layer.after_attention)
-            y = layer.down(gated(layer.gate_up(self._norm(x, layer.mlp_norm)), self.config.activation))
-            x = x + self._maybe_norm(y, layer.after_mlp)
+            if i not in self.skipped[0]:
+                y = self._attend(i, layer, x, rotary[layer.kind], written, groups, storage)
+                x = x + self._maybe_norm(y, layer.after_attention)
+            if i not in self.skipped[1]:
+                y = layer.down(gated(layer.gate_up(self._norm(x, layer.mlp_norm)), self.config.activation))
+                x = x + self._maybe_norm(y, layer.after_mlp)
             if i in hidden_layers:
                 hidden[i] = x.float()
         rows = x[self._to_device(batch.logit_rows)]
-        return DecoderOutput(self._head(self._norm(rows, self._final_norm)).float(), hidden)
+        logits = self._head(self._norm(rows, self._final_norm)).float()
+        if self._head_ids is not None:
+            whole = torch.full((len(rows), self.config.vocab_size), -torch.inf, device=self.device)
+            whole[:, self._head_ids] = logits
+            logits = whole
+        return DecoderOutput(logits, hidden)
+
+    def _embedded(self, batch: ForwardBatch) -> torch.Tensor:
+        if batch.embeddings is None:
+            return self._embedding[self._to_device(batch.tokens)]
+        assert batch.embeddings.shape == (len(batch.tokens), self.config.hidden_size), "embeddings are f32[T, D]"
+        return self._to_device(np.ascontiguousarray(batch.embeddings, dtype=np.float32)).to(self._dtype)
 
     def _attend(
         self,

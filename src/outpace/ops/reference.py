@@ -7,6 +7,8 @@ the longest of them, `Hq`/`Hkv` heads, `C` head width.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import torch.nn.functional as F
 
@@ -75,6 +77,10 @@ class DenseLinear:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight, self.bias)
 
+    def take(self, outputs: torch.Tensor) -> DenseLinear:
+        """The same with some outputs only, in that order."""
+        return DenseLinear(self.weight[outputs], None if self.bias is None else self.bias[outputs])
+
 
 class Int8ReferenceLinear:
     """The definition of int8 arithmetic, slow: weights per output channel, activations per row, both symmetric, both
@@ -94,3 +100,11 @@ class Int8ReferenceLinear:
         total = (rows.double() @ self.weight.double().T).float()
         out = total * row_scale * self.scale
         return out if self.bias is None else out + self.bias
+
+    def take(self, outputs: torch.Tensor) -> Int8ReferenceLinear:
+        """The same with some outputs only, in that order."""
+        part = copy.copy(self)
+        part.weight, part.scale = self.weight[outputs], self.scale[outputs]
+        part.bias = None if self.bias is None else self.bias[outputs]
+        part.nbytes = part.weight.nbytes + part.scale.nbytes + (0 if part.bias is None else part.bias.nbytes)
+        return part

@@ -33,12 +33,13 @@ from .tiles import load_tile_config, release_tiles
 (
     L_QKV_W, L_QKV_SCALE, L_OUT_W, L_OUT_SCALE, L_GATE_UP_W, L_GATE_UP_SCALE, L_DOWN_W, L_DOWN_SCALE, L_QKV_BIAS,
     L_NORM_1, L_NORM_2, L_POST_1, L_POST_2, L_Q_NORM, L_K_NORM, L_WINDOW, L_LOCAL_ROPE, L_SAVE_HIDDEN,
-) = range(18)  # fmt: skip
+    L_SKIP_ATTENTION, L_SKIP_MLP,
+) = range(20)  # fmt: skip
 (
     F_EPS, F_EMBEDDING_SCALE, F_ATTENTION_SCALE,
 ) = range(3)  # fmt: skip
 
-CONTROL_SIZE, LAYER_SIZE = 68, 18
+CONTROL_SIZE, LAYER_SIZE = 68, 20
 LAYER_STRIDE = 8 * LAYER_SIZE
 SPINS_BEFORE_YIELD = 256
 
@@ -179,10 +180,9 @@ def _post_norm(c, me, threads, rows, norm, eps):
 
 
 @njit
-def _layer(c, layer, index, me, threads, arrived, space, eps, attention_scale):
-    rows, x, width = _get(c, C_ROWS), _get(c, C_X), _get(c, C_WIDTH)
+def _attention_sublayer(c, layer, index, me, threads, arrived, space, eps, attention_scale):
+    rows, x, width, post = _get(c, C_ROWS), _get(c, C_X), _get(c, C_WIDTH), _get(c, C_POST_NORMS)
     heads, kv_heads, head = _get(c, C_HEADS), _get(c, C_KV_HEADS), _get(c, C_HEAD)
-    hidden, post = _get(c, C_HIDDEN), _get(c, C_POST_NORMS)
     columns = (heads + 2 * kv_heads) * head
     keys = _get(c, C_KEYS) + index * _get(c, C_KV_LAYER_BYTES)
     values = _get(c, C_VALUES) + index * _get(c, C_KV_LAYER_BYTES)
@@ -209,6 +209,15 @@ def _layer(c, layer, index, me, threads, arrived, space, eps, attention_scale):
     if post:
         _post_norm(c, me, threads, rows, _get(layer, L_POST_1), eps)
         arrived = meet(c, threads, arrived)
+    return arrived
+
+
+@njit
+def _mlp_sublayer(c, layer, me, threads, arrived, space, eps):
+    rows, x, width, post = _get(c, C_ROWS), _get(c, C_X), _get(c, C_WIDTH), _get(c, C_POST_NORMS)
+    hidden = _get(c, C_HIDDEN)
+    mode, target = (STORE, _get(c, C_SUBLAYER)) if post else (ADD, x)
+
     _norm_and_pack(c, me, threads, x, rows, _get(layer, L_NORM_2), eps, space)
     arrived = meet(c, threads, arrived)
     _product(
@@ -226,6 +235,17 @@ def _layer(c, layer, index, me, threads, arrived, space, eps, attention_scale):
     if post:
         _post_norm(c, me, threads, rows, _get(layer, L_POST_2), eps)
         arrived = meet(c, threads, arrived)
+    return arrived
+
+
+@njit
+def _layer(c, layer, index, me, threads, arrived, space, eps, attention_scale):
+    """A sublayer that is skipped touches nothing: neither the residual stream nor the layer's keys and values."""
+    rows, x, width = _get(c, C_ROWS), _get(c, C_X), _get(c, C_WIDTH)
+    if _get(layer, L_SKIP_ATTENTION) == 0:
+        arrived = _attention_sublayer(c, layer, index, me, threads, arrived, space, eps, attention_scale)
+    if _get(layer, L_SKIP_MLP) == 0:
+        arrived = _mlp_sublayer(c, layer, me, threads, arrived, space, eps)
     save = _get(layer, L_SAVE_HIDDEN)
     if save >= 0:
         out = _get(c, C_HIDDEN_OUT) + 4 * save * rows * width
