@@ -10,12 +10,14 @@ import hashlib
 import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from threading import Lock
 from typing import Any
 
 from ..errors import CorruptModel, ParameterError
 from .chat_template import render
 from .checkpoint import TokenizerFiles
+from .vocabulary import Vocabulary
 
 #: Tokens that end an answer, whatever the configuration says, if the vocabulary has them as control tokens
 _END_TOKENS = ("<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>", "<|end_of_text|>")
@@ -98,6 +100,14 @@ class Tokenizer:
     def same_vocabulary(self, other: Tokenizer) -> bool:
         """Whether both give every token the same id, so that one model's drafts are the other's tokens."""
         return self is other or self._fingerprint() == other._fingerprint()
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """What every token writes, as bytes. Computed at the first use."""
+        added = {i: (t.content, t.special) for i, t in self._rust.get_added_tokens_decoder().items()}
+        decoder = self._rust.decoder
+        byte_level = decoder is not None and b'"ByteLevel"' in decoder.__getstate__()
+        return Vocabulary(self._rust.get_vocab(with_added_tokens=False), added, byte_level, self.encode)
 
     def _fingerprint(self) -> bytes:
         vocab = sorted(self._rust.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1])
