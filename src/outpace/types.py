@@ -125,6 +125,25 @@ class Accepted:
 
 
 @dataclass(slots=True)
+class SourceStats:
+    """What one drafter did for one request. `tested[d]` nodes at depth d whose ancestors were all accepted, `right[d]`
+    of them accepted too: their quotient is the acceptance at that depth."""
+
+    proposed: int = 0
+    accepted: int = 0
+    draft_s: float = 0.0
+    tested: list[int] = field(default_factory=list)
+    right: list[int] = field(default_factory=list)
+
+    def judge(self, depth: int, right: bool) -> None:
+        while len(self.tested) <= depth:
+            self.tested.append(0)
+            self.right.append(0)
+        self.tested[depth] += 1
+        self.right[depth] += right
+
+
+@dataclass(slots=True)
 class DecodingStats:
     """Of one request. Times in seconds; `steps` are target forwards that decoded (prefill apart)."""
 
@@ -133,12 +152,36 @@ class DecodingStats:
     steps: int = 0
     drafted: int = 0
     accepted: int = 0
-    accepted_by_source: dict[str, int] = field(default_factory=dict)
-    drafted_by_source: dict[str, int] = field(default_factory=dict)
+    sources: dict[str, SourceStats] = field(default_factory=dict)
     prefill_s: float = 0.0
     decode_s: float = 0.0
     draft_s: float = 0.0
+    verify_s: float = 0.0  # this request's share of the target's forwards and of judging drafts
+    plain_s: float = 0.0  # what plain decoding of the same tokens takes by the measured step times; 0: not measured
+    expected_tokens: float = 0.0  # what the drafts' scores promised, the target's own tokens included
     time_to_first_token_s: float = 0.0
+
+    def source(self, name: str) -> SourceStats:
+        return self.sources.setdefault(name, SourceStats())
+
+    @property
+    def accepted_by_source(self) -> dict[str, int]:
+        return {name: s.accepted for name, s in self.sources.items() if s.accepted}
+
+    @property
+    def drafted_by_source(self) -> dict[str, int]:
+        return {name: s.proposed for name, s in self.sources.items() if s.proposed}
+
+    @property
+    def realised_speedup(self) -> float | None:
+        """Over plain decoding by the measured step times; None if they were not measured."""
+        return self.plain_s / self.decode_s if self.plain_s > 0 and self.decode_s > 0 else None
+
+    @property
+    def predicted_speedup(self) -> float | None:
+        """The same, had as many tokens been accepted as the drafts' scores promised."""
+        realised = self.realised_speedup
+        return None if realised is None else realised * self.expected_tokens / max(self.tokens - 1, 1)
 
     @property
     def mean_accepted(self) -> float:

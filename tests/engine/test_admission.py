@@ -5,7 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outpace.engine.admission import Admission, share_rows
+from outpace.decoding.planners.planner import share_rows
+from outpace.engine.admission import Admission
 
 
 @given(st.integers(-5, 60), st.lists(st.integers(-1, 40), max_size=12))

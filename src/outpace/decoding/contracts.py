@@ -1,6 +1,7 @@
 """The contract of drafters and verifiers: reserve -> propose -> forward -> verify -> commit.
 
-Whoever drafted, every drafter observes every commit. A verifier is a pure function. Neither touches the cache.
+Whoever drafted, every drafter that was asked observes the commit. A verifier is a pure function. Neither keeps anything
+in the target's cache.
 
 Shapes: `n` draft nodes, `V` vocabulary; `outputs` of a step has n + 1 rows: row 0 is the target's answer after the
 last committed token, row i + 1 its answer after draft node i.
@@ -93,6 +94,9 @@ class Drafter(ABC):
     floor: float = 0.0
     #: The same for what costs a forward of the draft model.
     forward_floor: float = 0.0
+    #: Tokens that a second is worth at this moment, 0 if nobody keeps count. Where several drafters are asked, each has
+    #: to repay its time at this price.
+    price: float = 0.0
 
     @property
     def expects_topk(self) -> int:
@@ -114,11 +118,21 @@ class Drafter(ABC):
     def propose(self, sequences: Seq[Sequence], budgets: Seq[int]) -> list[Draft]:
         """One draft per sequence, of at most `budgets[i]` nodes (0: return an empty one).
 
-        With q, what is proposed and its scores depend on the tokens sampled above a node, never on its own.
+        With q, what is proposed and its scores depend on the tokens sampled above a node, never on its own, and the
+        draws are new in every step: key them by its first position (see `sampling.Stream.DRAFT`).
         """
 
     def observe(self, sequence: Sequence, seen: Observation) -> None:  # noqa: B027
-        """A step was committed."""
+        """A step was committed. Not called for steps before which the drafter was not asked: what it missed is in
+        `sequence.tokens`."""
+
+    def seconds_by_source(self, total: float) -> dict[str, float]:
+        """Who spent the `total` seconds of the last `propose`."""
+        return {self.name: total}
+
+    def explain(self) -> list[str]:
+        """What it did and why, in lines for a person."""
+        return []
 
     def end(self, sequence: Sequence) -> None:  # noqa: B027
         """The sequence is finished or cancelled; forget everything of it. Safe to call twice."""
@@ -129,6 +143,9 @@ class Verifier(ABC):
 
     name: ClassVar[str]
     exactness: ClassVar[Exactness]
+    #: Whether it looks at `draft.q`, so that drafters that can should sample. It then takes siblings drawn with and
+    #: without replacement, as `draft.replacement` says.
+    uses_q: ClassVar[bool] = False
 
     @abstractmethod
     def verify(self, sequence: Sequence, draft: Draft, outputs: TargetOutputs) -> Accepted:

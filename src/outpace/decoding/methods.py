@@ -1,15 +1,19 @@
-"""From a method's name to a drafter: "plain", "suffix", "suffix+recycling", "draft:max_tokens=8+suffix"."""
+"""From a method's name to a drafter ("plain", "suffix+recycling", "draft:max_tokens=8+suffix") or to a verifier
+("coupled", "typical:epsilon=0.1")."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from ..errors import MethodError, ParameterError
-from ..registry import method, methods
-from .contracts import Drafter, DrafterContext
+from ..registry import Kind, method, methods
+from .contracts import Drafter, DrafterContext, Verifier
 from .drafters.merged import Merged
+from .planners.costs import StepCosts
+from .planners.planner import Planner
 
 Option = int | float | bool | str
 
@@ -40,25 +44,25 @@ def parse_spec(spec: str) -> list[tuple[str, dict[str, Option]]]:
         raise MethodError(f"{spec!r} names a method twice; name each once")
     if "plain" in names and len(names) > 1:
         raise MethodError(f"{spec!r} joins plain decoding, which drafts nothing, with a drafter; leave 'plain' out")
-    return [(name, _options(name, text)) for name, (_, _, text) in zip(names, parts, strict=True)]
+    return [(name, _options(name, "drafter", text)) for name, (_, _, text) in zip(names, parts, strict=True)]
 
 
-def options_of(name: str) -> dict[str, Option]:
-    """What a user may set of a drafter, with the defaults: the plain parameters of its constructor."""
-    parameters = inspect.signature(method(name, "drafter").cls).parameters.values()
+def options_of(name: str, kind: Kind = "drafter") -> dict[str, Option]:
+    """What a user may set of a method, with the defaults: the plain parameters of its constructor."""
+    parameters = inspect.signature(method(name, kind).cls).parameters.values()
     kinds = (bool, int, float, str)
     hidden = ("sampled", "coupled")  # follow from the verifier
     return {p.name: p.default for p in parameters if isinstance(p.default, kinds) and p.name not in hidden}
 
 
-def _options(name: str, text: str) -> dict[str, Option]:
-    allowed = options_of(name)
+def _options(name: str, kind: Kind, text: str) -> dict[str, Option]:
+    allowed = options_of(name, kind)
     chosen: dict[str, Option] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         key, _, value = (piece.strip() for piece in part.partition("="))
         if key not in allowed:
             listed = ", ".join(f"{k}={v}" for k, v in allowed.items()) or "none"
-            raise ParameterError(f"method {name!r} has no option {key!r}; its options and their defaults: {listed}")
+            raise ParameterError(f"{kind} {name!r} has no option {key!r}; its options and their defaults: {listed}")
         chosen[key] = _value(name, key, value, allowed[key])
     return chosen
 
@@ -77,8 +81,9 @@ def _value(name: str, key: str, text: str, default: Option) -> Option:
         raise ParameterError(f"{name}:{key}={text!r} is not {kind}; the default is {default}") from None
 
 
-def make_drafter(spec: str, context: DrafterContext) -> Drafter:
-    """Build what `spec` names; several names joined by '+' draft into one tree.
+def make_drafter(spec: str, context: DrafterContext, planned: bool = False) -> Drafter:
+    """Build what `spec` names; several names joined by '+' draft into one tree. `planned`: a planner will choose among
+    the nodes and ask only those drafters that repay their time, for which even one is calibrated and watched.
 
     Merged drafts carry no q, so drafters are told not to sample. Raises MethodError for an unknown name or an unmet
     need, ParameterError for an option out of range, each saying what would work.
@@ -87,9 +92,27 @@ def make_drafter(spec: str, context: DrafterContext) -> Drafter:
     if len(named) > 1:
         context = replace(context, merged=True)
     drafters = [_make(name, context, options) for name, options in named]
-    return drafters[0] if len(drafters) == 1 else Merged(drafters)
+    if len(drafters) == 1 and (not planned or named[0][0] == "plain"):
+        return drafters[0]
+    return Merged(drafters)
+
+
+def make_planner(name: str, costs: Callable[[], StepCosts]) -> Planner:
+    """Raises MethodError for an unknown name. `costs` is called if the planner needs them."""
+    cls: type[Planner] = method(name, "planner").cls
+    return cls(costs() if cls.needs_costs else None)
 
 
 def _make(name: str, context: DrafterContext, options: dict[str, Any]) -> Drafter:
     made: Drafter = method(name, "drafter").cls.create(context, **options)  # type: ignore[attr-defined]
+    return made
+
+
+def make_verifier(spec: str) -> Verifier:
+    """Build what `spec` names, options and all: "rejection", "typical:epsilon=0.1,delta=0.4".
+
+    Raises MethodError for an unknown name, ParameterError for an option that it does not have or out of range.
+    """
+    name, _, text = (part.strip() for part in spec.partition(":"))
+    made: Verifier = method(name, "verifier").cls(**_options(name, "verifier", text))
     return made

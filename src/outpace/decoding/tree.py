@@ -14,7 +14,7 @@ import numpy as np
 from ..types import NO_PARENT, Draft, IntArray
 from .contracts import node_depths
 
-__all__ = ["ancestors", "check_draft", "child_lookup", "children", "merge", "node_depths", "path_to"]
+__all__ = ["ancestors", "check_draft", "child_lookup", "children", "keep_nodes", "merge", "node_depths", "path_to"]
 
 DEFAULT_SCORE = 0.5
 
@@ -104,6 +104,22 @@ def _best(tokens: list[int], parents: list[int], sources: list[str], scores: lis
         np.array(parents, dtype=np.int64),
         sources,
         np.array(scores, dtype=np.float32),
+    )
+
+
+def keep_nodes(draft: Draft, kept: IntArray) -> Draft:
+    """The draft with the nodes `kept` alone, in ascending order; a kept node's parent must be kept too."""
+    if len(kept) == len(draft):
+        return draft
+    place = np.full(len(draft) + 1, NO_PARENT, dtype=np.int64)  # the last one: of NO_PARENT itself
+    place[kept] = np.arange(len(kept))
+    return Draft(
+        draft.tokens[kept],
+        place[draft.parents[kept]],
+        [draft.sources[node] for node in kept],
+        None if draft.scores is None else draft.scores[kept],
+        None if draft.q is None else draft.q[kept],
+        draft.replacement,
     )
 
 

@@ -6,7 +6,6 @@ A request is admitted when its whole worst case fits beside those that run, so n
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..errors import CapacityError
@@ -72,18 +71,3 @@ class Admission:
         assert self._claimed == sum(self._claims.values()) <= self.num_pages
         assert len(self._claims) <= self.max_batch
         assert not self._claims.keys() & {id for id, _ in self._waiting}
-
-
-def share_rows(available: int, caps: Sequence[int]) -> list[int]:
-    """Deal `available` draft rows out fairly: nobody above their cap, what one leaves goes to the others.
-
-    >>> share_rows(12, [3, 100, 100])
-    [3, 5, 4]
-    """
-    shares = [0] * len(caps)
-    left = max(0, available)
-    by_cap = sorted(range(len(caps)), key=lambda i: caps[i])
-    for done, i in enumerate(by_cap):
-        shares[i] = min(max(0, caps[i]), -(-left // (len(caps) - done)))
-        left -= shares[i]
-    return shares

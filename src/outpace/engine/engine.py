@@ -12,13 +12,17 @@ from time import perf_counter
 from ..cache.pages import PAGE_SIZE, PagedKVCache
 from ..decoding.contracts import Drafter, Verifier
 from ..decoding.contracts import Sequence as TokenSequence
+from ..decoding.planners.fixed import Fixed
+from ..decoding.planners.planner import Planner, Room
 from ..errors import CapacityError, ParameterError
 from ..models.decoder import Decoder
 from ..types import DecodingStats, Exactness, Result, SamplingParams
-from .admission import Admission, share_rows
+from .admission import Admission
 from .request import DraftTrace, Request, StepEvent, truncate
 from .runner import Runner, Verified
 from .text import Detokenizer, TextStream
+
+MOST_ROWS = 4096  # of a step: beyond it nothing gains, and buffers grow with it
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +40,10 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
-            value = getattr(self, name)
-            if value < 1:
-                raise ParameterError(f"{name}={value!r} is out of range: it must be at least 1")
+            value, most = getattr(self, name), MOST_ROWS if name.endswith("_rows") else None
+            if value < 1 or (most is not None and value > most):
+                allowed = "at least 1" if most is None else f"from 1 to {most}"
+                raise ParameterError(f"{name}={value!r} is out of range: it must be {allowed}")
 
 
 def new_cache(decoder: Decoder, config: EngineConfig) -> PagedKVCache:
@@ -65,13 +70,15 @@ class Engine:
         method: str | None = None,
         config: EngineConfig | None = None,
         cache: PagedKVCache | None = None,
+        planner: Planner | None = None,
     ) -> None:
         self.config = config = config if config is not None else EngineConfig()
         self.decoder, self.verifier = decoder, verifier
         self.method = method if method is not None else drafter.name
         self.cache = new_cache(decoder, config) if cache is None else cache
         pages = self.cache.storage.num_pages
-        self._runner = Runner(decoder, self.cache, drafter, verifier)
+        self.planner = planner if planner is not None else Fixed()
+        self._runner = Runner(decoder, self.cache, drafter, verifier, self.planner)
         self._admission = Admission(config.max_batch, pages, PAGE_SIZE, decoder.config.max_position)
         self._detokenizer = detokenizer
         self._eos_ids = frozenset(decoder.config.eos_ids) | frozenset(eos_ids)
@@ -139,7 +146,7 @@ class Engine:
         chunks = self._chunks()
         if not decoding and not chunks:
             return []
-        verified = self._runner.forward(decoding, self._budgets(decoding), chunks)
+        verified = self._runner.forward(decoding, self._room(decoding), chunks)
         return [self._advance(v) for v in verified]
 
     def _admit(self) -> None:
@@ -158,10 +165,14 @@ class Engine:
                 left -= n
         return chunks
 
-    def _budgets(self, decoding: list[Request]) -> list[int]:
-        """Draft nodes per sequence: fair shares of the step's rows, no more than could still be emitted."""
+    def _room(self, decoding: list[Request]) -> Room:
+        """For drafts: what is left of the step's rows, and for each sequence no more than could still be emitted."""
         most = self.config.max_rows - 1
-        return share_rows(self.config.max_step_rows - len(decoding), [min(r.remaining - 1, most) for r in decoding])
+        return Room(
+            [min(r.remaining - 1, most) for r in decoding],
+            max(self.config.max_step_rows - len(decoding), 0),
+            [len(r.sequence.tokens) for r in decoding],
+        )
 
     def _advance(self, verified: Verified) -> StepEvent:
         """Cut at what ends the request, commit, count, and tell."""

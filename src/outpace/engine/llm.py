@@ -8,22 +8,25 @@ from typing import Any, TypeAlias
 
 from ..cache.storage import PAGE_SIZE
 from ..decoding.contracts import DrafterContext, Verifier
-from ..decoding.methods import make_drafter, split_spec
+from ..decoding.methods import make_drafter, make_planner, split_spec
+from ..decoding.planners.costs import StepCosts
 from ..errors import MethodError, ParameterError
 from ..models.config import ModelConfig
 from ..models.decoder import Decoder
 from ..models.tokenizer import Tokenizer
 from ..registry import Method, method
+from ..registry import method as registered
 from ..types import Precision, Result, SamplingParams
 from .engine import Engine, EngineConfig, new_cache
 from .load import LoadedModel, Progress, load_model, size_of_cache
+from .measure import step_costs
 from .request import StepEvent
 
 #: Text to continue, token ids, or the messages of a chat
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
 LOSSLESS_METHOD = "suffix+recycling"
-LOSSLESS_METHOD_WITH_DRAFT_MODEL = "suffix+draft"
+LOSSLESS_METHOD_WITH_DRAFT_MODEL = "suffix+recycling+draft"  # the cheap ones first
 DRAFT_MODEL = "draft model"  # as drafters name it in what they need
 ANY_DRAFT_MODEL = "draft model of any vocabulary"
 
@@ -33,14 +36,18 @@ class LLM:
 
     model         a known name, a GGUF file, a folder, a hub id, or the `loaded` of another LLM
     draft_model   the same for a small model of the same vocabulary; only for methods that need one
-    method        how tokens are drafted, `a+b` merges two. "auto" is the best lossless choice: lookup and token
-                  recycling (with `draft_model`, lookup and that model), and plain decoding where the arithmetic
-                  cannot promise the same tokens (bfloat16 on CUDA); name a method there to have it all the same
+    method        how tokens are drafted, `a+b` merges two and `a:option=value` sets what a method lets you set. "auto"
+                  chooses step by step between lookup, token recycling, `draft_model` if there is one, and plain
+                  decoding, by measured costs; where the arithmetic cannot promise the same tokens (bfloat16 on CUDA)
+                  it is plain decoding: name a method there to have it all the same
     verifier      "auto" is "coupled": the same tokens as plain decoding, sampled ones too
+    planner       how rows are shared between drafts: "fixed", "tetris" or "goodput"; "auto" is goodput with method
+                  "auto" (step times are measured at first use, and kept), else fixed
     precision     "float32", "bfloat16", "int8" or "int4" (the last two on a CPU only); "auto" is int8 on a CPU and
                   bfloat16 on CUDA
     max_batch     sequences that decode at once; further prompts wait
-    max_rows      rows of one sequence in a step (its last token and the draft), and at least that many in all
+    max_rows      most rows of one sequence in a step (its last token and the draft); by default 32 with the goodput
+                  planner and 16 with the others
     kv_tokens     size of the KV cache; by default `max_batch` contexts as far as memory goes
 
     Raises MethodError if a method's needs are not met, ParameterError for values out of range, ModelError if a model
@@ -54,18 +61,21 @@ class LLM:
         draft_model: str | LoadedModel | None = None,
         method: str = "auto",
         verifier: str = "auto",
+        planner: str = "auto",
         precision: str = "auto",
         threads: int | None = None,
         device: str = "auto",
         max_batch: int = 8,
-        max_rows: int = 16,
+        max_rows: int | None = None,
         kv_tokens: int | None = None,
         progress: Progress | None = None,
     ) -> None:
-        limits = {"max_batch": max_batch, "max_rows": max_rows, "max_step_rows": max(32, max_rows)}
-        EngineConfig(**limits, kv_tokens=kv_tokens if kv_tokens is not None else 1)  # refuse before loading
+        wanted = {"max_batch": max_batch, "max_rows": max_rows, "kv_tokens": kv_tokens}
+        EngineConfig(**{name: n for name, n in wanted.items() if n is not None})  # refuse before loading
         if method != "auto":
             check_needs(method, draft_model is not None)
+        if planner != "auto":
+            registered(planner, "planner")
         self.verifier = "coupled" if verifier == "auto" else verifier
         judge = make_verifier(self.verifier)
         how: dict[str, Any] = {"precision": precision, "threads": threads, "device": device, "progress": progress}
@@ -73,10 +83,14 @@ class LLM:
         self.draft_loaded = load_model(draft_model, **how) if isinstance(draft_model, str) else draft_model
         if self.draft_loaded is not None:
             check_vocabulary(self.loaded, self.draft_loaded, method)
+        if planner == "auto":
+            planner = "goodput" if method == "auto" else "fixed"
         if method == "auto":
             method = self._best_lossless()
-        self.method = method
-        self._open(judge, limits, kv_tokens)
+        self.method, self.planner = method, "fixed" if method == "plain" else planner
+        self._told, self._max_rows = progress, max_rows
+        rows = max_rows if max_rows is not None else 32 if self.planner == "goodput" else 16
+        self._open(judge, {"max_batch": max_batch, "max_rows": rows, "max_step_rows": max(32, rows)}, kv_tokens)
 
     def _best_lossless(self) -> str:
         if self.draft_loaded is not None:
@@ -99,19 +113,31 @@ class LLM:
             tokenizer=self.tokenizer,
             draft_tokenizer=self.draft_loaded.tokenizer if self.draft_loaded is not None else None,
         )
+        self._drafter = make_drafter(self.method, context, planned=self.planner != "fixed")
         self._engine = Engine(
             decoder,
-            make_drafter(self.method, context),
+            self._drafter,
             judge,
             detokenizer=self.tokenizer.detokenizer,
             eos_ids=self.tokenizer.eos_ids,
             method=self.method,
             config=config,
             cache=cache,
+            planner=make_planner(self.planner, self._costs),
         )
         self._limits, self._wanted = limits, wanted
         self._inbox: dict[int, list[StepEvent]] = {}
         self._closed = False
+
+    def _costs(self) -> StepCosts:
+        told = self._told
+        note = None if told is None else lambda done, total: told("timing steps", done, total)
+        return step_costs(self.loaded.decoder, self.loaded.name, note)
+
+    def explain(self) -> list[str]:
+        """What the planner and the drafters did so far, and why, in lines for a person."""
+        engine = self._open_engine()
+        return [f"planner {self.planner}, method {self.method}", *engine.planner.explain(), *self._drafter.explain()]
 
     # -- what it is --------------------------------------------------------------------------------------------
 
@@ -145,6 +171,7 @@ class LLM:
         method: str,
         *,
         verifier: str | None = None,
+        planner: str = "auto",
         max_batch: int | None = None,
         max_rows: int | None = None,
         kv_tokens: int | None = None,
@@ -157,8 +184,9 @@ class LLM:
             draft_model=self.draft_loaded if drafts else None,
             method=method,
             verifier=verifier if verifier is not None else self.verifier,
+            planner=planner,
             max_batch=max_batch if max_batch is not None else self._limits["max_batch"],
-            max_rows=max_rows if max_rows is not None else self._limits["max_rows"],
+            max_rows=max_rows if max_rows is not None else self._max_rows,
             kv_tokens=kv_tokens if kv_tokens is not None else self._wanted,
         )
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 
 from ..decoding.contracts import NOT_CACHED, Sequence
+from ..decoding.drafters.rates import judged_nodes
 from ..types import Accepted, DecodingStats, Draft, Exactness, FinishReason, IntArray, Result
 from .text import TextStream
 
@@ -116,9 +117,11 @@ class Request:
             stats.accepted += len(drafted)
             stats.decode_s = now - self.first_token
             for name in names:
-                stats.drafted_by_source[name] = stats.drafted_by_source.get(name, 0) + 1
+                stats.source(name).proposed += 1
             for name in drafted:
-                stats.accepted_by_source[name] = stats.accepted_by_source.get(name, 0) + 1
+                stats.source(name).accepted += 1
+            for node, depth, right in judged_nodes(draft, accepted.tokens):
+                stats.source(names[node]).judge(depth, right)
         stats.tokens += kept
         self.sources += sources
         if accepted.logprobs is not None:

@@ -16,7 +16,9 @@ from time import perf_counter
 
 from ..cache.pages import PagedKVCache
 from ..decoding.contracts import NOT_CACHED, Drafter, Observation, Verifier
+from ..decoding.drafters.merged import promise
 from ..decoding.outputs import StepOutputs, TargetOutputs
+from ..decoding.planners.planner import Planner, Room
 from ..models.batch import Span, Tree, pack
 from ..models.decoder import Decoder
 from ..types import Accepted, Draft
@@ -38,8 +40,11 @@ class Verified:
 class Runner:
     """Moves sequences through a decoder. The only caller of the cache; keeps no sequence itself."""
 
-    def __init__(self, decoder: Decoder, cache: PagedKVCache, drafter: Drafter, verifier: Verifier) -> None:
+    def __init__(
+        self, decoder: Decoder, cache: PagedKVCache, drafter: Drafter, verifier: Verifier, planner: Planner
+    ) -> None:
         self.decoder, self.cache, self.drafter, self.verifier = decoder, cache, drafter, verifier
+        self.planner = planner
 
     def begin(self, request: Request) -> None:
         request.sequence.kv = self.cache.new()
@@ -52,11 +57,13 @@ class Runner:
             request.sequence.kv = NOT_CACHED
         self.drafter.end(request.sequence)
 
-    def forward(self, decoding: list[Request], budgets: list[int], chunks: list[tuple[Request, int]]) -> list[Verified]:
-        """One step. `chunks` are prompts to read on, each with its number of rows; a chunk is committed here
-        unless it ends its prompt, and what ends a prompt or decodes is verified and left for `commit`.
+    def forward(self, decoding: list[Request], room: Room, chunks: list[tuple[Request, int]]) -> list[Verified]:
+        """One step. `room` is for drafts. `chunks` are prompts to read on, each with its number of rows; a chunk is
+        committed here unless it ends its prompt, and what ends a prompt or decodes is verified and left for `commit`.
         """
-        drafts = self._propose(decoding, budgets)
+        began = perf_counter()
+        drafts = self._propose(decoding, room)
+        drafted = perf_counter()
         try:
             step, ends = self._run(decoding, drafts, chunks)
             verified, row = [], 0
@@ -77,7 +84,22 @@ class Runner:
         for request, n in chunks:
             self.cache.commit(request.kv, range(n))
             request.prefilled += n
+        if decoding and not chunks:
+            self._account(verified, room, drafted - began, perf_counter() - drafted)
         return verified
+
+    def _account(self, verified: list[Verified], room: Room, draft_s: float, step_s: float) -> None:
+        """Tell the planner what a step without prompts took, and the requests what it would have taken plainly."""
+        rows = sum(len(v.outputs) for v in verified if v.outputs is not None)
+        tokens = sum(len(v.accepted.tokens) for v in verified)
+        self.planner.observe(rows, room.context, tokens, draft_s, step_s)
+        plain_s = self.planner.plain_seconds(len(verified), room.context)
+        for v in verified:
+            stats = v.request.stats
+            stats.verify_s += step_s / len(verified)
+            stats.plain_s += plain_s * len(v.accepted.tokens)
+            if v.draft is not None:
+                stats.expected_tokens += 1 + promise(v.draft)
 
     def commit(self, verified: Verified, kept: Accepted) -> None:
         """Keep the KV of the accepted path and append its tokens; the drafter observes."""
@@ -99,16 +121,23 @@ class Runner:
             if request.cached:
                 self.cache.rollback(request.kv)
 
-    def _propose(self, decoding: list[Request], budgets: list[int]) -> list[Draft]:
+    def _propose(self, decoding: list[Request], room: Room) -> list[Draft]:
         if not decoding:
             return []
+        budgets = self.planner.budgets(self.drafter, room)
         began = perf_counter()
         drafts = self.drafter.propose([r.sequence for r in decoding], budgets)
-        share = (perf_counter() - began) / len(decoding)
-        for request, draft, budget in zip(decoding, drafts, budgets, strict=True):
+        total = perf_counter() - began
+        for draft, budget in zip(drafts, budgets, strict=True):
             assert len(draft) <= budget, f"drafter {self.drafter.name!r} proposed {len(draft)} nodes of {budget}"
-            request.stats.draft_s += share
-        return drafts
+        for name, seconds in self.drafter.seconds_by_source(total).items():
+            for request in decoding:
+                request.stats.source(name).draft_s += seconds / len(decoding)
+        for request in decoding:
+            request.stats.draft_s += total / len(decoding)
+        chosen = self.planner.choose(drafts, room)
+        assert sum(map(len, chosen)) <= room.nodes, f"planner {self.planner.name!r} chose more nodes than there is room"
+        return chosen
 
     def _run(
         self, decoding: list[Request], drafts: list[Draft], chunks: list[tuple[Request, int]]

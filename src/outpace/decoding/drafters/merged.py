@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from time import perf_counter
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from ...types import Draft, FloatArray, IntArray
 from ..contracts import Drafter, Observation, Sequence
 from ..tree import DEFAULT_SCORE, merge, node_depths
 from .rates import judged_nodes
+from .worth import Worth
 
 _DEPTHS = 8  # deeper nodes share the last cell
 _TRUST = 10.0  # expected acceptances that the drafter's own scores are worth at first
@@ -57,12 +59,24 @@ def _cells(draft: Draft) -> IntArray:
     return np.minimum(node_depths(draft.parents), _DEPTHS - 1)
 
 
+@dataclass(slots=True, eq=False)
+class _Asked:
+    """What one drafter was asked for one sequence in this step."""
+
+    index: int  # of the drafter
+    expected: float  # tokens that the drafters before it promised
+    draft: Draft
+
+
 class Merged(Drafter):
-    """Asks every drafter for a full draft and keeps the nodes of highest expected acceptance.
+    """Asks the drafters in turn and keeps the nodes of highest expected acceptance.
 
     Each drafter's scores are corrected by its measured acceptance at each depth. What a drafter would have proposed
     is judged whether or not its nodes made it into the tree: the committed tokens decide either way. A node keeps the
-    name of the first drafter, in the order given, that proposed it.
+    name of the first drafter, in the order given, that proposed it; give the cheap ones first.
+
+    With a `price` a drafter is asked for a sequence only where the tokens that it is expected to add to those of the
+    drafters before it are worth its time (see Worth). Without one all are asked, always.
     """
 
     name = "merged"
@@ -71,36 +85,106 @@ class Merged(Drafter):
     def __init__(self, drafters: Seq[Drafter]) -> None:
         assert drafters, "nothing to merge"
         self.drafters = list(drafters)
+        self.worths = [Worth() for _ in self.drafters]
         self._calibrations = [Calibration() for _ in self.drafters]
-        self._proposed: dict[int, list[Draft]] = {}
+        self._asked: dict[int, list[_Asked]] = {}
 
     @property
     def expects_topk(self) -> int:
-        return max(drafter.expects_topk for drafter in self.drafters)
+        asked = {one.index for each in self._asked.values() for one in each}
+        return max((self.drafters[i].expects_topk for i in asked), default=0)
 
     def begin(self, sequence: Sequence) -> None:
         for drafter in self.drafters:
             drafter.begin(sequence)
-        self._proposed[sequence.id] = []
+        self._asked[sequence.id] = []
 
     def propose(self, sequences: Seq[Sequence], budgets: Seq[int]) -> list[Draft]:
-        per_drafter = [drafter.propose(sequences, budgets) for drafter in self.drafters]
-        merged = []
-        for i, (sequence, budget) in enumerate(zip(sequences, budgets, strict=True)):
-            own = [drafts[i] for drafts in per_drafter]
-            self._proposed[sequence.id] = own
-            corrected = [c.apply(draft) for c, draft in zip(self._calibrations, own, strict=True)]
-            merged.append(merge(corrected, budget))
+        merged = [Draft.empty()] * len(sequences)
+        for sequence in sequences:
+            self._asked[sequence.id] = []
+        for index in range(len(self.drafters)):
+            places, expected = self._customers(index, sequences, budgets, merged)
+            if places:
+                self._ask(index, places, expected, sequences, budgets, merged)
         return merged
 
+    def _customers(
+        self, index: int, sequences: Seq[Sequence], budgets: Seq[int], merged: list[Draft]
+    ) -> tuple[list[int], list[float]]:
+        """Places of the sequences for which drafter `index` is worth asking, and what is promised there already."""
+        promised = [promise(draft) for draft in merged]
+        wanted = [i for i, budget in enumerate(budgets) if budget > 0]
+        if self.price > 0:
+            worth, count = self.worths[index], len(wanted)
+            wanted = [i for i in wanted if worth.pays(sequences[i].id, promised[i], self.price, count)]
+        return wanted, [promised[i] for i in wanted]
+
+    def _ask(
+        self,
+        index: int,
+        places: list[int],
+        expected: list[float],
+        sequences: Seq[Sequence],
+        budgets: Seq[int],
+        merged: list[Draft],
+    ) -> None:
+        drafter, worth = self.drafters[index], self.worths[index]
+        drafter.floor, drafter.price = self.floor, self.price
+        drafter.forward_floor = max(self.floor, self.price * worth.forward_s / max(len(places), 1))
+        began = perf_counter()
+        drafts = drafter.propose([sequences[i] for i in places], [budgets[i] for i in places])
+        worth.took(perf_counter() - began, drafts)
+        for i, promised, draft in zip(places, expected, drafts, strict=True):
+            self._asked[sequences[i].id].append(_Asked(index, promised, draft))
+            corrected = self._calibrations[index].apply(draft)
+            if not len(merged[i]):
+                merged[i] = corrected  # keeps what merging loses: q
+            elif len(draft):
+                merged[i] = merge([merged[i], corrected], budgets[i])
+
     def observe(self, sequence: Sequence, seen: Observation) -> None:
-        for calibration, draft in zip(self._calibrations, self._proposed[sequence.id], strict=False):
-            calibration.update(draft, seen.new_tokens)
-        self._proposed[sequence.id] = []
-        for drafter in self.drafters:
+        gained = self._gains(seen)
+        for one in self._asked[sequence.id]:
+            began = perf_counter()
+            self._calibrations[one.index].update(one.draft, seen.new_tokens)
+            drafter = self.drafters[one.index]
             drafter.observe(sequence, seen)
+            if seen.outputs is not None:
+                worth = self.worths[one.index]
+                worth.learned(sequence.id, one.expected, gained.get(drafter.name, 0), perf_counter() - began)
+        self._asked[sequence.id] = []
+
+    @staticmethod
+    def _gains(seen: Observation) -> dict[str, int]:
+        """Accepted tokens by the drafter that proposed them first."""
+        counts: dict[str, int] = {}
+        if seen.accepted is not None:
+            for node in seen.accepted.path.tolist():
+                name = seen.draft.sources[node]
+                counts[name] = counts.get(name, 0) + 1
+        return counts
 
     def end(self, sequence: Sequence) -> None:
-        self._proposed.pop(sequence.id, None)
-        for drafter in self.drafters:
+        self._asked.pop(sequence.id, None)
+        for drafter, worth in zip(self.drafters, self.worths, strict=True):
+            worth.forget(sequence.id)
             drafter.end(sequence)
+
+    def seconds_by_source(self, total: float) -> dict[str, float]:
+        return {d.name: worth.spent() for d, worth in zip(self.drafters, self.worths, strict=True)}
+
+    def explain(self) -> list[str]:
+        return [
+            f"{drafter.name}: {worth.explain()}" for drafter, worth in zip(self.drafters, self.worths, strict=True)
+        ] + [line for drafter in self.drafters for line in drafter.explain()]
+
+
+def promise(draft: Draft) -> float:
+    """Expected number of accepted tokens: the sum over nodes of the product of the scores down to each."""
+    if not len(draft):
+        return 0.0
+    reach: list[float] = []
+    for parent, score in zip(draft.parents.tolist(), _scores(draft).tolist(), strict=True):
+        reach.append(score * (reach[parent] if parent >= 0 else 1.0))
+    return sum(reach)

@@ -1,0 +1,25 @@
+"""The same number of rows for every sequence."""
+
+from __future__ import annotations
+
+from ...registry import register
+from ..contracts import Drafter
+from .planner import Planner, Room, share_rows
+
+
+@register(
+    kind="planner",
+    family="SPEC",
+    title="Fair shares of a fixed number of rows",
+    paper="",
+    exactness="identical",
+)
+class Fixed(Planner):
+    """Each sequence drafts up to its fair share of the step's rows, whatever comes of it. What a method named by hand
+    gets: it shows what the method does by itself."""
+
+    name = "fixed"
+    paper = ""
+
+    def budgets(self, drafter: Drafter, room: Room) -> list[int]:
+        return share_rows(room.nodes, room.caps)

@@ -1,0 +1,105 @@
+"""The contract of planners: how the rows of a step are shared between sequences and their drafts."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from ...types import Draft, FloatArray
+from ..contracts import Drafter
+from ..tree import DEFAULT_SCORE, keep_nodes
+from .costs import StepCosts
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What a step has room for. `caps[i]` most draft nodes of sequence i, `nodes` of all together, `contexts[i]` tokens
+    it has in the KV cache."""
+
+    caps: list[int]
+    nodes: int
+    contexts: list[int]
+
+    @property
+    def context(self) -> float:
+        """Mean of the sequences."""
+        return sum(self.contexts) / len(self.contexts) if self.contexts else 0.0
+
+
+class Planner(ABC):
+    """Decides before drafting how much each sequence may draft, and after it which nodes are verified.
+
+    `costs` are the measured step times; a planner that needs them says so by `needs_costs`.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    needs_costs: ClassVar[bool] = False
+
+    def __init__(self, costs: StepCosts | None = None) -> None:
+        assert costs is not None or not self.needs_costs, f"planner {self.name!r} needs measured step times"
+        self.costs = costs
+
+    @abstractmethod
+    def budgets(self, drafter: Drafter, room: Room) -> list[int]:
+        """Most nodes to draft for each sequence; may tell the drafter what a row and a second are worth."""
+
+    def choose(self, drafts: list[Draft], room: Room) -> list[Draft]:
+        """The nodes that are verified, at most `room.nodes` in all. A node's ancestors stay with it."""
+        return drafts
+
+    def observe(self, rows: int, context: float, tokens: int, draft_s: float, step_s: float) -> None:  # noqa: B027
+        """A step of `rows` rows committed `tokens`; drafting took `draft_s`, the rest of the step `step_s`."""
+
+    def plain_seconds(self, sequences: int, context: float) -> float:
+        """Seconds a token of plain decoding takes each of so many sequences at once; 0 where nothing was measured."""
+        return 0.0 if self.costs is None else self.costs.step(sequences, context)
+
+    def explain(self) -> list[str]:
+        """What it did and why, in lines for a person."""
+        return []
+
+
+def share_rows(available: int, caps: Seq[int]) -> list[int]:
+    """Deal `available` draft rows out fairly: nobody above their cap, what one leaves goes to the others.
+
+    >>> share_rows(12, [3, 100, 100])
+    [3, 5, 4]
+    """
+    shares = [0] * len(caps)
+    left = max(0, available)
+    by_cap = sorted(range(len(caps)), key=lambda i: caps[i])
+    for done, i in enumerate(by_cap):
+        shares[i] = min(max(0, caps[i]), -(-left // (len(caps) - done)))
+        left -= shares[i]
+    return shares
+
+
+def reaches(draft: Draft) -> FloatArray:
+    """Estimated probability that each node is reached and accepted: the product of the scores down to it. [n]"""
+    reach = np.full(len(draft), DEFAULT_SCORE, dtype=np.float32) if draft.scores is None else draft.scores.copy()
+    np.minimum(reach, 1.0, out=reach)
+    for node, parent in enumerate(draft.parents.tolist()):
+        if parent >= 0:
+            reach[node] *= reach[parent]
+    return reach
+
+
+def keep_best(drafts: list[Draft], count: int, reach: list[FloatArray]) -> list[Draft]:
+    """The `count` nodes most likely to be accepted, over all drafts. No node outweighs its parent, so trees stay
+    trees."""
+    if count >= sum(map(len, drafts)):
+        return drafts
+    everything = np.concatenate(reach)
+    # Stable: of equal nodes the earlier, which is the parent, stays.
+    best = np.zeros(len(everything), dtype=np.bool_)
+    best[np.argsort(-everything, kind="stable")[:count]] = True
+    kept, start = [], 0
+    for draft in drafts:
+        kept.append(keep_nodes(draft, np.flatnonzero(best[start : start + len(draft)])))
+        start += len(draft)
+    return kept

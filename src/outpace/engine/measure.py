@@ -1,0 +1,101 @@
+"""Step times of a decoder on this machine, measured at first use and kept beside the models."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+
+from ..decoding.planners.costs import StepCosts
+from ..models.batch import PAGE_SIZE, Span, pack
+from ..models.decoder import Decoder
+from ..paths import cache_dir
+
+ROWS = (1, 2, 4, 8, 12, 16, 17, 20, 24, 32)
+CONTEXTS = (64, 1024)
+_FORMAT = 1
+_LEAST_S, _MOST_REPEATS, _LEAST_REPEATS = 0.05, 9, 3  # for each pair of rows and context
+
+Told = Callable[[int, int], None]
+
+
+def measure(decoder: Decoder, told: Told | None = None) -> StepCosts:
+    """Time steps of `ROWS` rows behind `CONTEXTS` tokens: the quickest of several, since what disturbs a step only ever
+    adds to it. Takes seconds with a large model."""
+    contexts = [c for c in CONTEXTS if c + ROWS[-1] <= decoder.config.max_position] or [1]
+    pages = -(-(contexts[-1] + ROWS[-1]) // PAGE_SIZE)
+    storage = decoder.new_storage(pages)
+    table = np.arange(pages, dtype=np.int32)[None]
+    seconds = np.empty((len(ROWS), len(contexts)), dtype=np.float32)
+    for j, context in enumerate(contexts):
+        for i, rows in enumerate(ROWS):
+            batch = pack([Span(np.arange(rows) % decoder.config.vocab_size, context)], table)
+            times: list[float] = []
+            while len(times) < _LEAST_REPEATS or (sum(times) < _LEAST_S and len(times) < _MOST_REPEATS):
+                began = perf_counter()
+                decoder.forward(batch, storage).logits[-1, 0].item()  # waits for the device
+                times.append(perf_counter() - began)
+            seconds[i, j] = min(times)
+            if told is not None:
+                told(j * len(ROWS) + i + 1, len(ROWS) * len(contexts))
+    return StepCosts(ROWS, tuple(contexts), seconds)
+
+
+def step_costs(decoder: Decoder, name: str, told: Told | None = None) -> StepCosts:
+    """The table of this machine, model, precision and number of threads; measured if it is not there yet."""
+    path = _path(decoder, name)
+    try:
+        return _read(path)
+    except (OSError, ValueError, KeyError, TypeError, AssertionError):
+        costs = measure(decoder, told)
+    _write(path, costs)
+    return costs
+
+
+def forget(decoder: Decoder, name: str) -> None:
+    """Drop the stored table, so that it is measured anew."""
+    _path(decoder, name).unlink(missing_ok=True)
+
+
+def _path(decoder: Decoder, name: str) -> Path:
+    threads = getattr(decoder, "threads", 0)
+    what = (_FORMAT, _machine(), name, decoder.config.num_layers, decoder.config.hidden_size, decoder.config.vocab_size,
+            decoder.precision, decoder.device.type, threads)  # fmt: skip
+    digest = hashlib.sha256(repr(what).encode()).hexdigest()[:20]
+    return cache_dir() / "step-times" / f"{digest}.json"
+
+
+def _machine() -> tuple[str, int | None]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = platform.processor()
+    return model, os.cpu_count()
+
+
+def _read(path: Path) -> StepCosts:
+    stored = json.loads(path.read_text())
+    return StepCosts(
+        tuple(int(n) for n in stored["rows"]),
+        tuple(int(n) for n in stored["contexts"]),
+        np.array(stored["seconds"], dtype=np.float32),
+    )
+
+
+def _write(path: Path, costs: StepCosts) -> None:
+    """Whole or not at all. A cache that cannot be written is no error: the next start measures again."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}.part")
+        text = json.dumps({"rows": costs.rows, "contexts": costs.contexts, "seconds": costs.seconds.tolist()})
+        part.write_text(text)
+        part.replace(path)
+    except OSError:
+        pass
