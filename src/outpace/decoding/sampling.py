@@ -38,7 +38,9 @@ class Stream(IntEnum):
 
     TARGET = 0  # the target's own draw
     ACCEPT = 1  # acceptance tests of rejection sampling
-    DRAFT = 2  # a drafter's own draws
+    # A drafter's own draws. Keyed by the position at which the step starts and the number of the draw, not by the
+    # token's position: a verifier that looks at a whole draft before it cuts it leaves nothing random to use again.
+    DRAFT = 2
 
 
 def uniform(seed: int, position: int, stream: Stream = Stream.TARGET, draw: int = 0) -> float:

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from ..cache.storage import PAGE_SIZE
 from ..decoding.contracts import DrafterContext, Verifier
-from ..decoding.methods import make_drafter, make_planner, split_spec
+from ..decoding.methods import make_drafter, make_planner, make_verifier, split_spec
 from ..decoding.planners.costs import StepCosts
 from ..errors import MethodError, ParameterError
 from ..models.config import ModelConfig
@@ -106,7 +106,7 @@ class LLM:
             vocab_size=decoder.config.vocab_size,
             draft=self.draft_loaded.decoder if self.draft_loaded is not None else None,
             draft_pages=drafts,  # everything that the target's cache holds, and a draft for each sequence
-            sampled=uses_q(judge),
+            sampled=judge.uses_q,
             target=decoder,
             cache=cache,
             target_in=self.loaded.in_precision,
@@ -362,11 +362,6 @@ def needs_draft_model(spec: str) -> bool:
     return any({DRAFT_MODEL, ANY_DRAFT_MODEL} & {*method(name, "drafter").needs} for name in split_spec(spec))
 
 
-def uses_q(verifier: Verifier) -> bool:
-    """Whether a verifier looks at the distribution that a draft was sampled from."""
-    return verifier.exactness != "identical"
-
-
 def check_needs(spec: str, has_draft_model: bool) -> None:
     """Raises MethodError for a method without what it needs, or a draft model that nobody would use."""
     needed = needs_draft_model(spec)
@@ -391,12 +386,6 @@ def check_vocabulary(target: LoadedModel, draft: LoadedModel, spec: str) -> None
             f"{draft.name} cannot draft for {target.name}: their vocabularies differ, so its tokens mean something "
             "else; use a draft model of the same family, or method omnidraft, which translates"
         )
-
-
-def make_verifier(name: str) -> Verifier:
-    """Raises MethodError naming what there is."""
-    made: Verifier = method(name, "verifier").cls()
-    return made
 
 
 class _bar:

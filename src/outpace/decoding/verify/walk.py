@@ -63,6 +63,20 @@ class Recorder:
             self._path.append(node)
         self.position += 1
 
+    def cut(self, n: int) -> None:
+        """Forget all but the first `n` tokens emitted."""
+        del self._path[n:], self._tokens[n:], self._logprobs[n:], self._top[n:]
+        self.position = self._length + n
+        if self.history is not None:
+            self.history.truncate(self.position)
+
+    def move_to(self, tokens: list[int]) -> None:
+        """Go to where `process` sees `tokens` behind the committed ones. Nothing may be emitted yet."""
+        if self.history is not None:
+            self.history.truncate(self._length)
+            for token in tokens:
+                self.history.append(token)
+
     def result(self) -> Accepted:
         done = accepted(self._path, self._tokens)
         if self.params.logprobs is not None:
