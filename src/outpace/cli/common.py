@@ -45,13 +45,26 @@ def model_options(function: F) -> F:
             "--method",
             default="auto",
             show_default=True,
-            help="How tokens are drafted, see `outpace methods`; a+b merges two; plain drafts nothing.",
+            help="How tokens are drafted, see `outpace methods`; a+b merges two, a:option=value sets an option; plain "
+            "drafts nothing; auto chooses step by step.",
         ),
         click.option(
             "--verifier",
             default="auto",
             show_default=True,
             help="How drafts are accepted; auto: coupled, the same tokens as plain decoding.",
+        ),
+        click.option(
+            "--planner",
+            default="auto",
+            show_default=True,
+            help="How a step's rows are shared between drafts, see `outpace methods`; auto: goodput with method auto, "
+            "else fixed.",
+        ),
+        click.option(
+            "--max-rows",
+            type=click.IntRange(min=1),
+            help="Most rows of a step: the last token and its draft.  [default: 32 planned by goodput, else 16]",
         ),
         click.option(
             "--precision",
@@ -103,7 +116,7 @@ def open_llm(options: dict[str, Any], **more: Any) -> LLM:
     """The model of `model_options`, with progress on a terminal."""
     from ..engine.llm import LLM  # torch, only now
 
-    names = ("draft_model", "method", "verifier", "precision", "threads", "device")
+    names = ("draft_model", "method", "verifier", "planner", "max_rows", "precision", "threads", "device")
     with loading_progress() as progress:
         return LLM(options["model"], **{name: options[name] for name in names}, progress=progress, **more)
 
@@ -195,9 +208,21 @@ def stats_object(result: Result) -> dict[str, Any]:
         "acceptance_rate": round(s.acceptance_rate, 4),
         "drafted": s.drafted,
         "accepted": s.accepted,
-        "drafted_by_source": s.drafted_by_source,
-        "accepted_by_source": s.accepted_by_source,
+        "sources": {
+            name: {
+                "proposed": source.proposed,
+                "accepted": source.accepted,
+                "accepted_by_depth": [
+                    round(right / tested, 4) for tested, right in zip(source.tested, source.right, strict=True)
+                ],
+                "draft_s": round(source.draft_s, 5),
+            }
+            for name, source in s.sources.items()
+        },
         "prefill_s": round(s.prefill_s, 5),
         "decode_s": round(s.decode_s, 5),
         "draft_s": round(s.draft_s, 5),
+        "verify_s": round(s.verify_s, 5),
+        "predicted_speedup": None if s.predicted_speedup is None else round(s.predicted_speedup, 3),
+        "realised_speedup": None if s.realised_speedup is None else round(s.realised_speedup, 3),
     }

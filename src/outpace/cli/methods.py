@@ -52,10 +52,17 @@ def methods(as_json: bool) -> None:
     from rich.console import Console
 
     console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=200)
-    titles = {"drafter": "Drafters (--method; a+b merges two)", "verifier": "Verifiers (--verifier)"}
+    titles = {
+        "drafter": "Drafters (--method; a+b merges two, a:option=value sets an option)",
+        "verifier": "Verifiers (--verifier)",
+        "planner": "Planners (--planner)",
+        "mode": "Other ways to generate",
+    }
     for kind, title in titles.items():
-        console.print(title, style="bold", markup=False)
         of_kind = [m for m in found if m.kind == kind]
+        if not of_kind:
+            continue
+        console.print(title, style="bold", markup=False)
         _table(console, of_kind) if console.width >= 150 else _list(console, of_kind)
         console.print()
 

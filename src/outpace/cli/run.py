@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -24,7 +25,7 @@ from .common import (
 )
 
 if TYPE_CHECKING:
-    from ..engine.llm import LLM, Prompt
+    from ..engine.llm import LLM, Prompt, Stream
 
 PALETTE = ("green", "cyan", "magenta", "yellow", "blue", "bright_red")
 
@@ -37,6 +38,13 @@ PALETTE = ("green", "cyan", "magenta", "yellow", "blue", "bright_red")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 @click.option("--no-stream", is_flag=True, help="Print the answer when it is complete.")
 @click.option("--show-draft", is_flag=True, help="Colour tokens by who drafted them.")
+@click.option(
+    "--prediction",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Text that the answer will largely repeat, such as the code to be edited: it is drafted from.",
+)
+@click.option("--explain", is_flag=True, help="Say afterwards what the planner and the drafters did, and why.")
 @click.option("--against-plain", is_flag=True, help="Run plain decoding afterwards and compare speed and tokens.")
 def run(prompt: str | None, as_json: bool, no_stream: bool, show_draft: bool, **options: Any) -> None:
     """Answer PROMPT. Piped text is appended to it, or is the prompt.
@@ -50,26 +58,42 @@ def run(prompt: str | None, as_json: bool, no_stream: bool, show_draft: bool, **
     """
     text = read_prompt(prompt)
     params = sampling_params(options)
+    prediction = read_text(options["prediction"]) if options["prediction"] else ""
     if options["raw"] and options["system"]:
         raise ParameterError("--system needs the chat template that --raw leaves out: drop one of them")
     if as_json and show_draft:
         raise ParameterError("--json and --show-draft cannot go together: drop one of them")
     with open_llm(options, max_batch=1) as llm:
         ask, params = prepare(llm, text, params, options)
+        stream = llm.stream(ask, params, prediction)
         if as_json or no_stream:
-            result = collect(llm, ask, params)
+            result = collect(stream)
             if not as_json:
                 click.echo(result.text)
         else:
-            result = show(llm, ask, params, show_draft)
+            result = show(llm, stream, params, show_draft)
+        explanation = llm.explain() if options["explain"] else []
         cancelled = result.finish_reason == "cancelled"
         compared = compare(llm, ask, params, result) if options["against_plain"] and not cancelled else None
         if as_json:
-            click.echo(json.dumps(json_object(llm, result, compared), ensure_ascii=False))
+            record = json_object(llm, result, compared)
+            if explanation:
+                record["explanation"] = explanation
+            click.echo(json.dumps(record, ensure_ascii=False))
         else:
             figures(llm, result, compared, show_draft)
+            for line in [*speed_lines(result), *explanation] if options["explain"] else []:
+                say(line)
     if cancelled:
         sys.exit(INTERRUPTED)
+
+
+def read_text(path: Path) -> str:
+    """ParameterError for a file that is not text."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ParameterError(f"{path} cannot be read as UTF-8 text: {error}") from error
 
 
 def read_prompt(prompt: str | None) -> str:
@@ -101,8 +125,7 @@ def prepare(llm: LLM, text: str, params: SamplingParams, options: dict[str, Any]
     return ask, params
 
 
-def collect(llm: LLM, ask: Prompt, params: SamplingParams) -> Result:
-    stream = llm.stream(ask, params)
+def collect(stream: Stream) -> Result:
     with cancel_on_interrupt(stream):
         for _ in stream:
             pass
@@ -110,10 +133,9 @@ def collect(llm: LLM, ask: Prompt, params: SamplingParams) -> Result:
     return stream.result
 
 
-def show(llm: LLM, ask: Prompt, params: SamplingParams, show_draft: bool) -> Result:
+def show(llm: LLM, stream: Stream, params: SamplingParams, show_draft: bool) -> Result:
     """Print the answer as it comes; ends with a newline whatever happens."""
     write = _coloured(llm, params) if show_draft else None
-    stream = llm.stream(ask, params)
     ended_line = True
     with cancel_on_interrupt(stream):
         for event in stream:
@@ -163,7 +185,7 @@ def _coloured(llm: LLM, params: SamplingParams) -> Any:
 def compare(llm: LLM, ask: Prompt, params: SamplingParams, result: Result) -> dict[str, Any]:
     """Plain decoding of the same prompt, on the same loaded model, after the run it is compared with."""
     with llm.with_method("plain", verifier="auto") as plain:
-        other = collect(plain, ask, params)
+        other = collect(plain.stream(ask, params))
     pairs = enumerate(zip(result.token_ids, other.token_ids, strict=False))
     differs = next((i for i, (a, b) in pairs if a != b), None)
     if differs is None and len(result.token_ids) != len(other.token_ids) and other.finish_reason != "cancelled":
@@ -198,6 +220,22 @@ def figures(llm: LLM, result: Result, compared: dict[str, Any] | None, show_draf
         kept = result.stats.accepted_by_source
         each = ", ".join(f"{kept.get(s, 0)} of {n} by {s}" for s, n in result.stats.drafted_by_source.items())
         say(f"drafted tokens accepted: {each}")
+
+
+def speed_lines(result: Result) -> list[str]:
+    """What was promised and what came of it, and each drafter's acceptance by depth."""
+    stats = result.stats
+    lines = []
+    if stats.realised_speedup is not None and stats.predicted_speedup is not None:
+        lines.append(
+            f"speed-up over plain by the measured step times: {stats.predicted_speedup:.2f}x predicted, "
+            f"{stats.realised_speedup:.2f}x realised"
+        )
+    for name, source in stats.sources.items():
+        if source.proposed:
+            by_depth = ", ".join(f"{r / n:.0%}" for n, r in zip(source.tested, source.right, strict=True) if n)
+            lines.append(f"{name}: {source.accepted} of {source.proposed} accepted; by depth {by_depth}")
+    return lines
 
 
 def json_object(llm: LLM, result: Result, compared: dict[str, Any] | None) -> dict[str, Any]:
