@@ -1,0 +1,187 @@
+"""Drafts grown from the logits of a source (`sources.py`): what all their shapes share.
+
+A shape derives from `Grown` and says how many rows of the source a draft may need (`_rows`) and how it grows
+(`_grow`): it takes the logits after the last tokens, chooses nodes, and runs those whose children it wants as rows.
+
+Shapes: `B` sequences, `R` rows of one forward, `V` vocabulary, `k` candidates per row.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from bisect import bisect_right
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from enum import Enum, IntEnum
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ...ops.select import row_topk
+from ...types import Draft, FloatArray, SamplingParams
+from ..contracts import Drafter, DrafterContext, Observation, Sequence
+from ..sampling import choose, host_row, process
+from .rates import Rates, judged_nodes
+from .sources import Source
+
+NO_ROW = -1
+_EDGES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 0.95)  # bins of the source's probability of its choice
+_PRIOR = (  # acceptance by Choice in each bin to start from
+    (0.05, 0.08, 0.12, 0.2, 0.35, 0.5, 0.68, 0.82, 0.9, 0.97),
+    (0.15, 0.2, 0.25, 0.35, 0.45, 0.55, 0.68, 0.8, 0.88, 0.96),
+    (0.3, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97),
+    (0.01, 0.04, 0.08, 0.15, 0.28, 0.43, 0.6, 0.77, 0.9, 0.97),
+)
+
+
+class Choice(IntEnum):
+    """How a node was chosen; its acceptance depends on that and on the confidence of the source."""
+
+    GREEDY = 0  # the likeliest token, for a target that is greedy
+    COUPLED = 1  # a coupled draw
+    SAMPLED = 2  # a draw that carries q
+    OUTRIGHT = 3  # the likeliest token, for a target that samples
+
+
+Cell = tuple[Choice, int]  # and the bin of the confidence
+
+
+class Draws(Enum):
+    """What a drafter proposes where the target samples. It follows from the verifier."""
+
+    #: Its own draw with the uniform that the target will draw with: it agrees the more often the closer the two
+    #: distributions are (Daliri et al., arXiv 2408.07978). Only for a verifier whose output ignores the draft.
+    COUPLED = "coupled"
+    #: Draws of its own, independent of the verifier's, and with them the distribution that they were drawn from.
+    SAMPLED = "sampled"
+    #: The likeliest tokens, outright: where the draft is merged with others, which loses distributions.
+    LIKELIEST = "likeliest"
+
+    @classmethod
+    def of(cls, context: DrafterContext) -> Draws:
+        if not context.sampled:
+            return cls.COUPLED
+        return cls.LIKELIEST if context.merged else cls.SAMPLED
+
+
+@dataclass(slots=True, eq=False)
+class Growth:
+    """The draft of one sequence and round. `root`: how many tokens stand before its first node."""
+
+    sequence: Sequence
+    budget: int
+    root: int
+    draft: Draft = field(default_factory=Draft.empty)
+    rows: list[int] = field(default_factory=list)  # of each node, if the source ran it
+    cells: list[Cell | None] = field(default_factory=list)  # of each node's score, if measured by confidence
+
+
+class Grown(Drafter):
+    """Grows drafts from the logits of `source`. Sequences that it does not admit get empty drafts.
+
+    `draws`: what is proposed where the target samples; a shape that never samples takes SAMPLED as LIKELIEST.
+    """
+
+    def __init__(self, source: Source, draws: Draws = Draws.COUPLED) -> None:
+        self.source, self.draws = source, draws
+        self.confidence = Rates(_PRIOR)  # measured acceptance of single choices, by kind and confidence
+        self._growths: dict[int, Growth] = {}  # by sequence id, of rounds that are not over
+
+    @abstractmethod
+    def _rows(self, budget: int) -> int:
+        """The most rows of the source that a draft of `budget` nodes needs."""
+
+    @abstractmethod
+    def _grow(self, growing: list[Growth], logits: torch.Tensor) -> None:
+        """Set the draft, rows and cells of each. `logits` f32[B, V] after the last tokens, valid until a forward."""
+
+    def begin(self, sequence: Sequence) -> None:
+        self.source.begin(sequence)
+
+    def end(self, sequence: Sequence) -> None:
+        self._growths.pop(sequence.id, None)
+        self.source.end(sequence)
+
+    def propose(self, sequences: Seq[Sequence], budgets: Seq[int]) -> list[Draft]:
+        for sequence in sequences:
+            self._growths.pop(sequence.id, None)
+            self.source.rollback(sequence)  # of a step that was abandoned
+        asked = zip(sequences, budgets, strict=True)
+        wanted = [Growth(s, budget, len(s.tokens)) for s, budget in asked if budget > 0]
+        admitted = self.source.admit([one.sequence for one in wanted], [self._rows(one.budget) for one in wanted])
+        growing = [one for one, fits in zip(wanted, admitted, strict=True) if fits]
+        if growing:
+            keeps = False
+            try:
+                self._grow(growing, self.source.catch_up([one.sequence for one in growing]))
+                keeps = self.source.keeps
+            finally:
+                if not keeps:
+                    for one in growing:
+                        self.source.rollback(one.sequence)
+            self._growths.update((one.sequence.id, one) for one in growing)
+        grown = self._growths
+        return [grown[s.id].draft if s.id in grown else Draft.empty() for s in sequences]
+
+    def observe(self, sequence: Sequence, seen: Observation) -> None:
+        one, rows = self._growths.pop(sequence.id, None), list[int]()
+        if one is not None:
+            truth = np.array(sequence.tokens[one.root : one.root + len(one.draft)], dtype=np.int64)
+            for node, _, right in judged_nodes(one.draft, truth):
+                cell = one.cells[node]
+                if cell is not None:
+                    self.confidence.update(cell, right)
+                if right and one.rows[node] != NO_ROW:
+                    rows.append(one.rows[node])
+        self.source.observe(sequence, rows)
+
+    def _rate(self, cell: Cell) -> float:
+        return float(self.confidence.value[cell])
+
+
+def cell_of(kind: Choice, p: float) -> Cell:
+    """Where the acceptance of a choice of probability `p` is counted."""
+    return kind, bisect_right(_EDGES, p)
+
+
+def coupled_draw(row: torch.Tensor, params: SamplingParams, position: int) -> tuple[int, float]:
+    """The token at `position` from processed logits f32[V], as the target will draw it, and its probability (T = 1)."""
+    token = choose(host_row(row), params, position)
+    return token, float(torch.exp(row[token] - torch.logsumexp(row, dim=-1)))
+
+
+def edit_rows(logits: torch.Tensor, rows: list[tuple[Sequence, list[int]]]) -> torch.Tensor:
+    """Penalties and bias of each row's sequence, given the draft tokens on the way to it. f32[R, V]"""
+    if not any(sequence.params.edits_logits for sequence, _ in rows):
+        return logits
+    logits = logits.clone()
+    for row, (sequence, path) in enumerate(rows):
+        if sequence.params.edits_logits:
+            edited = _on_path(host_row(logits[row]), sequence, path)
+            logits[row] = torch.from_numpy(edited).to(logits.device)
+    return logits
+
+
+def _on_path(logits: FloatArray, sequence: Sequence, path: list[int]) -> FloatArray:
+    """`process` as if `path` had been emitted; leaves the history as it was."""
+    history = sequence.history
+    for token in path:
+        history.append(token)
+    edited = process(logits, sequence.params, history)
+    history.truncate(len(sequence.tokens))
+    return edited
+
+
+def likeliest(logits: torch.Tensor, k: int) -> tuple[list[list[int]], list[list[float]]]:
+    """Ids and probabilities of the k likeliest tokens of each row. [R, k] each"""
+    values, ids = row_topk(logits, min(k, logits.shape[1]))
+    norm = torch.logsumexp(logits, dim=-1).cpu().numpy()
+    return ids.tolist(), np.exp(values - norm[:, None]).tolist()
+
+
+def dense(distribution: NDArray[np.float64], vocab_size: int) -> FloatArray:
+    """A row of q over the target's vocabulary, of which the source may lack the last ids. f32[V]"""
+    q = np.zeros(vocab_size, dtype=np.float32)
+    q[: len(distribution)] = distribution
+    return q
