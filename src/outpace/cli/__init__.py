@@ -18,6 +18,7 @@ from ..errors import OutpaceError, ParameterError
 COMMANDS = {
     "run": ("outpace.cli.run:run", "Answer one prompt."),
     "chat": ("outpace.cli.chat:chat", "Talk to a model in the terminal."),
+    "suggest": ("outpace.cli.suggest:suggest", "Continue a text in several ways at once."),
     "methods": ("outpace.cli.methods:methods", "List the decoding methods."),
     "models": ("outpace.cli.models:models", "List, fetch and remove models."),
     "audit": ("outpace.cli.audit:audit", "Prove what a method does to the output."),

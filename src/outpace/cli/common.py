@@ -29,9 +29,8 @@ def _apply(options: list[Callable[[Any], Any]], function: F) -> F:
     return function
 
 
-def model_options(function: F) -> F:
-    """Which model, how it decodes and with what arithmetic."""
-    precisions = click.Choice(["auto", *get_args(Precision)])
+def weights_options(function: F) -> F:
+    """Which model, and with what arithmetic."""
     options = [
         click.option(
             "-m",
@@ -40,7 +39,27 @@ def model_options(function: F) -> F:
             show_default=True,
             help="A known name (see `outpace models`), a GGUF file, a folder or a hub id.",
         ),
-        click.option("--draft-model", metavar="MODEL", help="A small model of the same vocabulary that drafts."),
+        click.option(
+            "--precision",
+            type=click.Choice(["auto", *get_args(Precision)]),
+            default="auto",
+            show_default=True,
+            help="Arithmetic of the model; auto: int8 on a CPU, bfloat16 on CUDA. int4 loses quality.",
+        ),
+        click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: one per core]"),
+        click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto: cuda if there is one."),
+    ]
+    return _apply(options, function)
+
+
+def model_options(function: F) -> F:
+    """Which model, with what arithmetic, and how it decodes."""
+    options = [
+        click.option(
+            "--draft-model",
+            metavar="MODEL",
+            help="A small model of the same vocabulary that drafts (omnidraft: of any).",
+        ),
         click.option(
             "--method",
             default="auto",
@@ -66,17 +85,8 @@ def model_options(function: F) -> F:
             type=click.IntRange(min=1),
             help="Most rows of a step: the last token and its draft.  [default: 32 planned by goodput, else 16]",
         ),
-        click.option(
-            "--precision",
-            type=precisions,
-            default="auto",
-            show_default=True,
-            help="Arithmetic of the model; auto: int8 on a CPU, bfloat16 on CUDA. int4 loses quality.",
-        ),
-        click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: one per core]"),
-        click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto: cuda if there is one."),
     ]
-    return _apply(options, function)
+    return weights_options(_apply(options, function))
 
 
 def sampling_options(function: F) -> F:
@@ -118,7 +128,9 @@ def open_llm(options: dict[str, Any], **more: Any) -> LLM:
 
     names = ("draft_model", "method", "verifier", "planner", "max_rows", "precision", "threads", "device")
     with loading_progress() as progress:
-        return LLM(options["model"], **{name: options[name] for name in names}, progress=progress, **more)
+        return LLM(
+            options["model"], **{name: options[name] for name in names if name in options}, progress=progress, **more
+        )
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 from ..cache.storage import PAGE_SIZE
 from ..decoding.contracts import DrafterContext, Verifier
 from ..decoding.methods import make_drafter, make_planner, make_verifier, split_spec
+from ..decoding.modes.superposed import Suggestions, suggest
 from ..decoding.planners.costs import StepCosts
 from ..errors import MethodError, ParameterError
 from ..models.config import ModelConfig
@@ -242,6 +243,21 @@ class LLM:
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, prediction: str = "") -> Stream:
         """Answer one prompt step by step. Refusals are raised here, before the first step."""
         return Stream(self, self._add(prompt, params, prediction))
+
+    def superposed(
+        self,
+        prompt: Prompt,
+        k: int = 3,
+        params: SamplingParams | None = None,
+        ngram_texts: Sequence[str] = (),
+        **options: Any,
+    ) -> Suggestions:
+        """`k` different continuations of one prompt for about the price of one (decoding.modes.superposed). They are
+        approximate: only with k = 1 is the draft that of greedy decoding. `ngram_texts` are texts of the kind that is
+        being written; they help to tell the drafts apart."""
+        self._open_engine()
+        params = params if params is not None else SamplingParams(max_tokens=16)
+        return suggest(self.decoder, self.tokenizer, self.tokens(prompt), params, ngram_texts, k=k, **options)
 
     def tokens(self, prompt: Prompt) -> list[int]:
         """The token ids that the model reads for a prompt."""
