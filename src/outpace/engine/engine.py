@@ -12,6 +12,7 @@ from time import perf_counter
 from ..cache.pages import PAGE_SIZE, PagedKVCache
 from ..decoding.contracts import Drafter, Verifier
 from ..decoding.contracts import Sequence as TokenSequence
+from ..decoding.grammar import Grammars, Matcher
 from ..decoding.planners.fixed import Fixed
 from ..decoding.planners.planner import Planner, Room
 from ..errors import CapacityError, ParameterError
@@ -71,6 +72,7 @@ class Engine:
         config: EngineConfig | None = None,
         cache: PagedKVCache | None = None,
         planner: Planner | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
         self.config = config = config if config is not None else EngineConfig()
         self.decoder, self.verifier = decoder, verifier
@@ -80,7 +82,7 @@ class Engine:
         self.planner = planner if planner is not None else Fixed()
         self._runner = Runner(decoder, self.cache, drafter, verifier, self.planner)
         self._admission = Admission(config.max_batch, pages, PAGE_SIZE, decoder.config.max_position)
-        self._detokenizer = detokenizer
+        self._detokenizer, self._grammars = detokenizer, grammars
         self._eos_ids = frozenset(decoder.config.eos_ids) | frozenset(eos_ids)
         self._waiting: dict[int, Request] = {}
         self._running: dict[int, Request] = {}
@@ -93,8 +95,8 @@ class Engine:
     ) -> int:
         """Queue a request; returns its id. `prediction`: tokens that the output is expected to repeat.
 
-        Raises ParameterError for a prompt that is empty or has ids outside the vocabulary, CapacityError for one that
-        could never fit.
+        Raises ParameterError for a prompt that is empty or for ids outside the vocabulary, GrammarError for a grammar
+        that does not compile, CapacityError for a request that could never fit.
         """
         params = params if params is not None else SamplingParams()
         prompt = [int(t) for t in prompt_ids]
@@ -106,17 +108,38 @@ class Engine:
             raise ParameterError(f"token id {bad} is outside the model's vocabulary of {vocab} tokens")
         if params.stop and self._detokenizer is None:
             raise ParameterError("stop strings need a tokenizer; use stop_token_ids")
+        named = [*params.stop_token_ids, *params.logit_bias]
+        if named and max(named) >= vocab:
+            raise ParameterError(
+                f"logit_bias or stop_token_ids name token {max(named)}, which the model does not have: ids run from 0 "
+                f"to {vocab - 1}"
+            )
+        stop_ids = frozenset(params.stop_token_ids)
+        if not params.ignore_eos:
+            stop_ids |= self._eos_ids
+        matcher = self._matcher(params, stop_ids)
         self._admission.add(self._next_id, len(prompt), params.max_tokens)
         id, self._next_id = self._next_id, self._next_id + 1
-        stop_ids = frozenset(params.stop_token_ids)
         self._waiting[id] = Request(
-            sequence=TokenSequence(id, prompt, len(prompt), params, [int(t) for t in prediction]),
+            sequence=TokenSequence(id, prompt, len(prompt), params, [int(t) for t in prediction], matcher=matcher),
             text=TextStream(self._detokenizer(), params.stop) if self._detokenizer is not None else None,
-            stop_ids=stop_ids if params.ignore_eos else stop_ids | self._eos_ids,
+            stop_ids=stop_ids,
             method=self.method,
             stats=DecodingStats(prompt_tokens=len(prompt)),
         )
         return id
+
+    def _matcher(self, params: SamplingParams, stop_ids: frozenset[int]) -> Matcher | None:
+        if params.constraint is None:
+            return None
+        name = params.constraint[0]
+        if self._grammars is None:
+            raise ParameterError(f"{name} needs a tokenizer, and this engine has none: use logit_bias on token ids")
+        if not stop_ids:
+            raise ParameterError(
+                f"{name} needs a token that ends the output, and the model has none: name one in stop_token_ids"
+            )
+        return self._grammars.matcher(params, stop_ids)
 
     def cancel(self, id: int) -> Result | None:
         """End a request now, between steps; its pages are free again. Returns what it has, or None if it is over."""
@@ -209,6 +232,8 @@ class Engine:
         """
         declared = self.verifier.exactness
         plain = self.method == "plain" and alone  # then it is the reference itself
+        if declared == "approximate" and self.method != "plain":
+            return declared, [f"verifier {self.verifier.name} accepts drafts that plain decoding would not have chosen"]
         if declared == "approximate" or self.decoder.row_invariant or plain:
             return declared, []
         note = (

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 from ..cache.storage import PAGE_SIZE
 from ..decoding.contracts import DrafterContext, Verifier
+from ..decoding.grammar import grammars_of
 from ..decoding.methods import make_drafter, make_planner, make_verifier, split_spec
 from ..decoding.modes.superposed import Suggestions, suggest
 from ..decoding.planners.costs import StepCosts
@@ -121,6 +122,7 @@ class LLM:
             judge,
             detokenizer=self.tokenizer.detokenizer,
             eos_ids=self.tokenizer.eos_ids,
+            grammars=grammars_of(self.tokenizer, decoder.config.vocab_size),
             method=self.method,
             config=config,
             cache=cache,

@@ -14,7 +14,7 @@ _PRIOR = (1.0, 0.8, 0.6, 0.4, 0.3, 0.2)  # tokens gained, to start from: hopeful
 _WEIGHT = 6.0  # steps that the prior is worth
 _HORIZON = 60.0  # steps over which gains and ratios are averaged
 _TIMES = 0.9  # fade of measured times
-_SHORT, _LONG = 4, 64  # steps until a drafter that does not pay is tried again, at first and at most
+_SHORT, _LONG = 8, 64  # steps until a drafter that does not pay is tried again, at first and at most
 
 
 @dataclass(slots=True)
@@ -32,7 +32,7 @@ class Worth:
 
     The gain of a step is the number of accepted tokens that no drafter before it proposed. It is expected from a table
     by what those promised (beside a long certain lookup a draft model adds little), times how this sequence compares
-    with the others. Where it does not pay it is tried again after 4 skipped steps, then 8, up to 64.
+    with the others. Where it does not pay it is tried again after 8 skipped steps, then 16, up to 64.
     """
 
     def __init__(self) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from ...types import FloatArray
+
+_UNIT = 64  # tokens of context: steps are timed no finer
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -17,6 +19,9 @@ class StepCosts:
     rows: tuple[int, ...]
     contexts: tuple[int, ...]
     seconds: FloatArray
+    _curves: dict[int, FloatArray] = field(
+        default_factory=dict, init=False, repr=False
+    )  # by context, in units of _UNIT
 
     def __post_init__(self) -> None:
         assert self.seconds.shape == (len(self.rows), len(self.contexts)), "one time for each pair"
@@ -24,13 +29,21 @@ class StepCosts:
         assert len(self.rows) > 1 and (self.seconds > 0).all()
 
     def curve(self, most_rows: int, context: float) -> FloatArray:
-        """Seconds of steps of 1 to `most_rows` rows. More rows never cost less, whatever a noisy clock said."""
+        """Seconds of steps of 1 to `most_rows` rows, ascending. A view."""
+        unit = int(context) // _UNIT
+        known = self._curves.get(unit)
+        if known is None or len(known) < most_rows:
+            known = self._curves[unit] = self._curve(max(most_rows, self.rows[-1]), (unit + 0.5) * _UNIT)
+        return known[:most_rows]
+
+    def _curve(self, most_rows: int, context: float) -> FloatArray:
         wanted = np.arange(1, most_rows + 1)
         at = self._at(context)
         times = np.interp(wanted, self.rows, at)
         slope = (at[-1] - at[-2]) / (self.rows[-1] - self.rows[-2])
         times += np.maximum(wanted - self.rows[-1], 0) * max(slope, 0.0)
-        return np.maximum.accumulate(times).astype(np.float32)
+        # Fewer rows never cost more than what many were seen to take: disturbances only ever add.
+        return np.minimum.accumulate(times[::-1])[::-1].astype(np.float32)
 
     def step(self, rows: int, context: float) -> float:
         return float(self.curve(max(rows, 1), context)[-1])

@@ -10,7 +10,7 @@ from ..contracts import Drafter
 from .costs import StepCosts
 from .planner import Planner, Room, keep_best, reaches
 
-_FADE = 0.9  # of what is averaged over steps
+_FADE, _SLOW = 0.9, 0.95  # of averages over steps
 
 
 @register(
@@ -22,16 +22,19 @@ _FADE = 0.9  # of what is averaged over steps
     needs=("measured step times",),
 )
 class Goodput(Planner):
-    """With T(rows) the measured time of a step and nodes in falling order of the probability of being accepted,
+    """With T(rows) the measured time of a step, and nodes in falling order of the probability of being accepted,
     verifies the n nodes that maximise
 
-        (sequences + the sum of their probabilities) / (drafting time + T(sequences + n)).
+        sum of their probabilities - rate * T(sequences + n),
+
+    where `rate` is what the engine makes of a second: the tokens per second of its last steps, or of plain decoding if
+    that is more. That maximises tokens per second in the long run, where the quotient of one step alone would be too
+    careful in steps that promise much. Drafts that do not pay are dropped, and what is left is plain decoding.
 
     Liu et al., "Optimizing Speculative Decoding for Serving Large Language Models Using Goodput" (SmartSpec), section
     4: a length for each request from load and acceptance; here over trees and over the whole batch, so that n is also
     the hardware-aware tree size of Sequoia (arXiv 2402.12374, section 3.3) and PPD (arXiv 2405.18628, section 4.2).
-    Before drafting it tells the drafter what a second is worth (`price`), so that sources that do not repay their time
-    rest.
+    Before drafting it tells the drafter the rate (`price`), so that sources that do not repay their time rest.
     """
 
     name = "goodput"
@@ -41,8 +44,7 @@ class Goodput(Planner):
     def __init__(self, costs: StepCosts | None = None) -> None:
         super().__init__(costs)
         self._scale = 1.0  # of this moment's step times to the table's
-        self._drafting = 0.0  # seconds of a step
-        self._rate = 0.0  # tokens per second of all sequences
+        self._recent = (0.0, 0.0)  # tokens of all sequences and seconds, older steps fading
         self._steps = self._rows = self._tokens = 0
         self._spent = 0.0
 
@@ -53,28 +55,34 @@ class Goodput(Planner):
 
     def budgets(self, drafter: Drafter, room: Room) -> list[int]:
         sequences = len(room.caps)
-        curve = self._table.curve(sequences + room.nodes, room.context)
-        plain = sequences / (self._scale * float(curve[sequences - 1]))
-        drafter.price = max(self._rate, plain)
-        # The cheapest row that is left gives the least probability that can repay one.
-        added = np.diff(curve[sequences - 1 :]) * self._scale
-        drafter.floor = drafter.price * float(np.maximum(added, 0).min(initial=0.0)) if len(added) else 1.0
+        curve = self._table.curve(sequences + room.nodes, room.context)[sequences - 1 :]
+        drafter.price = rate = self._rate(sequences, float(curve[0]))
+        if room.nodes:  # n nodes of this probability each at most cost what they bring, whatever n
+            slope = (curve[1:] - curve[0]) / np.arange(1, len(curve))
+            drafter.floor = rate * self._scale * float(slope.min())
         return [min(cap, room.nodes) for cap in room.caps]
 
     def choose(self, drafts: list[Draft], room: Room) -> list[Draft]:
+        if not any(map(len, drafts)):
+            return drafts
         sequences = len(drafts)
         reach = [reaches(draft) for draft in drafts]
-        best = np.sort(np.concatenate(reach))[::-1][: room.nodes] if drafts else np.empty(0, dtype=np.float32)
-        gains = sequences + np.concatenate(([0.0], np.cumsum(best)))
-        times = self._scale * self._table.curve(sequences + len(best), room.context)[sequences - 1 :] + self._drafting
-        return keep_best(drafts, int(np.argmax(gains / times)), reach)
+        best = np.sort(np.concatenate(reach))[::-1][: room.nodes]
+        curve = self._table.curve(sequences + len(best), room.context)[sequences - 1 :]
+        worth = np.concatenate(([0.0], np.cumsum(best))) - self._rate(sequences, float(curve[0])) * self._scale * curve
+        return keep_best(drafts, int(np.argmax(worth)), reach)
+
+    def _rate(self, sequences: int, plain_s: float) -> float:
+        """Tokens a second is worth. `plain_s` of a plain step by the table."""
+        plain = sequences / (self._scale * plain_s)
+        tokens, seconds = self._recent
+        return max(plain, tokens / seconds) if seconds else plain
 
     def observe(self, rows: int, context: float, tokens: int, draft_s: float, step_s: float) -> None:
         expected = self._table.step(rows, context)
         # An interrupted step says nothing of the next one.
         self._scale += (1 - _FADE) * (min(max(step_s / expected, 0.5), 2.0) - self._scale)
-        self._drafting += (1 - _FADE) * (draft_s - self._drafting)
-        self._rate += (1 - _FADE) * (tokens / (draft_s + step_s) - self._rate)
+        self._recent = (_SLOW * self._recent[0] + tokens, _SLOW * self._recent[1] + draft_s + step_s)
         self._steps += 1
         self._rows += rows
         self._tokens += tokens
