@@ -2,6 +2,7 @@
 
     OutpaceError
     ├── ParameterError        a value out of range, or a combination that does not work
+    │   └── GrammarError      a JSON schema, regular expression or grammar cannot be used
     ├── ModelError            a model cannot be found, read or run
     │   ├── ModelNotFound     no such name, path or file in the cache (and no network)
     │   ├── DownloadError     the file could not be fetched whole
@@ -20,6 +21,10 @@ class OutpaceError(Exception):
 
 class ParameterError(OutpaceError, ValueError):
     """A parameter is out of range, or a combination of parameters does not work."""
+
+
+class GrammarError(ParameterError):
+    """A JSON schema, regular expression or grammar does not compile, or asks for more than can be followed."""
 
 
 class ModelError(OutpaceError):

@@ -5,10 +5,12 @@ Shapes: `n` nodes of a draft, `V` vocabulary, `R` rows of logits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,24 +50,33 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None  # None: none; k: the chosen token's and the k most likely ones'
 
-    def __post_init__(self) -> None:
-        def need(ok: bool, name: str, allowed: str) -> None:
-            if not ok:
-                raise ParameterError(f"{name}={getattr(self, name)!r} is out of range: it must be {allowed}")
+    json_schema: str | Mapping[str, Any] | None = None  # the output is JSON that the schema (text or object) describes
+    regex: str | None = None  # the whole output matches it
+    grammar: str | None = None  # the output is a sentence of it: Lark's or llama.cpp's (GBNF) notation
 
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        need(self.max_tokens >= 1, "max_tokens", "at least 1")
-        need(0 <= self.temperature <= 100, "temperature", "from 0 (greedy) to 100")
-        need(self.top_k >= 0, "top_k", "0 (no limit) or more")
-        need(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
-        need(0 <= self.min_p < 1, "min_p", "from 0 to below 1")
-        need(0 < self.repetition_penalty <= 100, "repetition_penalty", "above 0 and at most 100")
-        need(-2 <= self.presence_penalty <= 2, "presence_penalty", "from -2 to 2")
-        need(-2 <= self.frequency_penalty <= 2, "frequency_penalty", "from -2 to 2")
-        need(0 <= self.seed < 2**63, "seed", "from 0 to 2**63 - 1")
-        need(self.logprobs is None or 0 <= self.logprobs <= 20, "logprobs", "None or from 0 to 20")
-        need(all(self.stop), "stop", "non-empty strings")
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        for name, values in (("stop", stop), ("stop_token_ids", self.stop_token_ids)):
+            if not isinstance(values, Iterable):
+                raise ParameterError(f"{name}={values!r}: it must be a list")
+            object.__setattr__(self, name, tuple(values))
+        for name, (holds, allowed) in _RANGES.items():
+            value = getattr(self, name)
+            if not holds(value):
+                raise ParameterError(f"{name}={value!r} is out of range: it must be {allowed}")
+        object.__setattr__(self, "json_schema", _schema_text(self.json_schema))
+        given = [name for name in _CONSTRAINTS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ParameterError(f"{' and '.join(given)} cannot go together: give one of {', '.join(_CONSTRAINTS)}")
+        if given and self.ignore_eos:
+            raise ParameterError(
+                f"{given[0]} ends the output where it is complete, ignore_eos goes on: drop one of them"
+            )
+
+    @property
+    def constraint(self) -> tuple[str, str] | None:
+        """What the output must keep to: `json_schema`, `regex` or `grammar`, and its text."""
+        return next(((name, getattr(self, name)) for name in _CONSTRAINTS if getattr(self, name) is not None), None)
 
     @property
     def greedy(self) -> bool:
@@ -75,8 +86,70 @@ class SamplingParams:
     def edits_logits(self) -> bool:
         """Whether anything but the temperature changes the target's logits."""
         return bool(
-            self.logit_bias or self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+            self.logit_bias
+            or self.repetition_penalty != 1
+            or self.presence_penalty != 0
+            or self.frequency_penalty != 0
+            or self.constraint is not None
         )
+
+
+def _number(low: float, high: float) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, int | float | np.number) and bool(low <= value <= high)
+
+
+def _whole(low: int, high: float = math.inf) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, int | np.integer) and bool(low <= value <= high)
+
+
+_TINY = math.ulp(0.0)  # "above 0"
+_CONSTRAINTS = ("json_schema", "regex", "grammar")
+_ids, _bias = _whole(0), _number(-100, 100)
+_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "max_tokens": (_whole(1), "a whole number, at least 1"),
+    "temperature": (_number(0, 100), "from 0 (greedy) to 100"),
+    "top_k": (_whole(0), "a whole number, 0 (no limit) or more"),
+    "top_p": (_number(_TINY, 1), "above 0 and at most 1"),
+    "min_p": (_number(0, math.nextafter(1, 0)), "from 0 to below 1"),
+    "repetition_penalty": (_number(_TINY, 100), "above 0 and at most 100"),
+    "presence_penalty": (_number(-2, 2), "from -2 to 2"),
+    "frequency_penalty": (_number(-2, 2), "from -2 to 2"),
+    "logit_bias": (
+        lambda value: isinstance(value, Mapping) and all(_ids(t) and _bias(b) for t, b in value.items()),
+        "token ids, each with a bias from -100 to 100",
+    ),
+    "seed": (_whole(0, 2**63 - 1), "a whole number from 0 to 2**63 - 1"),
+    "stop": (lambda value: all(isinstance(text, str) and text for text in value), "non-empty strings"),
+    "stop_token_ids": (lambda value: all(map(_ids, value)), "token ids"),
+    "logprobs": (lambda value: value is None or _whole(0, 20)(value), "None or a whole number from 0 to 20"),
+    "json_schema": (
+        lambda value: value is None or isinstance(value, str | Mapping),
+        "a schema as text or as an object",
+    ),
+    "regex": (lambda value: value is None or isinstance(value, str), "a regular expression"),
+    "grammar": (lambda value: value is None or isinstance(value, str), "the text of a grammar"),
+}
+
+
+def _schema_text(schema: str | Mapping[str, Any] | None) -> str | None:
+    """A JSON schema as text. Raises ParameterError if it is no JSON."""
+    if schema is None:
+        return None
+    try:
+        text = schema if isinstance(schema, str) else json.dumps(_plain(schema))
+        json.loads(text)
+    except json.JSONDecodeError as e:
+        raise ParameterError(f"json_schema is no JSON: {e.msg} at line {e.lineno}, column {e.colno}") from None
+    except (TypeError, ValueError, RecursionError) as e:
+        raise ParameterError(f"json_schema cannot be written as JSON: {e}") from None
+    return text
+
+
+def _plain(value: Any) -> Any:
+    """Mappings of any kind as dictionaries."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 @dataclass(slots=True, eq=False)

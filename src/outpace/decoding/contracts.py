@@ -21,6 +21,7 @@ from ..cache.pages import PagedKVCache
 from ..models.decoder import Decoder
 from ..models.tokenizer import Tokenizer
 from ..types import Accepted, Draft, Exactness, IntArray, Precision, SamplingParams
+from .grammar import Matcher
 from .outputs import TargetOutputs
 from .sampling import History
 
@@ -37,16 +38,17 @@ class Sequence:
     params: SamplingParams
     prediction: list[int] = field(default_factory=list)  # what the caller expects the output to be, or much of it
     kv: int = NOT_CACHED  # its handle in the target's KV cache, which holds all of `tokens` but the last
+    matcher: Matcher | None = None  # of its grammar, if `params` have one; `history` moves it
     _history: History | None = field(default=None, init=False, repr=False)
 
     @property
     def history(self) -> History:
-        """Counts of `tokens` for the penalties, caught up in time proportional to what was appended.
+        """Counts of `tokens` for the penalties, and the grammar, caught up in time proportional to what was appended.
 
         A verifier may append the path that it walks, and truncates it again before it returns.
         """
         if self._history is None:
-            self._history = History(prompt_length=self.prompt_length)
+            self._history = History(prompt_length=self.prompt_length, matcher=self.matcher)
         for token in self.tokens[len(self._history) :]:
             self._history.append(token)
         return self._history

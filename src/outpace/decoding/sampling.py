@@ -3,16 +3,16 @@
     logits --process--> penalties and bias --weights--> temperature, top-k, top-p, min-p --draw--> token
 
 `process` edits raw logits: repetition penalty over prompt and output, then frequency and presence penalties
-over the output, then the logit bias. Filters apply in the order temperature, top-k, top-p, min-p; tokens that
-tie with the last one kept stay, so no filter depends on how a sort breaks ties. Greedy is the argmax of the
-processed logits, the smaller id winning a tie.
+over the output, then the logit bias; then what a grammar forbids becomes -inf. Filters apply in the order
+temperature, top-k, top-p, min-p; tokens that tie with the last one kept stay, so no filter depends on how a sort
+breaks ties. Greedy is the argmax of the processed logits, the smaller id winning a tie.
 
 Sampling spends one uniform per position, keyed by (seed, position), and takes the inverse of the cumulative
 distribution in vocabulary order. The token therefore depends on one row of logits, the history and the key:
 never on what else shared the step or on what was drafted.
 
-Log-probabilities are those of the processed logits before temperature and filters, so that they are finite
-and can be compared across settings.
+Log-probabilities are those of the processed logits before temperature and filters, so that they can be compared
+across settings; tokens that a grammar forbids are never listed.
 
 Shapes: `V` vocabulary, `m` ids that carry weight. All arrays are numpy on the host.
 """
@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from ..errors import ParameterError
 from ..types import FloatArray, IntArray, SamplingParams
+from .grammar import Matcher
 
 _BLOCK = 512  # of the two-level cumulative sum
 _SMALLEST_TEMPERATURE = 1e-6  # below it the quotient overflows float32; ties alone are left to chance there
@@ -54,12 +55,13 @@ def uniform(seed: int, position: int, stream: Stream = Stream.TARGET, draw: int 
 
 
 class History:
-    """Tokens so far with their counts. Append and truncate take constant time a token."""
+    """Tokens so far with their counts, and where the output is in its grammar, if it has one. Append and truncate
+    take constant time a token."""
 
-    __slots__ = ("_ids", "_output", "_seen", "_slot", "prompt_length", "tokens")
+    __slots__ = ("_ids", "_output", "_seen", "_slot", "matcher", "prompt_length", "tokens")
 
-    def __init__(self, tokens: Iterable[int] = (), prompt_length: int = 0) -> None:
-        self.prompt_length = prompt_length
+    def __init__(self, tokens: Iterable[int] = (), prompt_length: int = 0, matcher: Matcher | None = None) -> None:
+        self.prompt_length, self.matcher = prompt_length, matcher
         self.tokens: list[int] = []
         self._slot: dict[int, int] = {}  # token -> slot, slots in order of first occurrence
         self._ids = np.empty(64, dtype=np.int64)
@@ -82,13 +84,18 @@ class History:
                 )
             self._ids[slot], self._seen[slot], self._output[slot] = token, 0, 0
         self._seen[slot] += 1
-        self._output[slot] += len(self.tokens) >= self.prompt_length
+        if len(self.tokens) >= self.prompt_length:
+            self._output[slot] += 1
+            if self.matcher is not None:
+                self.matcher.advance(token)
         self.tokens.append(token)
 
     def truncate(self, length: int) -> None:
         """Drop tokens from the end. The first occurrence goes last, so an emptied slot is always the last
         one.
         """
+        if self.matcher is not None:
+            self.matcher.retreat(max(0, len(self.tokens) - max(length, self.prompt_length)))
         while len(self.tokens) > length:
             token = self.tokens.pop()
             slot = self._slot[token]
@@ -116,10 +123,12 @@ def host_row(logits: torch.Tensor | FloatArray) -> FloatArray:
 
 
 def process(logits: FloatArray, params: SamplingParams, history: History | None = None) -> FloatArray:
-    """Penalties and bias. f32[V] -> f32[V]; returns its argument when nothing is to be edited, never writes
-    to it.
+    """Penalties, bias and grammar. f32[V] -> f32[V]; returns its argument when nothing is to be edited, never
+    writes to it.
 
-    `history` is needed for penalties only. Raises ParameterError for a bias outside the vocabulary.
+    `history` is needed for penalties and grammars. V may be that of a drafter, smaller than the target's; where it has
+    none of the tokens that the grammar allows, its own row is left as it is, as good as any other. Raises
+    ParameterError for a bias outside the vocabulary.
     """
     if not params.edits_logits:
         return logits
@@ -138,6 +147,14 @@ def process(logits: FloatArray, params: SamplingParams, history: History | None 
                 f"logit_bias names token {token}, which the model does not have: ids run from 0 to {len(edited) - 1}"
             )
         edited[token] += bias
+    if params.constraint is not None:
+        assert history is not None and history.matcher is not None, "a grammar without its matcher"
+        allowed = history.matcher.allowed()
+        if allowed is not None:
+            forbidden = ~allowed[: len(edited)]
+            if np.isfinite(edited[~forbidden]).any():
+                edited[: len(forbidden)][forbidden] = -np.inf
+                edited[len(forbidden) :] = -np.inf
     return edited
 
 
@@ -249,6 +266,6 @@ def logprobs(processed: FloatArray, token: int, k: int) -> tuple[float, list[tup
         return float(processed[token]) - norm, []
     k = min(k, len(processed))
     cut = np.partition(processed, len(processed) - k)[len(processed) - k]
-    ids = np.flatnonzero(processed >= cut)
+    ids = np.flatnonzero((processed >= cut) & (processed > -np.inf))
     ids = ids[np.argsort(-processed[ids], kind="stable")][:k]
     return float(processed[token]) - norm, [(int(i), float(processed[i]) - norm) for i in ids]

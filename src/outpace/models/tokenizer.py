@@ -66,6 +66,10 @@ class Tokenizer:
         """For one stream of tokens."""
         return Detokenizer(self)
 
+    def to_json(self) -> str:
+        """As the text of a `tokenizer.json`."""
+        return self._rust.to_str()
+
     def token_id(self, token: str) -> int | None:
         return self._rust.token_to_id(token)
 
