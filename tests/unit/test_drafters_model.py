@@ -14,9 +14,12 @@ from hashing import HashDecoder
 from outpace.decoding.contracts import DrafterContext, Observation, Sequence
 from outpace.decoding.drafters.draft_model import DraftChain
 from outpace.decoding.drafters.draft_tree import DraftTree
+from outpace.decoding.drafters.dyspec import DySpec
 from outpace.decoding.drafters.grown import Draws, Grown
 from outpace.decoding.drafters.merged import Merged
 from outpace.decoding.drafters.plain import Plain
+from outpace.decoding.drafters.rsd_c import RsdC
+from outpace.decoding.drafters.rsd_s import RsdS
 from outpace.decoding.drafters.sources import ModelSource, SelfSource, Source
 from outpace.decoding.drafters.specdec import SpecDec
 from outpace.decoding.methods import make_drafter
@@ -31,6 +34,10 @@ SHAPES: dict[str, Callable[[Source], Grown]] = {
     "draft": DraftChain,
     "draft-tree": DraftTree,
     "specdec": SpecDec,
+    "dyspec": DySpec,
+    "dyspec, node by node": lambda source: DySpec(source, threshold=0.0),
+    "rsd-c": RsdC,
+    "rsd-s": RsdS,
 }
 
 

@@ -48,8 +48,10 @@ def parse_spec(spec: str) -> list[tuple[str, dict[str, Option]]]:
 
 
 def options_of(name: str, kind: Kind = "drafter") -> dict[str, Option]:
-    """What a user may set of a method, with the defaults: the plain parameters of its constructor."""
-    parameters = inspect.signature(method(name, kind).cls).parameters.values()
+    """What a user may set of a method, with the defaults: the plain parameters of its constructor and of `create`."""
+    cls = method(name, kind).cls
+    makers = (cls, cls.create) if kind == "drafter" else (cls,)  # type: ignore[attr-defined]
+    parameters = [p for made in makers for p in inspect.signature(made).parameters.values()]
     kinds = (bool, int, float, str)
     hidden = ("sampled", "coupled")  # follow from the verifier
     return {p.name: p.default for p in parameters if isinstance(p.default, kinds) and p.name not in hidden}

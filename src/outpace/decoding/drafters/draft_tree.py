@@ -2,86 +2,41 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from heapq import heappop, heappush, nlargest
-from typing import Any
 
-import numpy as np
 import torch
 
 from ...errors import ParameterError
 from ...registry import register
-from ...types import NO_PARENT, Draft
-from ..contracts import DrafterContext, Sequence
-from .grown import NO_ROW, Cell, Choice, Draws, Grown, Growth, cell_of, coupled_draw, edit_rows, likeliest
-from .sources import ModelSource, Rows, Source
+from ...types import NO_PARENT
+from .grown import Candidate, Draws, Grown, Growth, edit_rows, likeliest
+from .sources import Source
 
 
-@dataclass(slots=True, eq=False)
-class _Candidates:
-    """A tree in the making. A candidate is expanded when its own row was run."""
+class _Frontier:
+    """The nodes of a growth that were not expanded, the likeliest to be reached first."""
 
-    growth: Growth
-    tokens: list[int] = field(default_factory=list)
-    parents: list[int] = field(default_factory=list)
-    scores: list[float] = field(default_factory=list)
-    reach: list[float] = field(default_factory=list)
-    depths: list[int] = field(default_factory=list)
-    rows: list[int] = field(default_factory=list)
-    cells: list[Cell | None] = field(default_factory=list)
-    row_parents: list[int] = field(default_factory=list)  # of expanded candidates, by row
-    waiting: list[tuple[float, int]] = field(default_factory=list)  # heap of (-reach, candidate)
+    def __init__(self, growth: Growth) -> None:
+        self.growth = growth
+        self._waiting: list[tuple[float, int]] = []  # heap of (-reach, node)
 
-    def add(self, parent: int, tokens: list[int], p: list[float], cell: Cell | None = None) -> None:
-        """Children of `parent`, with their scores; `cell` is that of the first, if it was drawn coupled."""
-        above, depth = (self.reach[parent], self.depths[parent] + 1) if parent >= 0 else (1.0, 0)
-        for token, score in zip(tokens, p, strict=True):
-            heappush(self.waiting, (-above * score, len(self.tokens)))
-            self.tokens.append(token)
-            self.parents.append(parent)
-            self.scores.append(score)
-            self.reach.append(above * score)
-            self.depths.append(depth)
-            self.rows.append(NO_ROW)
-            self.cells.append(cell)
-            cell = None
+    def offer(self, parent: int, candidates: list[Candidate]) -> None:
+        """Children of `parent`."""
+        for child in candidates:
+            node = self.growth.add(parent, *child)
+            heappush(self._waiting, (-self.growth.reach[node], node))
 
-    def expand(self, width: int, max_depth: int, min_reach: float) -> list[int]:
-        """Up to `width` candidates whose children may still enter the best of the budget; they get rows."""
-        budget = self.growth.budget
-        full = len(self.reach) >= budget
-        floor = max(min_reach, nlargest(budget, self.reach)[-1] if full else 0.0)
+    def pick(self, width: int, max_depth: int, min_reach: float) -> list[int]:
+        """Up to `width` nodes to expand, whose children may still enter the best of the budget."""
+        reach, budget = self.growth.reach, self.growth.budget
+        full = len(reach) >= budget
+        floor = max(min_reach, nlargest(budget, reach)[-1] if full else 0.0)
         picked: list[int] = []
-        while self.waiting and len(picked) < width and -self.waiting[0][0] > floor:
-            node = heappop(self.waiting)[1]
-            if self.depths[node] + 1 < max_depth:
+        while self._waiting and len(picked) < width and -self._waiting[0][0] > floor:
+            node = heappop(self._waiting)[1]
+            if self.growth.depths[node] + 1 < max_depth:
                 picked.append(node)
-        for node in picked:
-            self.rows[node] = len(self.row_parents)
-            parent = self.parents[node]
-            self.row_parents.append(self.rows[parent] if parent >= 0 else NO_PARENT)
         return picked
-
-    def path(self, node: int) -> list[int]:
-        path: list[int] = []
-        while node >= 0:
-            path.append(self.tokens[node])
-            node = self.parents[node]
-        return path[::-1]
-
-    def finish(self, source: str, floor: float) -> None:
-        """The draft: the candidates most likely to be reached and accepted, `floor` at least; parents first."""
-        one = self.growth
-        ranked = sorted(range(len(self.tokens)), key=self.reach.__getitem__, reverse=True)[: one.budget]
-        kept = sorted(node for node in ranked if self.reach[node] >= floor)
-        place = {node: i for i, node in enumerate(kept)} | {NO_PARENT: NO_PARENT}
-        one.draft = Draft(
-            np.array([self.tokens[node] for node in kept], dtype=np.int64),
-            np.array([place[self.parents[node]] for node in kept], dtype=np.int64),
-            [source] * len(kept),
-            np.array([self.scores[node] for node in kept], dtype=np.float32),
-        )
-        one.rows, one.cells = [self.rows[node] for node in kept], [self.cells[node] for node in kept]
 
 
 @register(
@@ -124,58 +79,34 @@ class DraftTree(Grown):
             raise ParameterError(f"{self.name}:min_reach={min_reach} is out of range: it must be from 0 to 1")
         self.branches, self.width, self.max_depth, self.min_reach = branches, width, max_depth, min_reach
 
-    @classmethod
-    def create(cls, context: DrafterContext, **options: Any) -> DraftTree:
-        return cls(ModelSource.of(context, cls.name), Draws.of(context), **options)
-
     def _rows(self, budget: int) -> int:
         return min(budget, self.max_depth - 1) * self.width
 
     def _grow(self, growing: list[Growth], logits: torch.Tensor) -> None:
-        trees = [_Candidates(one) for one in growing]
-        nodes = [(tree, NO_PARENT) for tree in trees]  # of the rows of `logits`
+        frontiers = [_Frontier(one) for one in growing]
+        nodes = [(frontier, NO_PARENT) for frontier in frontiers]  # of the rows of `logits`
         stop = max(self.min_reach, self.forward_floor, self.floor)
         for forwards in range(self.max_depth):
-            self._add_children(nodes, logits)
-            nodes, grown = [], []
-            for tree in trees:
-                if forwards >= min(tree.growth.budget, self.max_depth - 1):
+            self._offer_children(nodes, logits)
+            nodes, rows = [], []
+            for frontier in frontiers:
+                if forwards >= min(frontier.growth.budget, self.max_depth - 1):
                     continue
-                picked = tree.expand(self.width, self.max_depth, stop)
+                picked = frontier.pick(self.width, self.max_depth, stop)
                 if picked:
-                    tokens = [tree.tokens[node] for node in picked]
-                    grown.append(Rows(tree.growth.sequence, tokens, tree.row_parents))
-                    nodes += [(tree, node) for node in picked]
+                    rows.append(frontier.growth.run(picked))
+                    nodes += [(frontier, node) for node in picked]
             if not nodes:
                 break
-            logits = self.source.extend(grown)
-        for tree in trees:
-            tree.finish(self.name, self.floor)
+            logits = self.source.extend(rows)
+        for one in growing:
+            one.finish(self.name, self.floor, most=one.budget)
 
-    def _add_children(self, nodes: list[tuple[_Candidates, int]], logits: torch.Tensor) -> None:
-        """Offer the children of each node, of which `logits` has a row."""
-        contexts = [(tree.growth.sequence, tree.path(node)) for tree, node in nodes]
+    def _offer_children(self, nodes: list[tuple[_Frontier, int]], logits: torch.Tensor) -> None:
+        """The children of each node, of which `logits` has a row."""
+        contexts = [(frontier.growth.sequence, frontier.growth.path(node)) for frontier, node in nodes]
         edited = edit_rows(logits, contexts)
         ids, p = likeliest(edited, self.branches)
-        for row, (tree, node) in enumerate(nodes):
+        for row, (frontier, node) in enumerate(nodes):
             sequence, path = contexts[row]
-            if self.draws is Draws.COUPLED and not sequence.params.greedy:
-                tree.add(node, *self._with_draw(ids[row], p[row], edited[row], sequence, len(path)))
-            else:
-                tree.add(node, ids[row], p[row])
-
-    def _with_draw(
-        self, ids: list[int], p: list[float], row: torch.Tensor, sequence: Sequence, depth: int
-    ) -> tuple[list[int], list[float], Cell]:
-        """The coupled draw and the likeliest children, their scores, and the draw's cell. The draw has its measured
-        acceptance; the others share what is left in proportion to their probabilities."""
-        drawn, own = coupled_draw(row, sequence.params, len(sequence.tokens) + depth)
-        cell = cell_of(Choice.COUPLED, own)
-        rate = self._rate(cell)
-        rest = (1 - rate) / max(1 - own, 1e-6)
-        tokens, scores = [drawn], [rate]
-        for token, likely in zip(ids, p, strict=True):
-            if token != drawn:
-                tokens.append(token)
-                scores.append(min(likely * rest, 1.0))
-        return tokens, scores, cell
+            frontier.offer(node, self._candidates(sequence, len(path), edited[row], ids[row], p[row]))

@@ -112,11 +112,6 @@ class ModelSource(Source):
         self.cache = PagedKVCache(decoder.new_storage(num_pages))
         self._kv: dict[int, int] = {}  # sequence id -> its handle
 
-    @classmethod
-    def of(cls, context: DrafterContext, method: str) -> ModelSource:
-        """The draft model of `context`. Raises MethodError in the name of `method` if there is none."""
-        return cls(draft_model_of(context, method), context.draft_pages, context.vocab_size)
-
     def text(self, sequence: Sequence) -> list[int]:
         """What the draft model reads of a sequence. Grows at its end by the tokens committed, and not otherwise."""
         return sequence.tokens
@@ -169,7 +164,7 @@ class ModelSource(Source):
                 start = self.cache.length(kvs[i])
                 self.cache.reserve(kvs[i], n)
                 spans.append(Span(texts[i][start : start + n], start, logits="last" if last else "none"))
-            logits = self._forward([kvs[i] for i, _, _ in now], spans)
+            logits = self._forward([sequences[i] for i, _, _ in now], spans)
             done = [i for i, _, last in now if last]
             for i, n, _ in now:
                 self.cache.commit(kvs[i], range(n))
@@ -186,11 +181,15 @@ class ModelSource(Source):
             self.cache.reserve(kv, len(rows.parents))
             mask = Tree(np.array(rows.parents, dtype=np.int64), rooted=False)
             spans.append(Span(rows.tokens, self.cache.length(kv), mask, len(rows.parents) - len(rows.tokens)))
-        return self._forward(kvs, spans)
+        return self._forward([rows.sequence for rows in grown], spans)
 
-    def _forward(self, kvs: list[int], spans: list[Span]) -> torch.Tensor:
-        batch = pack(spans, self.cache.page_tables(kvs))
-        return self.decoder.forward(batch, self.cache.storage).logits[:, : self.vocab_size]
+    def _forward(self, sequences: Seq[Sequence], spans: Seq[Span]) -> torch.Tensor:
+        """Logits of the rows that the spans ask for."""
+        return self._run(self.decoder, sequences, spans)
+
+    def _run(self, decoder: Decoder, sequences: Seq[Sequence], spans: Seq[Span]) -> torch.Tensor:
+        batch = pack(spans, self.cache.page_tables([self._kv[sequence.id] for sequence in sequences]))
+        return decoder.forward(batch, self.cache.storage).logits[:, : self.vocab_size]
 
 
 class SelfSource(Source):

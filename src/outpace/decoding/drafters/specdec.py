@@ -18,7 +18,7 @@ from .sources import Source
 )
 class SpecDec(DraftChain):
     """The draft model stops when the predicted probability that at least one of its tokens is rejected passes a
-    threshold, which is the optimal form of stopping (the paper's theorem 3.1).
+    threshold; the paper shows that the optimal way of stopping has this form.
 
     The paper predicts each token's acceptance by a head trained on the draft model. Here nothing is trained: the
     prediction is the measured acceptance of tokens of the same confidence, counted online in bins (see DraftChain).
