@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
@@ -107,7 +108,16 @@ def sampling_options(function: F) -> F:
         option("--top-k", int, "Sample among the k likeliest tokens; 0: all."),
         option("--top-p", float, "Sample among the likeliest tokens that make up this probability."),
         option("--min-p", float, "Leave out tokens less likely than this share of the likeliest."),
+        option("--repetition-penalty", float, "Above 1: tokens of the prompt and the answer become less likely."),
+        option("--presence-penalty", float, "Subtracted from the logits of tokens that the answer has."),
+        option("--frequency-penalty", float, "The same for each time that it has them."),
+        click.option(
+            "--logit-bias", multiple=True, metavar="TOKEN=BIAS", help="Added to a token id's logit; may be repeated."
+        ),
         option("--seed", int, "The same seed gives the same text."),
+        click.option("--json-schema", metavar="FILE|JSON", help="The answer is JSON that this schema describes."),
+        click.option("--regex", metavar="REGEX", help="The whole answer matches this regular expression."),
+        click.option("--grammar", metavar="FILE", help="The answer is a sentence of this grammar (Lark or GBNF)."),
         click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be repeated."),
         click.option("--system", metavar="TEXT", help="System message of the chat."),
     ]
@@ -116,10 +126,37 @@ def sampling_options(function: F) -> F:
 
 def sampling_params(options: dict[str, Any]) -> SamplingParams:
     """From the options of `sampling_options`; ParameterError for a value out of range."""
-    names = ("temperature", "top_k", "top_p", "min_p", "seed", "stop")
-    limit = options["max_tokens"]
+    names = (
+        *("temperature", "top_k", "top_p", "min_p", "seed", "stop", "regex"),
+        *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+    )
+    limit, schema, grammar = options["max_tokens"], options["json_schema"], options["grammar"]
     most = {} if limit is None else {"max_tokens": limit}
-    return SamplingParams(**{name: options[name] for name in names}, **most)
+    return SamplingParams(
+        **{name: options[name] for name in names},
+        **most,
+        logit_bias=dict(map(_bias, options["logit_bias"])),
+        logprobs=options.get("logprobs"),
+        json_schema=schema if schema is None or schema.lstrip().startswith("{") else read_file(schema, "--json-schema"),
+        grammar=None if grammar is None else read_file(grammar, "--grammar"),
+    )
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token, _, bias = text.partition("=")
+    try:
+        return int(token), float(bias)
+    except ValueError:
+        raise ParameterError(f"--logit-bias {text!r}: write a token id and a number, as in 198=-5") from None
+
+
+def read_file(path: str, option: str) -> str:
+    """The text of a file that an option names."""
+    try:
+        return Path(path).read_text("utf-8")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
+        raise ParameterError(f"{option} {path!r} cannot be read: {reason}") from None
 
 
 def open_llm(options: dict[str, Any], **more: Any) -> LLM:

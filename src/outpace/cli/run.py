@@ -36,6 +36,7 @@ PALETTE = ("green", "cyan", "magenta", "yellow", "blue", "bright_red")
 @sampling_options
 @click.option("--raw", is_flag=True, help="Continue the text as it is, without the model's chat template.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@click.option("--logprobs", type=int, metavar="K", help="With --json: log-probabilities, and those of the K likeliest.")
 @click.option("--no-stream", is_flag=True, help="Print the answer when it is complete.")
 @click.option("--show-draft", is_flag=True, help="Colour tokens by who drafted them.")
 @click.option(
@@ -63,6 +64,8 @@ def run(prompt: str | None, as_json: bool, no_stream: bool, show_draft: bool, **
         raise ParameterError("--system needs the chat template that --raw leaves out: drop one of them")
     if as_json and show_draft:
         raise ParameterError("--json and --show-draft cannot go together: drop one of them")
+    if options["logprobs"] is not None and not as_json:
+        raise ParameterError("--logprobs are part of the object that --json prints: add it, or drop --logprobs")
     with open_llm(options, max_batch=1) as llm:
         ask, params = prepare(llm, text, params, options)
         stream = llm.stream(ask, params, prediction)
@@ -239,7 +242,7 @@ def speed_lines(result: Result) -> list[str]:
 
 
 def json_object(llm: LLM, result: Result, compared: dict[str, Any] | None) -> dict[str, Any]:
-    record = {
+    record: dict[str, Any] = {
         "text": result.text,
         "token_ids": result.token_ids,
         "finish_reason": result.finish_reason,
@@ -251,6 +254,8 @@ def json_object(llm: LLM, result: Result, compared: dict[str, Any] | None) -> di
         "notes": result.notes,
         "stats": stats_object(result),
     }
+    if result.logprobs is not None:
+        record |= {"logprobs": result.logprobs, "top_logprobs": result.top_logprobs}
     if compared is not None:
         record["against_plain"] = compared
     return record

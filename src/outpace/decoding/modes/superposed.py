@@ -125,6 +125,8 @@ class Superposed:
         return Suggestions(drafts, self.name, "approximate", len(prompt), forwards, **times)
 
     def _check(self, prompt: Sequence[int], params: SamplingParams) -> None:
+        if params.constraint is not None:
+            raise ParameterError(f"superposed decoding cannot keep drafts to {params.constraint[0]}: leave it out")
         if not params.greedy or params.logprobs is not None:
             raise ParameterError(
                 "superposed decoding keeps the likeliest drafts and draws none: it takes temperature=0 and no "
