@@ -17,9 +17,10 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from .isa import AMX, VNNI
+from .isa import AMX, PORTABLE, VNNI
 from .products import (
     GROUP_BYTES,
+    INT4_SPARE,
     SCRATCH_ROW,
     TILE_ROW,
     amx_bf_1,
@@ -37,8 +38,12 @@ from .products import (
     f32_2,
     f32_4,
     int4_amx,
-    int4_plain,
-    int4_vnni,
+    int4_plain_1,
+    int4_plain_4,
+    int4_vnni_1,
+    int4_vnni_2,
+    int4_vnni_4,
+    int4_vnni_8,
     plain_i8_1,
     plain_i8_2,
     plain_i8_4,
@@ -62,11 +67,11 @@ from .simd import (
     vsub,
 )
 
-SCRATCH_BYTES = 2 * LANES * SCRATCH_ROW
+_SPARE = 2 * LANES * SCRATCH_ROW  # where int4's room lies behind the results
+SCRATCH_BYTES = _SPARE + INT4_SPARE
 
 KIND_F32, KIND_BF16, KIND_INT8, KIND_INT4 = 0, 1, 2, 3
 STORE, ADD, GATED_SILU, GATED_GELU = 0, 1, 2, 3
-_SPARE = LANES * SCRATCH_ROW  # int4 works on one row tile; its unpacked weights lie behind the results
 
 
 @njit
@@ -118,15 +123,37 @@ def _vector_block(kind, level, panels, x, stride, w, steps, scratch):
 
 
 @njit
+def _int4_rows(level, left, x, stride, panel, steps, out):
+    """The first rows of up to `left`: returns how many. A kernel may compute rows of the padding."""
+    if level == PORTABLE:
+        if left == 1:
+            int4_plain_1(x, stride, panel, steps, out)
+            return 1
+        int4_plain_4(x, stride, panel, steps, out)
+        return 4
+    if left > 4:
+        int4_vnni_8(x, stride, panel, steps, out)
+        return 8
+    if left > 2:
+        int4_vnni_4(x, stride, panel, steps, out)
+        return 4
+    if left == 2:
+        int4_vnni_2(x, stride, panel, steps, out)
+        return 2
+    int4_vnni_1(x, stride, panel, steps, out)
+    return 1
+
+
+@njit
 def _int4_panels(level, panels, x, stride, w, steps, rows, scratch):
     for n in range(panels):
         panel, out = w + n * steps * GROUP_BYTES, scratch + n * TILE_ROW
-        if level == AMX:
-            int4_amx(x, stride, panel, steps, rows, out, scratch + _SPARE)
-        elif level == VNNI:
-            int4_vnni(x, stride, panel, steps, rows, out, scratch + _SPARE)
+        if level == AMX and rows > 8:
+            int4_amx(x, stride, panel, steps, out, scratch + _SPARE)
         else:
-            int4_plain(x, stride, panel, steps, rows, out, scratch + _SPARE)
+            r = 0
+            while r < rows:
+                r += _int4_rows(level, rows - r, x + r * stride, stride, panel, steps, out + r * SCRATCH_ROW)
 
 
 @njit(inline="always")

@@ -27,6 +27,7 @@ from .simd import (
     high_bf16,
     load,
     low_bf16,
+    prefetch,
     splat,
     splat_int,
     store,
@@ -36,6 +37,11 @@ from .tiles import amx_call, tile_number, unavailable
 TILE_ROW = 64  # bytes
 SCRATCH_ROW = 256  # bytes: 64 outputs
 GROUP_BYTES = 640  # of int4: 64 depths of 16 outputs, with their scales and minima
+_SUMS_BYTES = (
+    2048 + 256
+)  # two steps' sums do not lie a multiple of 4 KiB apart, where a load waits for the other's store
+INT4_SPARE = 2048 + 2 * _SUMS_BYTES  # one step's unpacked weights and two steps' sums
+_AHEAD = 4096  # bytes from what int4 reads to what it asks for; it computes too much for the hardware to run ahead
 
 
 def _amx(product: str, panels: int, row_tiles: int) -> Callable[..., Any]:
@@ -156,16 +162,12 @@ def _float(panels: int, bf16: bool) -> Callable[..., Any]:
     return kernel
 
 
-def _unpack_int4(b: ir.IRBuilder, group: ir.Value, tiles: ir.Value) -> None:
-    """512 bytes of nibbles to two int8 tiles of 1 KiB: the low ones to the first half of the first tile, the high ones
-    to the second half of the second. The other halves stay zero, so each tile's product is that of 32 depths.
-    """
+def _nibbles(b: ir.IRBuilder, group: ir.Value, k: int) -> tuple[ir.Value, ir.Value]:
+    """The k-th four depths of a step's first 32 and of its second 32, as bytes 0..15 [16 outputs x 4]."""
     bytes64 = ir.VectorType(I8, 64)
-    mask, four = ir.Constant(bytes64, [15] * 64), ir.Constant(bytes64, [4] * 64)
-    for i in range(8):
-        both = load(b, at(b, group, 64 * i), bytes64, 1)
-        store(b, at(b, tiles, 64 * i), b.and_(both, mask), 1)
-        store(b, at(b, tiles, 1024 + 512 + 64 * i), b.lshr(both, four), 1)
+    both = load(b, at(b, group, 64 * k), bytes64, 1)
+    low, high = b.and_(both, ir.Constant(bytes64, [15] * 64)), b.lshr(both, ir.Constant(bytes64, [4] * 64))
+    return b.bitcast(low, VI), b.bitcast(high, VI)
 
 
 def _load_bf16(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
@@ -173,68 +175,124 @@ def _load_bf16(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
     return b.bitcast(b.shl(wide, splat_int(16)), VF)
 
 
-def _int4(amx: bool, vnni: bool) -> Callable[..., Any]:
-    """Up to sixteen rows x one panel. Weights are scale * nibble + minimum in groups of 32 depths, activations int8
-    with a scale for the same 32: int32 sums within a group, float32 over the groups in rising order.
+def _group_factors(b: ir.IRBuilder, group: ir.Value) -> list[tuple[ir.Value, ir.Value]]:
+    """(scales, minima) of the two groups of a step, f32[16 outputs] each."""
+    return [(_load_bf16(b, at(b, group, 512 + 32 * g)), _load_bf16(b, at(b, group, 576 + 32 * g))) for g in range(2)]
 
-    Behind a row's int8 follow, for each group, its scale and scale * sum (for the minima), as float32.
+
+def _add_groups(b: ir.IRBuilder, acc: ir.Value, totals: Any, row_factors: ir.Value, factors: Any) -> ir.Value:
+    """acc + the two groups of a step, in this order wherever it is done: the definition of int4's rounding.
+
+    `totals`: whole sums of activation x nibble; `row_factors`: address of the row's (scale, scale * sum) of each group.
+    """
+    for g, (total, (scales, minima)) in enumerate(zip(totals, factors, strict=True)):
+        scale = splat(b, load(b, at(b, row_factors, 8 * g), F32))
+        weighted_sum = splat(b, load(b, at(b, row_factors, 8 * g + 4), F32))
+        acc = fma(b, b.fmul(b.sitofp(total, VF), scale), scales, acc)
+        acc = fma(b, weighted_sum, minima, acc)
+    return acc
+
+
+def _prefetch_step(b: ir.IRBuilder, group: ir.Value) -> None:
+    """A thread's panels lie one behind the other, so what it reads later lies ahead."""
+    for line in range(0, GROUP_BYTES, 64):
+        prefetch(b, at(b, group, _AHEAD + line))
+
+
+def _int4(rows: int, vnni: bool) -> Callable[..., Any]:
+    """`rows` rows x one panel. Weights are scale * nibble + minimum in groups of 32 depths, activations int8 with a
+    scale for the same 32: int32 sums within a group, float32 over the groups in rising order.
+
+    Behind a row's int8 follow, for each group, its scale and scale * sum (for the minima), as float32. Nibbles are
+    unsigned, as VNNI wants one side, and the activations signed, as it wants the other.
     """
 
-    @emit(types.void, *[types.int64] * 7)
-    def kernel(b, x, stride, w, steps, rows, out, spare):
-        if (amx and not HAS_AMX) or (vnni and not HAS_VNNI):
+    @emit(types.void, *[types.int64] * 5)
+    def kernel(b, x, stride, w, steps, out):
+        if vnni and not HAS_VNNI:
             unavailable(b)
             return
-        sums = b.add(spare, const(2048))
-        depths = b.mul(steps, const(TILE_ROW))
-        bias = const(-0x7F7F7F80, I32)  # 0x80808080, see _int8
-        for i in range(8):
-            for zero_half in (512, 1024):
-                store(b, at(b, spare, zero_half + 64 * i), ir.Constant(VI, None))
-        with cgutils.for_range(b, rows) as row:
-            store(b, at(b, out, b.mul(row.index, const(SCRATCH_ROW))), ir.Constant(VF, None))
+        acc = Accumulators(b, rows)
+        acc.zero()
+        xs = [at(b, x, b.mul(stride, const(r))) for r in range(rows)]
+        row_factors = [at(b, start, b.mul(steps, const(TILE_ROW))) for start in xs]
         with cgutils.for_range(b, steps) as loop:
             group = at(b, w, b.mul(loop.index, const(GROUP_BYTES)))
-            depth = b.mul(loop.index, const(TILE_ROW))
-            _unpack_int4(b, group, spare)
-            if amx:
-                pointer, line = I8.as_pointer(), const(TILE_ROW)
-                amx_call(b, "llvm.x86.tileloadd64", tile_number(4), b.inttoptr(at(b, x, depth), pointer), stride)
-                for half in range(2):
-                    source = b.inttoptr(at(b, spare, 1024 * half), pointer)
-                    target = b.inttoptr(at(b, sums, 1024 * half), pointer)
-                    amx_call(b, "llvm.x86.tilezero", tile_number(half))
-                    amx_call(b, "llvm.x86.tileloadd64", tile_number(6), source, line)
-                    amx_call(b, "llvm.x86.tdpbssd", tile_number(half), tile_number(4), tile_number(6))
-                    amx_call(b, "llvm.x86.tilestored64", tile_number(half), target, line)
-            scales = [_load_bf16(b, at(b, group, 512 + 32 * half)) for half in range(2)]
-            minima = [_load_bf16(b, at(b, group, 576 + 32 * half)) for half in range(2)]
-            with cgutils.for_range(b, rows) as row:
-                begin = at(b, x, b.mul(row.index, stride))
-                factors = at(b, b.add(begin, depths), b.mul(loop.index, const(16)))
-                target = at(b, out, b.mul(row.index, const(SCRATCH_ROW)))
-                acc = load(b, target, VF)
-                for half in range(2):
-                    if amx:
-                        total = load(b, at(b, at(b, sums, b.mul(row.index, const(TILE_ROW))), 1024 * half), VI)
-                    else:
-                        total = offset = ir.Constant(VI, None)
-                        for k in range(8 * half, 8 * half + 8):
-                            weights = load(b, at(b, spare, 1024 * half + TILE_ROW * k), VI)
-                            x4 = load(b, at(b, b.add(begin, depth), 4 * k), I32, 1)
-                            total = _int8_dot(b, total, b.xor(x4, bias) if vnni else x4, weights, vnni)
-                            offset = _int8_dot(b, offset, bias, weights, True) if vnni else offset
-                        total = b.sub(total, offset) if vnni else total
-                    scale = splat(b, load(b, at(b, factors, 8 * half), F32))
-                    weighted_sum = splat(b, load(b, at(b, factors, 8 * half + 4), F32))
-                    acc = fma(b, b.fmul(b.sitofp(total, VF), scale), scales[half], acc)
-                    acc = fma(b, weighted_sum, minima[half], acc)
-                store(b, target, acc)
+            _prefetch_step(b, group)
+            depth, place = b.mul(loop.index, const(TILE_ROW)), b.mul(loop.index, const(16))
+            totals: list[list[ir.Value]] = [[ir.Constant(VI, None)] * 2 for _ in range(rows)]
+            for g in range(2):
+                for k in range(8):
+                    weights = _nibbles(b, group, k)[g]
+                    for r in range(rows):
+                        x4 = load(b, at(b, at(b, xs[r], depth), 32 * g + 4 * k), I32, 1)
+                        if vnni:  # accumulator, unsigned bytes, signed bytes
+                            dot = "llvm.x86.avx512.vpdpbusd.512"
+                            totals[r][g] = call(b, dot, VI, totals[r][g], weights, splat(b, x4))
+                        else:
+                            totals[r][g] = _int8_dot(b, totals[r][g], x4, weights, False)
+            factors = _group_factors(b, group)
+            for r in range(rows):
+                acc[r] = _add_groups(b, acc[r], totals[r], at(b, row_factors[r], place), factors)
+        for r in range(rows):
+            store(b, at(b, out, SCRATCH_ROW * r), acc[r])
 
     return kernel
 
 
-int4_amx, int4_vnni, int4_plain = _int4(True, False), _int4(False, True), _int4(False, False)
+@emit(types.void, *[types.int64] * 6)
+def int4_amx(b, x, stride, w, steps, out, spare):
+    """Sixteen rows x one panel, as `_int4` defines them.
+
+    A step's nibbles are unpacked to two tiles, each with one group's 32 depths and zeros for the other's. Sums go
+    through memory and take long to arrive, so they are added one step late. `spare`: INT4_SPARE bytes.
+    """
+    if not HAS_AMX:
+        unavailable(b)
+        return
+    pointer, line = I8.as_pointer(), const(TILE_ROW)
+    acc = Accumulators(b, LANES)
+    acc.zero()
+    for zero_half in (512, 1024):
+        for i in range(0, 512, 64):
+            store(b, at(b, spare, zero_half + i), ir.Constant(VI, None))
+    row_factors = [at(b, x, b.add(b.mul(stride, const(r)), b.mul(steps, line))) for r in range(LANES)]
+
+    def sums_of(index: ir.Value) -> ir.Value:
+        return at(b, spare, b.add(const(2048), b.mul(b.and_(index, const(1)), const(_SUMS_BYTES))))
+
+    def multiply(index: ir.Value) -> None:
+        group, sums = at(b, w, b.mul(index, const(GROUP_BYTES))), sums_of(index)
+        _prefetch_step(b, group)
+        for k in range(8):
+            for g, place in enumerate((0, 1024 + 512)):
+                store(b, at(b, spare, place + 64 * k), _nibbles(b, group, k)[g])
+        source = b.inttoptr(at(b, x, b.mul(index, line)), pointer)
+        amx_call(b, "llvm.x86.tileloadd64", tile_number(4), source, stride)
+        for g in range(2):
+            weights, target = (b.inttoptr(at(b, base, 1024 * g), pointer) for base in (spare, sums))
+            amx_call(b, "llvm.x86.tilezero", tile_number(g))
+            amx_call(b, "llvm.x86.tileloadd64", tile_number(6 + g), weights, line)
+            amx_call(b, "llvm.x86.tdpbssd", tile_number(g), tile_number(4), tile_number(6 + g))
+            amx_call(b, "llvm.x86.tilestored64", tile_number(g), target, line)
+
+    def add(index: ir.Value) -> None:
+        sums, factors = sums_of(index), _group_factors(b, at(b, w, b.mul(index, const(GROUP_BYTES))))
+        for r in range(LANES):
+            totals = [load(b, at(b, sums, 1024 * g + TILE_ROW * r), VI) for g in range(2)]
+            acc[r] = _add_groups(b, acc[r], totals, at(b, row_factors[r], b.mul(index, const(16))), factors)
+
+    multiply(const(0))
+    with cgutils.for_range(b, steps, start=const(1)) as loop:
+        multiply(loop.index)
+        add(b.sub(loop.index, const(1)))
+    add(b.sub(steps, const(1)))
+    for r in range(LANES):
+        store(b, at(b, out, SCRATCH_ROW * r), acc[r])
+
+
+int4_vnni_1, int4_vnni_2, int4_vnni_4, int4_vnni_8 = (_int4(n, True) for n in (1, 2, 4, 8))
+int4_plain_1, int4_plain_4 = (_int4(n, False) for n in (1, 4))
 amx_i8_1, amx_i8_2, amx_i8_4 = (_amx("llvm.x86.tdpbssd", n, 1) for n in (1, 2, 4))
 amx_bf_1, amx_bf_2, amx_bf_4 = (_amx("llvm.x86.tdpbf16ps", n, 1) for n in (1, 2, 4))
 amx_i8_22, amx_bf_22 = _amx("llvm.x86.tdpbssd", 2, 2), _amx("llvm.x86.tdpbf16ps", 2, 2)
