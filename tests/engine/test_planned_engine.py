@@ -1,0 +1,99 @@
+"""The loop with planners: the tokens never change, rows stay within limits, and the figures add up."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hashing import HashDecoder, Scripted, oracle, plain_tokens
+from test_engine import PROMPTS, run
+
+from outpace.decoding.drafters.merged import Merged
+from outpace.decoding.drafters.ngram import Ngram
+from outpace.decoding.drafters.recycling import Recycling
+from outpace.decoding.drafters.suffix import Suffix
+from outpace.decoding.planners.costs import StepCosts
+from outpace.decoding.planners.fixed import Fixed
+from outpace.decoding.planners.goodput import Goodput
+from outpace.decoding.planners.planner import Planner
+from outpace.decoding.planners.tetris import Tetris
+from outpace.decoding.verify.coupled import CoupledVerifier
+from outpace.engine.engine import Engine, EngineConfig
+from outpace.types import Result, SamplingParams
+
+FLAT = StepCosts((1, 8, 32), (64, 1024), np.array([[1e-3, 2e-3], [1.1e-3, 2.1e-3], [1.4e-3, 2.4e-3]], dtype=np.float32))
+STEEP = StepCosts((1, 32), (64,), np.array([[1e-3], [3.2e-2]], dtype=np.float32))
+PLANNERS = {
+    "fixed": lambda: Fixed(),
+    "tetris": lambda: Tetris(),
+    "goodput": lambda: Goodput(FLAT),
+    "goodput, rows dear": lambda: Goodput(STEEP),
+}
+
+
+def planned(decoder: HashDecoder, planner: Planner, **limits: int) -> Engine:
+    drafters = [
+        Ngram(),
+        Suffix(),
+        Recycling(decoder.config.vocab_size),
+        Scripted(oracle(decoder, right=0.6, tree=True)),
+    ]
+    drafters[3].observe = lambda *_: None  # type: ignore[method-assign]  # it may rest, and is not told then
+    drafters[3].propose = lambda s, b: [drafters[3].script(x.tokens, n) for x, n in zip(s, b, strict=True)]  # type: ignore
+    return Engine(decoder, Merged(drafters), CoupledVerifier(), config=EngineConfig(**limits), planner=planner)
+
+
+@pytest.mark.parametrize("name", PLANNERS)
+@pytest.mark.parametrize("max_batch", [1, 5])
+def test_no_planner_changes_the_tokens(name: str, max_batch: int) -> None:
+    decoder = HashDecoder()
+    engine = planned(decoder, PLANNERS[name](), max_batch=max_batch, max_rows=12, max_step_rows=20, prefill_rows=16)
+    lengths = [40, 1, 25, 2, 33]
+    results = run(engine, PROMPTS, [SamplingParams(max_tokens=n) for n in lengths])
+    for prompt, n, result in zip(PROMPTS, lengths, results, strict=True):
+        assert result.token_ids == plain_tokens(decoder, prompt, n)
+    decoding = [rows for sequences, rows in decoder.forwards if sequences <= 1 or rows <= 20]
+    assert decoding and max(decoding) <= 20
+
+
+@pytest.mark.parametrize("name", PLANNERS)
+def test_no_planner_changes_sampled_tokens(name: str) -> None:
+    decoder = HashDecoder()
+    params = [SamplingParams(max_tokens=30, temperature=0.8, top_p=0.9, seed=s) for s in range(5)]
+    alone = [run(planned(decoder, Fixed()), [p], [q])[0].token_ids for p, q in zip(PROMPTS, params, strict=True)]
+    together = run(planned(decoder, PLANNERS[name]()), PROMPTS, params)
+    assert [r.token_ids for r in together] == alone
+
+
+def test_dear_rows_make_it_plain_decoding() -> None:
+    decoder = HashDecoder()
+    engine = Engine(
+        decoder, Merged([Ngram()]), CoupledVerifier(), planner=Goodput(STEEP), config=EngineConfig(max_batch=1)
+    )
+    (result,) = run(engine, [[5, 5, 6] * 20], [SamplingParams(max_tokens=60)])
+    # n-grams promise much at first and are found out; from then on every step has one row.
+    rows = [n for _, n in decoder.forwards[-20:]]
+    assert rows == [1] * 20
+    assert result.stats.tokens == 60
+
+
+def test_figures_of_the_sources_add_up() -> None:
+    decoder = HashDecoder()
+    (result,) = run(planned(decoder, Goodput(FLAT), max_batch=1), [[5, 5, 6] * 20], [SamplingParams(max_tokens=80)])
+    check(result)
+    stats = result.stats
+    assert stats.plain_s > 0 and stats.realised_speedup is not None and stats.predicted_speedup is not None
+    assert stats.predicted_speedup == pytest.approx(stats.realised_speedup * stats.expected_tokens / (stats.tokens - 1))
+    assert stats.verify_s > 0
+
+
+def check(result: Result) -> None:
+    stats = result.stats
+    for name, source in stats.sources.items():
+        assert source.accepted <= source.proposed
+        assert all(r <= n for n, r in zip(source.tested, source.right, strict=True))
+        # The last accepted token of a request may be its last token of all, which is then the target's own.
+        assert source.accepted <= sum(source.right) <= source.accepted + 1, name
+    assert sum(s.accepted for s in stats.sources.values()) == stats.accepted
+    assert sum(s.proposed for s in stats.sources.values()) == stats.drafted
+    assert sum(s.draft_s for s in stats.sources.values()) <= stats.draft_s
+    assert stats.tokens == 1 + stats.steps + stats.accepted or result.finish_reason == "length"

@@ -1,0 +1,214 @@
+"""Planners: which nodes are verified, against exhaustive search; drafters that must repay their time."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from outpace.decoding.contracts import Sequence
+from outpace.decoding.drafters.merged import Merged, promise
+from outpace.decoding.drafters.ngram import Ngram
+from outpace.decoding.drafters.plain import Plain
+from outpace.decoding.drafters.worth import Worth
+from outpace.decoding.methods import make_planner
+from outpace.decoding.planners.costs import StepCosts
+from outpace.decoding.planners.fixed import Fixed
+from outpace.decoding.planners.goodput import Goodput
+from outpace.decoding.planners.planner import Room, keep_best, reaches
+from outpace.decoding.planners.tetris import Tetris
+from outpace.errors import MethodError
+from outpace.registry import methods
+from outpace.types import NO_PARENT, Draft, SamplingParams
+
+
+def table(seconds: list[float]) -> StepCosts:
+    """Times of steps of 1, 2, ... rows, the same for every context."""
+    return StepCosts(tuple(range(1, len(seconds) + 1)), (64,), np.array(seconds, dtype=np.float32)[:, None])
+
+
+def tree(parents: list[int], scores: list[float]) -> Draft:
+    n = len(parents)
+    return Draft(
+        np.arange(n, dtype=np.int64), np.array(parents, dtype=np.int64), ["x"] * n, np.array(scores, dtype=np.float32)
+    )
+
+
+@st.composite
+def trees(draw: st.DrawFn, most: int = 6) -> Draft:
+    n = draw(st.integers(0, most))
+    parents = [draw(st.integers(NO_PARENT, i - 1)) for i in range(n)]
+    return tree(parents, [draw(st.floats(0.01, 1.0)) for _ in range(n)])
+
+
+def subtrees(drafts: list[Draft]) -> list[tuple[int, float]]:
+    """(nodes, expected accepted tokens) of every choice of nodes that keeps ancestors."""
+    found = []
+    nodes = [(d, i) for d, draft in enumerate(drafts) for i in range(len(draft))]
+    reach = [reaches(draft) for draft in drafts]
+    for kept in itertools.product((False, True), repeat=len(nodes)):
+        chosen = {node for node, keep in zip(nodes, kept, strict=True) if keep}
+        if all(drafts[d].parents[i] < 0 or (d, int(drafts[d].parents[i])) in chosen for d, i in chosen):
+            found.append((len(chosen), float(sum(reach[d][i] for d, i in chosen))))
+    return found
+
+
+@given(st.lists(trees(5), min_size=1, max_size=2), st.integers(0, 8))
+def test_tetris_takes_the_best_nodes_of_the_batch(drafts: list[Draft], nodes: int) -> None:
+    room = Room([len(d) for d in drafts], nodes, [10] * len(drafts))
+    chosen = Tetris().choose(drafts, room)
+    assert sum(map(len, chosen)) <= nodes
+    best = max(value for n, value in subtrees(drafts) if n <= nodes)
+    assert sum(map(promise, chosen)) == pytest.approx(best, abs=1e-4)
+
+
+@given(st.lists(trees(5), min_size=1, max_size=2), st.lists(st.floats(0.0, 0.5), min_size=13, max_size=13))
+def test_goodput_takes_the_nodes_that_pay(drafts: list[Draft], added: list[float]) -> None:
+    times = (1.0 + np.cumsum(added)).tolist()
+    planner = Goodput(table(times))
+    sequences = len(drafts)
+    room = Room([len(d) for d in drafts], 13 - sequences, [10] * sequences)
+    chosen = planner.choose(drafts, room)
+    rate = sequences / times[sequences - 1]  # of plain decoding: nothing was observed yet
+
+    def worth(n: int, value: float) -> float:
+        return value - rate * times[sequences - 1 + n]
+
+    best = max(worth(n, value) for n, value in subtrees(drafts))
+    assert worth(sum(map(len, chosen)), sum(map(promise, chosen))) == pytest.approx(best, abs=1e-3)
+
+
+def test_goodput_is_plain_decoding_when_rows_cost_what_they_bring() -> None:
+    draft = tree([NO_PARENT, 0, 1], [0.5, 0.5, 0.5])
+    room = Room([3], 3, [10])
+    assert len(Goodput(table([1.0, 2.0, 3.0, 4.0])).choose([draft], room)[0]) == 0
+    assert len(Goodput(table([1.0, 1.01, 1.02, 1.03])).choose([draft], room)[0]) == 3
+
+
+def test_goodput_keeps_its_floor_below_every_node_that_pays() -> None:
+    planner, drafter = Goodput(table([1.0, 1.3, 1.31, 1.32, 1.6])), Plain()
+    room = Room([4], 4, [10])
+    assert planner.budgets(drafter, room) == [4]
+    assert drafter.price == pytest.approx(1.0)
+    # Three nodes of probability p each cost 0.32: they pay from p = 0.1067 on, and no other number pays earlier.
+    assert drafter.floor == pytest.approx(0.32 / 3, rel=1e-4)
+
+
+def test_goodput_goes_by_what_the_engine_makes_of_a_second() -> None:
+    planner = Goodput(table([1.0, 1.1, 1.2, 1.3]))
+    draft = tree([NO_PARENT, NO_PARENT, NO_PARENT], [0.5, 0.3, 0.15])
+    room = Room([3], 3, [10])
+    assert len(planner.choose([draft], room)[0]) == 3
+    for _ in range(50):
+        planner.observe(rows=1, context=10, tokens=2, draft_s=0.0, step_s=1.0)
+    # Two tokens a second: a row of 0.1 s must bring 0.2.
+    assert len(planner.choose([draft], room)[0]) == 2
+    assert any("50 steps" in line for line in planner.explain())
+
+
+def test_fixed_shares_fairly_and_keeps_all() -> None:
+    room = Room([10, 2, 10], 12, [1, 1, 1])
+    assert Fixed().budgets(Plain(), room) == [5, 2, 5]
+    draft = tree([NO_PARENT], [0.1])
+    assert Fixed().choose([draft], room) == [draft]
+
+
+@given(trees(8), st.integers(0, 8))
+def test_kept_nodes_keep_parents_tokens_and_order(draft: Draft, count: int) -> None:
+    kept = keep_best([draft], count, [reaches(draft)])[0]
+    assert len(kept) == min(count, len(draft))
+    paths = {tuple(_path(draft, i)) for i in range(len(draft))}
+    assert {tuple(_path(kept, i)) for i in range(len(kept))} <= paths
+
+
+def _path(draft: Draft, node: int) -> list[int]:
+    path = []
+    while node != NO_PARENT:
+        path.append(int(draft.tokens[node]))
+        node = int(draft.parents[node])
+    return path[::-1]
+
+
+def test_costs_are_monotone_and_go_on_beyond_the_table() -> None:
+    costs = StepCosts((1, 4, 8), (64, 1024), np.array([[1.2, 2.0], [1.0, 2.2], [2.0, 4.0]], dtype=np.float32))
+    curve = costs.curve(12, 64)
+    assert (np.diff(curve) >= 0).all()
+    assert curve[0] == pytest.approx(curve[3], rel=1e-3)  # the dearer single row was a disturbance
+    assert curve[11] > curve[7]
+    assert costs.step(8, 2000) > costs.step(8, 1024) > costs.step(8, 64)
+
+
+# -- drafters that must repay their time ------------------------------------------------------------------------------
+
+
+def run(worth: Worth, gain: float, steps: int, price: float = 100.0, seconds: float = 0.001, id: int = 1) -> int:
+    """How often a drafter is asked that brings `gain` tokens at each call of `seconds`."""
+    asked, owed = 0, 0.0
+    for _ in range(steps):
+        if worth.pays(id, 0.0, price, 1):
+            asked += 1
+            owed += gain
+            worth.took(seconds, [tree([NO_PARENT], [0.5])])
+            worth.learned(id, 0.0, int(owed), 0.0)
+            owed -= int(owed)
+    return asked
+
+
+def test_a_drafter_that_never_gains_is_left_alone() -> None:
+    worth = Worth()
+    first = run(worth, gain=0.0, steps=300)
+    later = run(worth, gain=0.0, steps=1000)
+    assert first < 150
+    assert later <= 1000 / 50  # tried now and then
+
+
+def test_a_drafter_that_pays_is_always_asked() -> None:
+    assert run(Worth(), gain=0.5, steps=500) == 500
+
+
+def test_a_drafter_comes_back_when_the_text_changes() -> None:
+    worth = Worth()
+    run(worth, gain=0.0, steps=600)
+    assert run(worth, gain=1.0, steps=600) > 300
+
+
+def test_what_a_second_is_worth_decides() -> None:
+    # 0.2 tokens for 1 ms: worth it at 100 tokens/s, not at 1,000.
+    assert run(Worth(), gain=0.2, steps=1000, price=100.0) > 900
+    assert run(Worth(), gain=0.2, steps=1000, price=1000.0) < 500
+
+
+def test_a_sequence_does_not_pay_for_another() -> None:
+    worth = Worth()
+    for _ in range(40):
+        run(worth, gain=1.0, steps=5, id=1)
+        run(worth, gain=0.0, steps=5, id=2, price=500.0)
+    assert run(worth, gain=1.0, steps=100, id=1, price=500.0) > 90
+    assert run(worth, gain=0.0, steps=100, id=2, price=500.0) < 60
+
+
+def test_a_resting_drafter_is_neither_asked_nor_shown_anything() -> None:
+    ngram = Ngram()
+    merged = Merged([ngram])
+    sequence = Sequence(0, [1, 2, 3, 1, 2, 3, 1, 2], 8, SamplingParams())
+    merged.begin(sequence)
+    merged.price = 1.0
+    assert len(merged.propose([sequence], [4])[0]) == 4  # the first call costs nothing that is known
+    merged.worths[0].round_s = 1e6
+    merged._asked[0] = []
+    assert len(merged.propose([sequence], [4])[0]) == 0
+    assert merged.expects_topk == 0
+    sequence.tokens += [3, 1]
+    merged.worths[0].round_s = 1e-9
+    draft = merged.propose([sequence], [3])[0]
+    assert draft.tokens.tolist() == [2, 3, 1], "it must catch up with what it was not shown"
+
+
+def test_planners_are_registered_and_named() -> None:
+    assert {m.name for m in methods("planner")} == {"fixed", "goodput", "tetris"}
+    assert isinstance(make_planner("goodput", lambda: table([1.0, 1.1])), Goodput)
+    with pytest.raises(MethodError, match="fixed, goodput, tetris"):
+        make_planner("best", lambda: table([1.0, 1.1]))
