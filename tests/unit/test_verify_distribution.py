@@ -37,8 +37,25 @@ SAMPLERS = {
     "min_p": SamplingParams(temperature=1.0, min_p=0.3),
     "penalties": SamplingParams(temperature=1.0, repetition_penalty=1.5, presence_penalty=0.7, frequency_penalty=-0.4),
     "bias": SamplingParams(temperature=1.0, logit_bias={0: 1.0, 2: -1.5}),
+    "grammar": SamplingParams(temperature=1.0, regex="see NoRepeat"),
 }
 DRAWS = ("outright", "independent", "without replacement")
+
+
+class NoRepeat:
+    """Stands for the matcher of a grammar: no token twice in a row."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+
+    def advance(self, token: int) -> None:
+        self.tokens.append(token)
+
+    def retreat(self, n: int) -> None:
+        del self.tokens[len(self.tokens) - n :]
+
+    def allowed(self) -> np.ndarray:
+        return np.arange(V) != (self.tokens[-1] if self.tokens else -1)
 
 
 @cache
@@ -47,7 +64,8 @@ def target_logits(context: tuple[int, ...]) -> np.ndarray:
 
 
 def target(context: tuple[int, ...], params: SamplingParams) -> np.ndarray:
-    return distribution(target_logits(context), params, History([*PROMPT, *context], len(PROMPT)))
+    history = History([*PROMPT, *context], len(PROMPT), matcher=NoRepeat())  # type: ignore[arg-type]
+    return distribution(target_logits(context), params, history)
 
 
 @cache
@@ -145,7 +163,8 @@ def joint(
         if not drawn:
             continue
         for _ in script.outcomes():
-            seen = verifier.verify(Sequence(0, list(PROMPT), len(PROMPT), params), draft, outputs)
+            sequence = Sequence(0, list(PROMPT), len(PROMPT), params, matcher=NoRepeat())  # type: ignore[arg-type]
+            seen = verifier.verify(sequence, draft, outputs)
             out, weight = tuple(seen.tokens.tolist()), script.probability * drawn
             assert draft.tokens[seen.path].tolist() == list(out[:-1])
             accepted += weight * len(seen.path)
