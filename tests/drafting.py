@@ -7,6 +7,7 @@ and answers from a table of that context alone, so a wrong page, offset, mask or
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -28,6 +29,11 @@ V = 13
 
 def logits_of(context: list[int], salt: int = 0) -> np.ndarray:
     """A language: the next token depends on the last two, and a little on everything before."""
+    return _logits(tuple(context), salt)
+
+
+@lru_cache(maxsize=20_000)
+def _logits(context: tuple[int, ...], salt: int) -> np.ndarray:
     row = np.random.default_rng([salt, *context[-2:]]).standard_normal(V) * 2
     return (row + 0.05 * np.random.default_rng(context).standard_normal(V)).astype(np.float32)
 

@@ -158,7 +158,7 @@ class Grown(Drafter):
         self._growths: dict[int, Growth] = {}  # by sequence id, of rounds that are not over
 
     @classmethod
-    def create(cls, context: DrafterContext, trim: int = 0, **options: Any) -> Grown:
+    def create(cls, context: DrafterContext, *, trim: int = 0, **options: Any) -> Grown:
         """With the draft model as source, its head cut to `trim` tokens (0: whole). Override for another source."""
         return cls(model_source(context, cls.name, trim), Draws.of(context), **options)
 

@@ -34,5 +34,5 @@ class VocabTrim(SpecDec):
     paper = "https://arxiv.org/abs/2506.22694"
 
     @classmethod
-    def create(cls, context: DrafterContext, trim: int = 16384, **options: Any) -> VocabTrim:
+    def create(cls, context: DrafterContext, *, trim: int = 16384, **options: Any) -> VocabTrim:
         return cls(model_source(context, cls.name, trim), Draws.of(context), **options)
