@@ -148,11 +148,11 @@ def run(worth: Worth, gain: float, steps: int, price: float = 100.0, seconds: fl
     """How often a drafter is asked that brings `gain` tokens at each call of `seconds`."""
     asked, owed = 0, 0.0
     for _ in range(steps):
-        if worth.pays(id, 0.0, price, 1):
+        if worth.nodes(id, 0.0, price, 8):
             asked += 1
             owed += gain
             worth.took(seconds, [tree([NO_PARENT], [0.5])])
-            worth.learned(id, 0.0, int(owed), 0.0)
+            worth.learned(id, 0.0, int(owed), seconds)
             owed -= int(owed)
     return asked
 
@@ -196,15 +196,16 @@ def test_a_resting_drafter_is_neither_asked_nor_shown_anything() -> None:
     sequence = Sequence(0, [1, 2, 3, 1, 2, 3, 1, 2], 8, SamplingParams())
     merged.begin(sequence)
     merged.price = 1.0
-    assert len(merged.propose([sequence], [4])[0]) == 4  # the first call costs nothing that is known
-    merged.worths[0].round_s = 1e6
-    merged._asked[0] = []
-    assert len(merged.propose([sequence], [4])[0]) == 0
+    assert len(merged.propose([sequence], [9])[0]) == 3  # a trial
+    for _ in range(3):
+        merged.worths[0].learned(0, 0.0, 0, seconds=5.0)
+    assert len(merged.propose([sequence], [9])[0]) == 0
     assert merged.expects_topk == 0
     sequence.tokens += [3, 1]
-    merged.worths[0].round_s = 1e-9
-    draft = merged.propose([sequence], [3])[0]
-    assert draft.tokens.tolist() == [2, 3, 1], "it must catch up with what it was not shown"
+    for _ in range(9):
+        merged.worths[0].learned(0, 0.0, 500, seconds=5.0)
+    draft = merged.propose([sequence], [4])[0]
+    assert draft.tokens.tolist() == [2, 3, 1, 2], "it must catch up with what it was not shown"
 
 
 def test_planners_are_registered_and_named() -> None:

@@ -66,6 +66,7 @@ class _Asked:
     index: int  # of the drafter
     expected: float  # tokens that the drafters before it promised
     draft: Draft
+    seconds: float  # its share of the call
 
 
 class Merged(Drafter):
@@ -104,44 +105,35 @@ class Merged(Drafter):
         for sequence in sequences:
             self._asked[sequence.id] = []
         for index in range(len(self.drafters)):
-            places, expected = self._customers(index, sequences, budgets, merged)
+            promised = [promise(draft) for draft in merged]
+            nodes = self._nodes(index, sequences, budgets, promised)
+            places = [i for i, n in enumerate(nodes) if n > 0]
             if places:
-                self._ask(index, places, expected, sequences, budgets, merged)
+                drafts, seconds = self._ask(index, [sequences[i] for i in places], [nodes[i] for i in places])
+                for i, draft in zip(places, drafts, strict=True):
+                    self._asked[sequences[i].id].append(_Asked(index, promised[i], draft, seconds))
+                    corrected = self._calibrations[index].apply(draft)
+                    # A draft that stays alone keeps what merging loses: q.
+                    merged[i] = merge([merged[i], corrected], budgets[i]) if len(merged[i]) else corrected
         return merged
 
-    def _customers(
-        self, index: int, sequences: Seq[Sequence], budgets: Seq[int], merged: list[Draft]
-    ) -> tuple[list[int], list[float]]:
-        """Places of the sequences for which drafter `index` is worth asking, and what is promised there already."""
-        promised = [promise(draft) for draft in merged]
-        wanted = [i for i, budget in enumerate(budgets) if budget > 0]
-        if self.price > 0:
-            worth, count = self.worths[index], len(wanted)
-            wanted = [i for i in wanted if worth.pays(sequences[i].id, promised[i], self.price, count)]
-        return wanted, [promised[i] for i in wanted]
+    def _nodes(self, index: int, sequences: Seq[Sequence], budgets: Seq[int], promised: list[float]) -> list[int]:
+        """How many nodes to ask drafter `index` for, for each sequence."""
+        if self.price <= 0:
+            return list(budgets)
+        asked = zip(sequences, budgets, promised, strict=True)
+        nodes = self.worths[index].nodes
+        return [nodes(s.id, expected, self.price, budget) if budget > 0 else 0 for s, budget, expected in asked]
 
-    def _ask(
-        self,
-        index: int,
-        places: list[int],
-        expected: list[float],
-        sequences: Seq[Sequence],
-        budgets: Seq[int],
-        merged: list[Draft],
-    ) -> None:
+    def _ask(self, index: int, sequences: list[Sequence], nodes: list[int]) -> tuple[list[Draft], float]:
         drafter, worth = self.drafters[index], self.worths[index]
         drafter.floor, drafter.price = self.floor, self.price
-        drafter.forward_floor = max(self.floor, self.price * worth.forward_s / max(len(places), 1))
+        drafter.forward_floor = max(self.floor, self.price * worth.forward_s / len(sequences))
         began = perf_counter()
-        drafts = drafter.propose([sequences[i] for i in places], [budgets[i] for i in places])
-        worth.took(perf_counter() - began, drafts)
-        for i, promised, draft in zip(places, expected, drafts, strict=True):
-            self._asked[sequences[i].id].append(_Asked(index, promised, draft))
-            corrected = self._calibrations[index].apply(draft)
-            if not len(merged[i]):
-                merged[i] = corrected  # keeps what merging loses: q
-            elif len(draft):
-                merged[i] = merge([merged[i], corrected], budgets[i])
+        drafts = drafter.propose(sequences, nodes)
+        seconds = perf_counter() - began
+        worth.took(seconds, drafts)
+        return drafts, seconds / len(sequences)
 
     def observe(self, sequence: Sequence, seen: Observation) -> None:
         gained = self._gains(seen)
@@ -151,8 +143,8 @@ class Merged(Drafter):
             drafter = self.drafters[one.index]
             drafter.observe(sequence, seen)
             if seen.outputs is not None:
-                worth = self.worths[one.index]
-                worth.learned(sequence.id, one.expected, gained.get(drafter.name, 0), perf_counter() - began)
+                seconds = one.seconds + perf_counter() - began
+                self.worths[one.index].learned(sequence.id, one.expected, gained.get(drafter.name, 0), seconds)
         self._asked[sequence.id] = []
 
     @staticmethod

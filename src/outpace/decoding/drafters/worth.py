@@ -9,79 +9,95 @@ from dataclasses import dataclass
 from ...types import Draft
 from ..contracts import node_depths
 
-_EDGES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of what the drafters before it promise: bins of the table of gains
-_PRIOR = (1.0, 0.8, 0.6, 0.4, 0.3, 0.2)  # tokens gained, to start from: hopeful, so that each is tried
-_WEIGHT = 6.0  # steps that the prior is worth
-_HORIZON = 60.0  # steps over which gains and ratios are averaged
-_TIMES = 0.9  # fade of measured times
-_SHORT, _LONG = 8, 64  # steps until a drafter that does not pay is tried again, at first and at most
+_EDGES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of what the drafters before it promise: bins of the table
+_TRIALS = 3  # of each bin before it is believed
+_FADE = 1 - 1 / 60  # of the table, for each step in which the drafter was asked
+_FADE_OWN, _PRIOR_OWN = 1 - 1 / 12, 1.5  # the same for one sequence, and what it starts from, in tokens
+_FADE_TIMES = 0.9
+_SHORT, _LONG = 8, 256  # steps until a drafter that does not pay is tried again, at least and at most
+_EXPLORING = 0.03  # of the tokens is what trials may cost
+_TRIAL_NODES = 3  # of a trial's draft: a short one costs little, and the first nodes are the best
+
+
+@dataclass(slots=True)
+class _Bin:
+    gained: float = 0.0  # tokens
+    seconds: float = 0.0
+    trials: int = 0
+
+    @property
+    def per_second(self) -> float:
+        return self.gained / self.seconds if self.seconds > 0 else 0.0
 
 
 @dataclass(slots=True)
 class _Customer:
-    """One sequence: how its gains compare with what the table expects, and when the drafter is tried next."""
+    """One sequence: how its gains compare with what the table foretold, and when the drafter is tried next."""
 
-    gained: float = _WEIGHT
-    foretold: float = _WEIGHT
+    gained: float = _PRIOR_OWN
+    foretold: float = _PRIOR_OWN
     skipped: int = 0
-    nap: int = _SHORT
+    nap: float = _SHORT
 
 
 class Worth:
     """Bookkeeping for one drafter.
 
-    The gain of a step is the number of accepted tokens that no drafter before it proposed. It is expected from a table
-    by what those promised (beside a long certain lookup a draft model adds little), times how this sequence compares
-    with the others. Where it does not pay it is tried again after 8 skipped steps, then 16, up to 64.
+    The gain of a step is the number of accepted tokens that no drafter before it proposed. Gain per second of drafting
+    is kept in a table by what those before it promised (beside a long certain lookup a draft model adds little), and is
+    expected to be that times how the sequence compares with the others. Where it is less than the price of a second the
+    drafter rests, and is tried again with a short draft: after 8 steps or, if it is dear, after so many that trials
+    cost at most 3 % of the tokens, and each time after twice as many.
     """
 
     def __init__(self) -> None:
-        self._gain = list(_PRIOR)
-        self._trials = [_WEIGHT] * len(_PRIOR)
+        self._bins = [_Bin() for _ in range(len(_EDGES) + 1)]
         self._customers: dict[int, _Customer] = {}
-        self.round_s = 0.0  # of one call of `propose`
         self.forward_s = 0.0  # of one level of a draft
-        self.observe_s = 0.0
+        self._call_s = 0.0
         self._unreported = 0.0
         self.asked = self.skipped = self.gained = 0
+        self.seconds = 0.0
 
-    def pays(self, id: int, promised: float, price: float, sequences: int) -> bool:
-        """`price`: tokens that a second is worth; `sequences` share a call's time."""
-        customer = self._customers.setdefault(id, _Customer())
-        gain = self._gain[bisect_right(_EDGES, promised)] * customer.gained / customer.foretold
-        if gain >= price * self.cost(sequences):
+    def nodes(self, id: int, promised: float, price: float, budget: int) -> int:
+        """How many nodes to ask for: the budget if it pays, a few for a trial, else 0.
+
+        `price`: tokens that a second is worth; `promised`: tokens that the drafters before it are expected to bring.
+        """
+        customer, known = self._customers.setdefault(id, _Customer()), self._bins[bisect_right(_EDGES, promised)]
+        if known.trials < _TRIALS:
+            return min(budget, _TRIAL_NODES)
+        if known.per_second * customer.gained / customer.foretold >= price:
             customer.skipped, customer.nap = 0, _SHORT
-            return True
+            return budget
         customer.skipped += 1
-        if customer.skipped > customer.nap:
+        trial_s = min(self._call_s, (_TRIAL_NODES + 1) * self.forward_s)
+        if customer.skipped > max(customer.nap, price * trial_s / (_EXPLORING * (1 + promised))):
             customer.skipped, customer.nap = 0, min(2 * customer.nap, _LONG)
-            return True
+            return min(budget, _TRIAL_NODES)
         self.skipped += 1
-        return False
-
-    def cost(self, sequences: int) -> float:
-        """Seconds for one sequence of so many."""
-        return self.round_s / max(sequences, 1) + self.observe_s
+        return 0
 
     def took(self, seconds: float, drafts: Seq[Draft]) -> None:
         """A call of `propose`."""
         levels = max((int(node_depths(d.parents).max()) + 1 for d in drafts if len(d)), default=1)
-        self.round_s = _mix(self.round_s, seconds)
+        self._call_s = _mix(self._call_s, seconds)
         self.forward_s = _mix(self.forward_s, seconds / levels)
         self._unreported += seconds
         self.asked += len(drafts)
 
     def learned(self, id: int, promised: float, gain: int, seconds: float) -> None:
-        """A step was committed in which the drafter was asked for sequence `id`; observing it took `seconds`."""
-        cell = bisect_right(_EDGES, promised)
+        """A step was committed in which the drafter was asked for sequence `id`, which took `seconds` of drafting and
+        observing."""
+        cell = self._bins[bisect_right(_EDGES, promised)]
         customer = self._customers.setdefault(id, _Customer())
-        keep = 1 - 1 / _HORIZON
-        customer.foretold = keep * customer.foretold + self._gain[cell]
-        customer.gained = keep * customer.gained + gain
-        self._trials[cell] = min(self._trials[cell] + 1, _HORIZON)
-        self._gain[cell] += (gain - self._gain[cell]) / self._trials[cell]
-        self.observe_s = _mix(self.observe_s, seconds)
+        cell.gained = _FADE * cell.gained + gain
+        cell.seconds = _FADE * cell.seconds + seconds
+        cell.trials += 1
+        customer.gained = _FADE_OWN * customer.gained + gain
+        customer.foretold = _FADE_OWN * customer.foretold + max(seconds * cell.per_second, 1e-3)
         self.gained += gain
+        self.seconds += seconds
 
     def forget(self, id: int) -> None:
         self._customers.pop(id, None)
@@ -91,7 +107,7 @@ class Worth:
         if not self.asked:
             return "never asked" if chances else "no step yet"
         return (
-            f"asked in {self.asked} of {chances} steps, {1e3 * self.cost(1):.2f} ms and "
+            f"asked in {self.asked} of {chances} steps, {1e3 * self.seconds / self.asked:.2f} ms and "
             f"{self.gained / self.asked:.2f} accepted tokens of its own each time"
         )
 
@@ -102,4 +118,4 @@ class Worth:
 
 
 def _mix(average: float, new: float) -> float:
-    return new if average == 0 else _TIMES * average + (1 - _TIMES) * new
+    return new if average == 0 else _FADE_TIMES * average + (1 - _FADE_TIMES) * new
