@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from toy import ARCHITECTURES, MemoryCheckpoint, Rig, hf_logits, random_tokens, toy_checkpoint
 
+from outpace.cache.pages import PagedKVCache
+from outpace.models.batch import Span, pack
 from outpace.models.native import NativeDecoder
 from outpace.models.torch_decoder import TorchDecoder
 from outpace.ops.cpu import isa
@@ -263,3 +265,14 @@ def test_decoders_come_and_go():
     expected = one_by_one(native("llama", "int8"), tokens)
     for _ in range(15):
         assert (one_by_one(native("llama", "int8", 3), tokens) == expected).all()
+
+
+def test_a_first_step_may_want_no_logits():
+    """The first chunk of a long prompt, with a decoder that has run nothing yet."""
+    decoder = native("llama", "int8")
+    tokens = random_tokens(20)
+    cache = PagedKVCache(decoder.new_storage(2))
+    seq = cache.new()
+    cache.reserve(seq, 20)
+    batch = pack([Span(tokens, 0, logits="none")], cache.page_tables([seq]))
+    assert decoder.forward(batch, cache.storage).logits.shape == (0, decoder.config.vocab_size)

@@ -192,6 +192,13 @@ class NativeDecoder(Decoder):
             logits = whole
         return DecoderOutput(torch.from_numpy(logits), hidden)
 
+    def last_queries(self, row: int) -> NDArray[np.float32]:
+        """Queries of the last layer for one row of the last forward, rotated and scaled as attention uses them.
+        f32[Hq, C], a copy; not for a view that skips that layer's attention."""
+        head = packed.head_width(self.config)
+        line = self._buffers["qkv"][row, : self.config.num_heads * head]
+        return line.reshape(self.config.num_heads, head).copy()
+
     # What follows keeps the control block in step with the buffers.
 
     def _fill_constants(self) -> None:
@@ -283,7 +290,7 @@ class NativeDecoder(Decoder):
             buffers["packed_scale"] = np.zeros(n, dtype=np.float32)
             c[step.C_PACKED] = buffers["packed"].ctypes.data
             c[step.C_PACKED_SCALE] = buffers["packed_scale"].ctypes.data
-        if wanted > self._logit_rows:
+        if wanted > self._logit_rows or not self._logit_rows:  # a first chunk may want none
             self._logit_rows = max(wanted, 32)
             buffers["logits"] = np.empty((self._logit_rows, padded(self._outputs)), dtype=np.float32)
             c[step.C_LOGITS] = buffers["logits"].ctypes.data
