@@ -42,7 +42,7 @@ from ..contracts import DrafterContext, Sequence
 
 _CHUNK = 512  # rows of one forward while catching up
 
-#: Rewrites the batch of a self-drafting forward: page tables, committed lengths, positions of a sparse KV view.
+#: Rewrites the batch of a forward: page tables and committed lengths of a sparse view of the keys and values.
 KVView = Callable[[ForwardBatch, Seq[Sequence]], ForwardBatch]
 
 
@@ -102,13 +102,14 @@ class ModelSource(Source):
     """A second model of the target's vocabulary (the caller checks that), with its own KV cache of `num_pages`.
 
     It commits every token that it has read, and rows of a draft are provisional until `observe`. Sequences that its
-    cache or context cannot hold are not admitted. Override `text` to let it read something else than all of a sequence.
+    cache or context cannot hold are not admitted. Override `text` to let it read something else than all of a sequence;
+    `view` rewrites each batch before its forward, as in SelfSource.
     """
 
     keeps = True
 
-    def __init__(self, decoder: Decoder, num_pages: int, vocab_size: int) -> None:
-        self.decoder, self.vocab_size = decoder, vocab_size
+    def __init__(self, decoder: Decoder, num_pages: int, vocab_size: int, view: KVView | None = None) -> None:
+        self.decoder, self.vocab_size, self.view = decoder, vocab_size, view
         self.cache = PagedKVCache(decoder.new_storage(num_pages))
         self._kv: dict[int, int] = {}  # sequence id -> its handle
 
@@ -189,6 +190,8 @@ class ModelSource(Source):
 
     def _run(self, decoder: Decoder, sequences: Seq[Sequence], spans: Seq[Span]) -> torch.Tensor:
         batch = pack(spans, self.cache.page_tables([self._kv[sequence.id] for sequence in sequences]))
+        if self.view is not None:
+            batch = self.view(batch, sequences)
         return decoder.forward(batch, self.cache.storage).logits[:, : self.vocab_size]
 
 
