@@ -14,12 +14,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from outpace.decoding.contracts import Drafter, DrafterContext, Observation, Sequence
+from outpace.decoding.drafters.aded import Aded
+from outpace.decoding.drafters.aggressive import Aggressive
+from outpace.decoding.drafters.automaton import SuffixAutomaton
+from outpace.decoding.drafters.jacobi import Jacobi
+from outpace.decoding.drafters.lookahead import Lookahead
 from outpace.decoding.drafters.merged import Merged
 from outpace.decoding.drafters.ngram import Ngram, NgramIndex
 from outpace.decoding.drafters.plain import Plain
 from outpace.decoding.drafters.rates import Rates, judged_nodes, right_prefix
 from outpace.decoding.drafters.recycling import Recycling
-from outpace.decoding.drafters.suffix import Suffix, SuffixAutomaton
+from outpace.decoding.drafters.rescored import Rescored
+from outpace.decoding.drafters.sjd import SpeculativeJacobi
+from outpace.decoding.drafters.suffix import Suffix
 from outpace.decoding.methods import make_drafter, split_spec
 from outpace.decoding.outputs import TargetOutputs
 from outpace.decoding.tree import check_draft
@@ -105,9 +112,24 @@ MAKERS: dict[str, Callable[[], Drafter]] = {
     "ngram": Ngram,
     "suffix": Suffix,
     "recycling": lambda: Recycling(V),
+    "recycling:published": lambda: Recycling(V, tree="published"),
+    "recycling:fitted": lambda: Recycling(V, tree="fitted"),
+    "iad": Aggressive,
+    "aded": Aded,
+    "jacobi": lambda: Jacobi(V),
+    "jacobi:gauss-seidel": lambda: Jacobi(V, form="gauss-seidel"),
+    "sjd": lambda: SpeculativeJacobi(V),
+    "lookahead": Lookahead,
+    "rescored": lambda: Rescored(V, Jacobi(V)),
+    "rescored:recycling": lambda: Rescored(V, Recycling(V)),
     "suffix+recycling": lambda: Merged([Suffix(), Recycling(V)]),
     "ngram+suffix+recycling": lambda: Merged([Ngram(), Suffix(), Recycling(V)]),
 }
+
+
+PAYS = {0: 1.0, 1: 1.1, 7: 1.25, 31: 1.4}  # least tau by budget
+# Their guesses are the target's own answers, but in a text that went another way: little of it is right.
+GUESSING = ("jacobi", "jacobi:gauss-seidel", "sjd", "rescored")
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -115,7 +137,10 @@ MAKERS: dict[str, Callable[[], Drafter]] = {
 def test_text_is_untouched_and_drafts_pay(name: str, budget: int) -> None:
     tau, sequence = decode(MAKERS[name](), TEXT, PROMPT, budget)
     assert sequence.tokens == TEXT
-    assert tau >= {0: 1.0, 1: 1.1, 7: 1.25, 31: 1.4}[budget] if budget else tau == 1.0
+    if budget == 0 or name in GUESSING:
+        assert tau == 1.0 if budget == 0 else tau >= 1.0
+    else:
+        assert tau >= PAYS[budget]
 
 
 def test_merging_is_no_worse_than_its_parts() -> None:
@@ -128,7 +153,8 @@ def test_merging_is_no_worse_than_its_parts() -> None:
 def test_a_loop_is_followed(name: str) -> None:
     text = TEXT[:3] + TEXT[40:47] * 20
     tau, _ = decode(MAKERS[name](), text, 24, 16)
-    assert tau > (2 if name == "recycling" else 6)
+    least = {"lookahead": 2.9, "aded": 4.0} | dict.fromkeys(GUESSING, 1.0)
+    assert tau > (2 if name.startswith("recycling") else least.get(name, 6 if "rescored" not in name else 2))
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -137,17 +163,62 @@ def test_end_forgets_the_sequence(name: str) -> None:
     decode(drafter, TEXT, PROMPT, 8, id=3)
     for part in drafter.drafters if isinstance(drafter, Merged) else [drafter]:
         assert not part._states  # type: ignore[attr-defined]
-    if isinstance(drafter, Merged):
-        assert not drafter._proposed
 
 
-@pytest.mark.parametrize("name", ["ngram", "suffix"])
+@pytest.mark.parametrize("name", ["ngram", "suffix", "iad", "jacobi", "lookahead", "rescored"])
 def test_sequences_are_strangers_to_each_other(name: str) -> None:
     drafter = MAKERS[name]()
     decode(drafter, TEXT, PROMPT, 8, id=1, end=False)
     other = Sequence(2, TEXT[-2:], 2, SamplingParams())
     drafter.begin(other)
-    assert len(drafter.propose([other], [8])[0]) == 0
+    [draft] = drafter.propose([other], [8])
+    assert (
+        set(draft.tokens.tolist()) <= set(TEXT[-2:]) if name in ("jacobi", "lookahead", "rescored") else not len(draft)
+    )
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_drafter_may_sleep(name: str) -> None:
+    """Steps that a drafter is not asked for it does not see, and what was proposed in an abandoned one is nothing."""
+    drafter, verifier = MAKERS[name](), CoupledVerifier()
+    sequence = Sequence(0, TEXT[:PROMPT], PROMPT, SamplingParams())
+    drafter.begin(sequence)
+    rng, asked = np.random.default_rng(5), 0
+    while len(sequence.tokens) < len(TEXT):
+        awake, abandoned, unheard = rng.random(3) < (0.6, 0.2, 0.2)
+        draft = Draft.empty()
+        if awake:
+            [draft] = drafter.propose([sequence], [7])
+            check_draft(draft, 7, V)
+            asked += 1
+            if abandoned:
+                continue
+        outputs = outputs_of(TEXT, len(sequence.tokens), draft)
+        accepted = verifier.verify(sequence, draft, outputs)
+        new = accepted.tokens[: len(TEXT) - len(sequence.tokens)]
+        sequence.tokens += new.tolist()
+        if awake and not unheard:
+            drafter.observe(sequence, Observation(new, draft, accepted, outputs))
+    assert sequence.tokens == TEXT and asked > 10
+    drafter.end(sequence)
+
+
+@pytest.mark.parametrize("name", ["ngram", "suffix", "recycling", "recycling:fitted", "iad", "aded"])
+def test_nodes_that_do_not_repay_their_row_are_left_out(name: str) -> None:
+    drafter = MAKERS[name]()
+    _, sequence = decode(drafter, TEXT, PROMPT, 15, end=False)
+    del sequence.tokens[-20:]
+    sizes = []
+    for floor in (0.0, 0.2, 0.6, 1.0):
+        drafter.floor = floor
+        [draft] = drafter.propose([sequence], [31])
+        sizes.append(len(draft))
+        assert draft.scores is not None
+        reach: dict[int, float] = {NO_PARENT: 1.0}
+        for node, (parent, score) in enumerate(zip(draft.parents.tolist(), draft.scores.tolist(), strict=True)):
+            reach[node] = reach[parent] * score
+            assert reach[node] >= floor - 1e-6
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[-1]
 
 
 def test_sequences_are_drafted_for_together_as_alone() -> None:
@@ -379,13 +450,13 @@ def test_merged_learns_whom_to_believe() -> None:
 
 
 def test_every_registered_drafter_can_be_made_or_says_what_it_needs() -> None:
-    context = DrafterContext(vocab_size=V)
+    context, made = DrafterContext(vocab_size=V), set()
     for method in methods("drafter"):
-        if "draft model" in method.needs:
-            with pytest.raises(MethodError, match="draft model"):
-                make_drafter(method.name, context)
-        else:
-            assert make_drafter(method.name, context).name == method.name
+        try:
+            made.add(make_drafter(method.name, context).name)
+        except MethodError as error:
+            assert method.needs and repr(method.name) in str(error)
+    assert made >= {"plain", *(name.partition(":")[0] for name in MAKERS if "+" not in name)}
     merged = make_drafter("suffix + recycling", context)
     assert isinstance(merged, Merged) and [d.name for d in merged.drafters] == ["suffix", "recycling"]
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from ...errors import ParameterError
 from ...registry import register
-from ...types import Draft, IntArray
-from ..contracts import Drafter, Observation, Sequence
-from .rates import Rates, right_prefix
+from ...types import NO_PARENT
+from ..contracts import Sequence
+from .nodes import NodeDrafter, Nodes, NodeState, chain_length, check_range
+from .rates import Rates
 
 
 class NgramIndex:
@@ -52,10 +51,8 @@ class NgramIndex:
 
 
 @dataclass(slots=True)
-class _State:
+class _State(NodeState):
     index: NgramIndex
-    matched: int = 0  # length of the n-gram behind the last proposal
-    proposed: IntArray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
 
 
 @register(
@@ -65,7 +62,7 @@ class _State:
     exactness="identical",
 )
 @dataclass(slots=True, eq=False)
-class Ngram(Drafter):
+class Ngram(NodeDrafter[_State]):
     """Proposes the tokens that followed the last occurrence of the longest suffix of at most `max_ngram`
     tokens, in prompt and output. A chain; a hash index per n-gram length is kept up token by token.
 
@@ -88,35 +85,19 @@ class Ngram(Drafter):
     def __post_init__(self) -> None:
         if not 1 <= self.min_ngram <= self.max_ngram:
             raise ParameterError(f"ngram needs 1 <= min_ngram <= max_ngram, not {self.min_ngram} and {self.max_ngram}")
+        check_range(self.name, "max_tokens", self.max_tokens, 1)
         self._rates = Rates([min(0.9, 0.3 + 0.15 * n) for n in range(self.max_ngram + 1)])
 
     def begin(self, sequence: Sequence) -> None:
-        state = _State(NgramIndex(self.min_ngram, self.max_ngram))
-        state.index.extend(sequence.tokens)
-        self._states[sequence.id] = state
+        self._states[sequence.id] = _State(NgramIndex(self.min_ngram, self.max_ngram))
 
-    def propose(self, sequences: Seq[Sequence], budgets: Seq[int]) -> list[Draft]:
-        return [self._propose(self._states[s.id], b) for s, b in zip(sequences, budgets, strict=True)]
-
-    def _propose(self, state: _State, budget: int) -> Draft:
-        state.matched, place = state.index.find()
-        length = min(budget, self.max_tokens) if state.matched else 0
-        state.proposed = np.array(state.index.continuation(place, length), dtype=np.int64)
-        if not length:
-            return Draft.empty()
-        scores = np.full(length, self._rates.value[state.matched], dtype=np.float32)
-        return Draft.chain(state.proposed, self.name, scores)
-
-    def observe(self, sequence: Sequence, seen: Observation) -> None:
-        state = self._states[sequence.id]
-        if len(state.proposed):
-            right = right_prefix(state.proposed, seen.new_tokens)
-            for _ in range(right):
-                self._rates.update(state.matched, True)
-            if right < min(len(state.proposed), len(seen.new_tokens)):
-                self._rates.update(state.matched, False)
-            state.proposed = state.proposed[:0]
-        state.index.extend(sequence.tokens[len(state.index.tokens) :])
-
-    def end(self, sequence: Sequence) -> None:
-        self._states.pop(sequence.id, None)
+    def _grow(self, sequence: Sequence, state: _State, nodes: Nodes, budget: int) -> None:
+        index = state.index
+        index.extend(sequence.tokens[len(index.tokens) :])
+        matched, place = index.find()
+        if matched:
+            score = float(self._rates.value[matched])
+            length = chain_length(score, self.floor, min(budget, self.max_tokens))
+            node = NO_PARENT
+            for token in index.continuation(place, length):
+                node = nodes.add(node, token, score, (matched,))

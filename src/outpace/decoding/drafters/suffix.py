@@ -2,93 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from collections.abc import Sequence as Seq
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
+from itertools import count
+from typing import Any
 
 import numpy as np
 
 from ...registry import register
-from ...types import NO_PARENT, Draft
-from ..contracts import Drafter, Observation, Sequence
-from .rates import Rates, judged_nodes
+from ...types import NO_PARENT, Draft, FloatArray
+from ..contracts import DrafterContext, Sequence
+from ..sampling import Stream, draw, uniform
+from .automaton import SuffixAutomaton
+from .nodes import Cell, NodeDrafter, Nodes, NodeState, check_range
+from .owners import OwnerOf, PerOwner, one_owner
+from .rates import Rates
 
-_COUNT_WALK = 48  # suffix links followed to count one token; only loops have longer chains
-
-
-class SuffixAutomaton:
-    """All substrings of a growing text. An append takes amortised constant time.
-
-    A state stands for the substrings that end at the same places: `length` of the longest of them, `link`
-    to the state of its longest suffix that ends at more places, `next` token -> state, `count` of the
-    places, `last` of them. The text itself is in state `end`; the longest suffix that also occurs earlier
-    is in `link[end]`. Blumer et al., "The smallest automaton recognizing the subwords of a text" (1985).
-    """
-
-    __slots__ = ("count", "end", "last", "length", "link", "next", "size")
-
-    def __init__(self, tokens: Iterable[int] = ()) -> None:
-        self.next: list[dict[int, int]] = [{}]
-        self.link, self.length, self.count, self.last = [-1], [0], [0], [-1]
-        self.end = 0
-        self.size = 0  # of the text
-        self.extend(tokens)
-
-    def extend(self, tokens: Iterable[int]) -> None:
-        for token in tokens:
-            self._append(int(token))
-
-    def _append(self, token: int) -> None:
-        successors, link, length = self.next, self.link, self.length
-        new, state = self._state({}, self.size + 1), self.end
-        while state >= 0 and token not in successors[state]:
-            successors[state][token] = new
-            state = link[state]
-        if state < 0:
-            link[new] = 0
-        else:
-            target = successors[state][token]
-            if length[target] > length[state] + 1:
-                target = self._split(state, token, target)
-            link[new] = target
-        self.end = state = new
-        count, last = self.count, self.last
-        for _ in range(_COUNT_WALK):
-            if state <= 0:
-                break
-            count[state] += 1
-            last[state] = self.size
-            state = link[state]
-        self.size += 1
-
-    def _split(self, state: int, token: int, target: int) -> int:
-        """A copy of `target` for its strings short enough to follow `state`; returns it."""
-        successors, link = self.next, self.link
-        short = self._state(dict(successors[target]), self.length[state] + 1)
-        link[short], self.count[short], self.last[short] = link[target], self.count[target], self.last[target]
-        link[target] = short
-        while state >= 0 and successors[state].get(token) == target:
-            successors[state][token] = short
-            state = link[state]
-        return short
-
-    def _state(self, successors: dict[int, int], length: int) -> int:
-        self.next.append(successors)
-        self.link.append(-1)
-        self.length.append(length)
-        self.count.append(0)
-        self.last.append(-1)
-        return len(self.next) - 1
-
-    def continuations(self, state: int) -> list[tuple[int, int]]:
-        """(token, state after it), the most frequent first, then the most recent."""
-        after = self.next[state]
-        if len(after) < 2:
-            return list(after.items())
-        count, last = self.count, self.last
-        return sorted(after.items(), key=lambda item: (count[item[1]], last[item[1]]), reverse=True)
-
+_BREAK = -1  # between two outputs in a memory; never proposed
+_LONGEST_MATCH = 64  # tokens of the text that are looked up in a memory
 
 # How far a match reached and how its continuation fared: the cells of the table of acceptance rates.
 _LENGTHS = (1, 2, 3, 4, 6, 9, 16)  # a match falls into the last bin that it reaches
@@ -103,7 +35,9 @@ _PRIOR = (  # as measured with SmolLM2 on coding, summarization and writing; no 
     (0.13, 0.27, 0.42, 0.55, 0.80, 0.90),
     (0.14, 0.30, 0.47, 0.63, 0.85, 0.92),
 )
-Cell = tuple[int, int]
+# Rows of the table: the text's own matches, those in the owner's memory, and tokens sampled from the counts, for which
+# the column is that of the most frequent continuation.
+_OWN, _REMEMBERED, _SAMPLED = 0, len(_PRIOR), 2 * len(_PRIOR)
 
 
 def _share_bin(count: int, total: int) -> int:
@@ -115,11 +49,45 @@ def _share_bin(count: int, total: int) -> int:
     return 3 if 2 * count >= total else 2 if 4 * count >= total else 1 if 8 * count >= total else 0
 
 
-@dataclass(slots=True)
-class _State:
+def _row(matched: int) -> int:
+    return _LENGTH_BIN[min(matched, _LENGTHS[-1])]
+
+
+class Memory:
+    """The last outputs of one owner, at most `limit` tokens.
+
+    An automaton forgets nothing, so there are two: when the newer has grown to half the limit, the older one goes.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._half = max(limit // 2, 1)
+        self.automata: list[SuffixAutomaton] = []  # the newer first
+
+    def add(self, output: list[int]) -> None:
+        kept = output[-self._half + 1 :] if self._half > 1 else []
+        if not self.automata or self.automata[0].size + len(kept) + 1 > self._half:
+            self.automata = [SuffixAutomaton(), *self.automata[:1]]
+        self.automata[0].extend([*kept, _BREAK])
+
+
+@dataclass(frozen=True, slots=True)
+class _Context:
+    """Where a text stands in an automaton: the state of its longest suffix there, how long that is, and the first row
+    of its rates."""
+
     automaton: SuffixAutomaton
-    draft: Draft = field(default_factory=Draft.empty)
-    cells: list[Cell] = field(default_factory=list)
+    state: int
+    matched: int
+    base: int
+
+
+@dataclass(slots=True)
+class _State(NodeState):
+    memory: Memory | None
+    automaton: SuffixAutomaton = field(default_factory=SuffixAutomaton)
+
+
+_Candidate = tuple[float, int, int, int, float, Cell, _Context]  # -reach, ticket, parent, token, score, cell, after
 
 
 @register(
@@ -129,16 +97,21 @@ class _State:
     exactness="identical",
 )
 @dataclass(slots=True, eq=False)
-class Suffix(Drafter):
+class Suffix(NodeDrafter[_State]):
     """Finds the longest suffix of the text that occurred before and proposes what followed it, the most
     frequent and then the most recent continuation first, as a tree grown by estimated acceptance. Shorter
     suffixes offer more continuations of the next token. A loop is followed round.
 
-    Oliaro et al., "SuffixDecoding" (sections 3 and 4: pattern matching by suffix trees, trees scored by
-    frequency); automaton for retrieval: Hu et al., "SAM Decoding" (arXiv 2411.10666, section 3).
+    Where the verifier uses q (`sampled_over` is the size of the vocabulary) and the request samples, the draft is a
+    chain drawn from the counts of what followed, which are its q.
+
+    Oliaro et al., "SuffixDecoding" (sections 3 and 4: pattern matching by suffix trees over the request and over
+    earlier outputs, trees scored by frequency); automaton for retrieval: Hu et al., "SAM Decoding" (arXiv 2411.10666,
+    section 3).
 
     Parameters: `contexts` suffixes tried for the next token; `branches` continuations per suffix;
-    `max_tokens` most nodes; `min_score` least probability of being reached that a node must have.
+    `max_tokens` most nodes; `min_score` least probability of being reached that a node must have; `memory` tokens of
+    an owner's earlier outputs that are searched too (0: none), of at most `max_owners` owners.
     A node's score is the measured acceptance for its match length and its share of the continuations.
     """
 
@@ -149,81 +122,126 @@ class Suffix(Drafter):
     branches: int = 3
     max_tokens: int = 48
     min_score: float = 0.01
+    memory: int = 0
+    max_owners: int = 16
+    owner_of: OwnerOf = one_owner
+    sampled_over: int | None = None
+    _memories: PerOwner[Memory] = field(init=False, repr=False)
     _states: dict[int, _State] = field(default_factory=dict, init=False, repr=False)
-    _rates: Rates = field(default_factory=lambda: Rates(_PRIOR), init=False, repr=False)
+    _rates: Rates = field(default_factory=lambda: Rates(_PRIOR * 3), init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for least, names in ((1, ("contexts", "branches", "max_tokens")), (0, ("memory",))):
+            for name in names:
+                check_range(self.name, name, getattr(self, name), least)
+        check_range(self.name, "min_score", self.min_score, 0, 1)
+        self._memories = PerOwner(self.owner_of, lambda: Memory(self.memory), self.max_owners)
+
+    @classmethod
+    def create(cls, context: DrafterContext, **options: Any) -> Suffix:
+        sampled_over = context.vocab_size if context.sampled and not context.merged else None
+        return cls(owner_of=context.owner_of or one_owner, sampled_over=sampled_over, **options)
 
     def begin(self, sequence: Sequence) -> None:
-        self._states[sequence.id] = _State(SuffixAutomaton(sequence.tokens))
+        self._states[sequence.id] = _State(self._memories.of(sequence) if self.memory else None)
 
-    def propose(self, sequences: Seq[Sequence], budgets: Seq[int]) -> list[Draft]:
-        rates: list[list[float]] = self._rates.value.tolist()
-        return [
-            self._grow(self._states[s.id], min(b, self.max_tokens), rates)
-            for s, b in zip(sequences, budgets, strict=True)
-        ]
+    def end(self, sequence: Sequence) -> None:
+        state = self._states.pop(sequence.id, None)
+        if state is not None and state.memory is not None:
+            state.memory.add(sequence.output)
 
-    def _grow(self, state: _State, budget: int, rates: list[list[float]]) -> Draft:
+    def _grow(self, sequence: Sequence, state: _State, nodes: Nodes, budget: int) -> Draft | None:
+        state.automaton.extend(sequence.tokens[state.automaton.size :])
+        contexts = self._contexts(sequence, state)
+        if self.sampled_over is not None and not sequence.params.greedy:
+            return self._sample(sequence, contexts, nodes, min(budget, self.max_tokens), self.sampled_over)
+        self._grow_tree(contexts, nodes, min(budget, self.max_tokens))
+        return None
+
+    def _contexts(self, sequence: Sequence, state: _State) -> list[_Context]:
+        """Where the text stands in itself and in its owner's memory."""
+        own = state.automaton
+        suffix = own.link[own.end] if own.size else 0
+        found = [_Context(own, suffix, own.length[suffix], _OWN)]
+        if state.memory is not None:
+            recent = sequence.tokens[-_LONGEST_MATCH:]
+            found += [_Context(one, *one.match(recent), _REMEMBERED) for one in state.memory.automata]
+        return found
+
+    def _grow_tree(self, contexts: list[_Context], nodes: Nodes, budget: int) -> None:
         """Best first: the candidate most likely to be reached becomes a node and offers its continuations."""
-        automaton = state.automaton
-        heap: list[tuple[float, int, int, int, int, int, float, Cell]] = []
-        tokens: list[int] = []
-        parents: list[int] = []
-        scores: list[float] = []
-        state.cells = cells = []
-        self._offer(heap, automaton, automaton.link[automaton.end], NO_PARENT, -1.0, 0, rates)
-        while heap and len(tokens) < budget:
-            reach, _, node_state, match, parent, token, score, cell = heappop(heap)
-            if -reach < self.min_score:
+        rates: list[list[float]] = self._rates.value.tolist()
+        heap: list[_Candidate] = []
+        tickets = count()
+        floor = max(self.min_score, self.floor)
+        for context in contexts:
+            self._offer(heap, tickets, context, NO_PARENT, -1.0, rates)
+        while heap and len(nodes) < budget:
+            reach, _, parent, token, score, cell, after = heappop(heap)
+            if -reach < floor:
                 break
-            node = len(tokens)
-            tokens.append(token)
-            parents.append(parent)
-            scores.append(score)
-            cells.append(cell)
-            self._offer(heap, automaton, node_state, node, reach, match, rates)
-        state.draft = Draft(
-            np.array(tokens, dtype=np.int64),
-            np.array(parents, dtype=np.int64),
-            [self.name] * len(tokens),
-            np.array(scores, dtype=np.float32),
-        )
-        return state.draft
+            node = nodes.add(parent, token, score, cell)
+            self._offer(heap, tickets, after, node, reach, rates)
 
     def _offer(
         self,
-        heap: list[tuple[float, int, int, int, int, int, float, Cell]],
-        automaton: SuffixAutomaton,
-        state: int,
+        heap: list[_Candidate],
+        tickets: Iterator[int],
+        context: _Context,
         node: int,
         reach: float,
-        match: int,
         rates: list[list[float]],
     ) -> None:
-        """Push the continuations of `node`, whose context is in `state`. `reach` is negative, for the heap."""
-        contexts = self.contexts if node == NO_PARENT else 1
-        offered: set[int] = set()
-        length, count = automaton.length, automaton.count
-        while contexts and state > 0:
+        """Push the continuations of `node`, whose context is given. `reach` is negative, for the heap."""
+        automaton, state = context.automaton, context.state
+        suffixes = self.contexts if node == NO_PARENT else 1
+        offered: set[int] = {_BREAK}
+        length, counts = automaton.length, automaton.count
+        while suffixes and state > 0:
             # Behind a node the context may be shorter than the longest string of its state.
-            reached = min(match, length[state]) if match else length[state]
+            matched = min(context.matched, length[state])
             after = automaton.continuations(state)[: self.branches]
-            total = sum(count[s] for s in automaton.next[state].values()) if len(after) > 1 else 0
+            total = sum(counts[s] for s in automaton.next[state].values()) if len(after) > 1 else 0
             for token, following in after:
                 if token in offered:
                     continue
                 offered.add(token)
-                cell = (_LENGTH_BIN[min(reached, _LENGTHS[-1])], _share_bin(count[following], total))
+                cell = (context.base + _row(matched), _share_bin(counts[following], total))
                 score = rates[cell[0]][cell[1]]
-                heappush(heap, (reach * score, len(heap), following, reached + 1, node, token, score, cell))
-            contexts -= bool(after)
+                then = _Context(automaton, following, matched + 1, context.base)
+                heappush(heap, (reach * score, next(tickets), node, token, score, cell, then))
+            suffixes -= bool(after)
             state = automaton.link[state]
 
-    def observe(self, sequence: Sequence, seen: Observation) -> None:
-        state = self._states[sequence.id]
-        for node, _, right in judged_nodes(state.draft, seen.new_tokens):
-            self._rates.update(state.cells[node], right)
-        state.draft, state.cells = Draft.empty(), []
-        state.automaton.extend(sequence.tokens[state.automaton.size :])
-
-    def end(self, sequence: Sequence) -> None:
-        self._states.pop(sequence.id, None)
+    def _sample(
+        self, sequence: Sequence, contexts: list[_Context], nodes: Nodes, budget: int, vocab_size: int
+    ) -> Draft | None:
+        """A chain drawn from the counts of what followed the longest match. What it rests on, and so its length, is
+        known before a token is drawn."""
+        context = max(contexts, key=lambda c: c.matched)  # of equal ones the first: the text itself
+        automaton, state, matched = context.automaton, context.state, context.matched
+        rows: list[FloatArray] = []
+        node, reach, floor = NO_PARENT, 1.0, max(self.min_score, self.floor)
+        while len(nodes) < budget:
+            while state > 0 and automaton.next[state].keys() <= {_BREAK}:
+                state = automaton.link[state]
+            if state <= 0:
+                break
+            after = {token: s for token, s in automaton.next[state].items() if token != _BREAK}
+            matched = min(matched, automaton.length[state])
+            counts = np.array([automaton.count[s] for s in after.values()], dtype=np.float32)
+            cell = (_SAMPLED + _row(matched), _share_bin(int(counts.max()), int(counts.sum())))
+            score = float(self._rates.value[cell])
+            reach *= score
+            if reach < floor:
+                break
+            index = draw(counts, uniform(sequence.params.seed, nodes.root, Stream.DRAFT, len(nodes)))
+            token = list(after)[index]
+            rows.append(np.zeros(vocab_size, dtype=np.float32))
+            rows[-1][list(after)] = counts / counts.sum()
+            node = nodes.add(node, token, score, cell)
+            state, matched = after[token], matched + 1
+        draft = nodes.draft(self.name)
+        if rows:
+            draft.q = np.stack(rows)
+        return draft
