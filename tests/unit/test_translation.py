@@ -200,6 +200,7 @@ def test_a_token_that_means_nothing_ends_the_draft() -> None:
     assert between.exact[tool] == NONE
     assert between.translate([*drafted, tool, *drafted], Words()).tokens == between.target.encode(b" the tide")
     assert between.translate([5000, *drafted], Words()).tokens == []
+    assert between.translate([*drafted, 5000], Words()).tokens == between.target.encode(b" the tide")
     found = between.translate([*drafted, end], Words())
     assert between.target.control[found.tokens[-1]] == "</s>" and found.how[-1] == "exact"
 

@@ -85,14 +85,12 @@ class Translator:
         out = Translated()
         for start, stop in self._runs(draft):
             run, last = tuple(draft[start:stop]), stop == len(draft)
-            if run[0] in self.draft.control:
-                if self.exact[run[0]] == NONE:
+            if self._alone(run[0]):
+                if run[0] not in self.draft.control or self.exact[run[0]] == NONE:
                     break
                 self._add(out, (self.exact[run[0]],), "exact", start, run, last=False)
                 continue
             data = self.draft.text(list(run))
-            if not data:  # rows of the draft model that are no tokens
-                break
             known = words.find(run)
             if known is not None:
                 self._add(out, known, "known", start, run, last)
@@ -101,19 +99,20 @@ class Translator:
             else:
                 spelled = tuple(self.target.encode(whole_characters(data) if last else data))
                 self._add(out, spelled, "spelled", start, run, last)
-                if not last and self._begins(run[0]):
+                if not last and self.begins[run[0]]:
                     words.learn(run, spelled)
         return out
 
-    def _begins(self, token: int) -> bool:
-        return token < len(self.begins) and self.begins[token]
+    def _alone(self, token: int) -> bool:
+        """Control tokens, and rows of the draft model that are no tokens."""
+        return token >= len(self.exact) or not self.draft.bytes[token]
 
     def _runs(self, draft: list[int]) -> Iterator[tuple[int, int]]:
-        """(start, stop) of each word and of each control token."""
+        """(start, stop) of each word and of each token that is none."""
         start = 0
         for i, token in enumerate(draft):
-            alone = token in self.draft.control
-            if i > start and (alone or self._begins(token)):
+            alone = self._alone(token)
+            if i > start and (alone or self.begins[token]):
                 yield start, i
                 start = i
             if alone:
@@ -143,16 +142,19 @@ class Twin:
     """A sequence's text in the draft model's tokens, kept up as the target's tokens are committed.
 
     Only the last word can still change: `tokens[settled:]` is its present cut, `tail` its bytes and `pending` its
-    target tokens.
+    target tokens. `tokens` may be given a beginning that the draft model wants before any text.
     """
 
     translator: Translator
     words: Words
     tokens: list[int] = field(default_factory=list)
-    settled: int = 0
+    settled: int = field(init=False)
     read: int = 0  # target tokens
     tail: bytes = b""
     pending: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.settled = len(self.tokens)
 
     def extend(self, new: Iterable[int]) -> int:
         """Read further target tokens. Returns how many of the draft's tokens are what they were before."""
@@ -167,7 +169,8 @@ class Twin:
                 continue
             self._settle()
             self._close()
-            if token in control:  # others have no counterpart: the draft model reads on without them
+            # Those without a counterpart are left out; a beginning token that is there already is not doubled.
+            if token in control and self.tokens != [control[token]]:
                 self.tokens.append(control[token])
                 self.settled += 1
         self._settle()
