@@ -14,6 +14,7 @@ from outpace.decoding.tree import (
     check_draft,
     child_lookup,
     children,
+    keep_nodes,
     merge,
     node_depths,
     path_to,
@@ -100,3 +101,13 @@ def test_check_draft_finds_what_is_wrong() -> None:
     for bad, budget in ((good, 1), (draft_of([1, 2], [1, -1], "a"), 2), (draft_of([9], [-1], "a"), 2)):
         with pytest.raises(AssertionError):
             check_draft(bad, budget, 5)
+
+
+def test_siblings_without_replacement_keep_those_drawn_before_them() -> None:
+    q = np.full((5, 3), 1 / 3, dtype=np.float32)
+    draft = Draft(np.array([0, 1, 2, 0, 1]), np.array([-1, -1, -1, 1, 2]), ["x"] * 5, None, q, replacement=False)
+    kept = keep_nodes(draft, np.array([0, 2, 3, 4]))  # without node 1: neither its younger sibling nor its child
+    assert kept.tokens.tolist() == [0] and kept.q is not None and not kept.replacement
+    assert keep_nodes(draft, np.array([0, 1, 3])).tokens.tolist() == [0, 1, 0]
+    draft.replacement = True
+    assert keep_nodes(draft, np.array([0, 2, 4])).tokens.tolist() == [0, 2, 1]

@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from threading import Lock
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,30 +24,37 @@ from ..models.tokenizer import Tokenizer
 from ..types import SamplingParams
 
 _KEPT = 32  # compiled grammars of one tokenizer
+NOTHING_FOLLOWS = "no token of the model can follow"
 _FORMATS = {"json_schema": "json_schema", "regex": "regex", "grammar": "gbnf"}  # ours -> the library's
 
 
 class Matcher:
-    """Where one sequence is in its grammar. A token that the grammar does not allow leads off it, from where `retreat`
-    alone leads back: nothing that stands there is ever accepted, so there nothing is forbidden either."""
+    """Where one sequence is in its grammar, `start` being the library's matcher at its beginning. A token that the
+    grammar does not allow leads off it, from where `retreat` alone leads back: nothing that stands there is ever
+    accepted, so there nothing is forbidden either."""
 
-    def __init__(self, matcher: Any, vocab_size: int, stop_ids: Iterable[int], eos_ids: Iterable[int]) -> None:
-        self._matcher, self._vocab_size = matcher, vocab_size
+    def __init__(self, start: Any, vocab_size: int, stop_ids: Iterable[int], eos_ids: Iterable[int]) -> None:
+        self._start, self._matcher, self._vocab_size = start, start.deep_copy(), vocab_size
         self._stop_ids = np.array(sorted(stop_ids), dtype=np.int64)
         self._eos_ids = np.array(sorted(eos_ids), dtype=np.int64)
+        self._tokens: list[int] = []  # on the grammar
         self._beyond = 0  # tokens behind a stop token or off the grammar
 
     def advance(self, token: int) -> None:
         """`token` follows."""
-        if self._beyond or not self._matcher.try_consume_tokens([token]):
+        if not self._beyond and self._matcher.try_consume_tokens([token]):
+            self._tokens.append(token)
+        else:
             self._beyond += 1
 
     def retreat(self, n: int = 1) -> None:
         """Take the last `n` tokens back."""
         back = min(n, self._beyond)
         self._beyond -= back
-        if n > back and not self._matcher.rollback(n - back):
-            self._refuse()
+        if n > back:
+            del self._tokens[len(self._tokens) - (n - back) :]
+            if not self._matcher.rollback(n - back):
+                self._return()
 
     def allowed(self) -> NDArray[np.bool_] | None:
         """Which tokens may follow, [V]; at least one. None off the grammar.
@@ -57,19 +64,31 @@ class Matcher:
         if self._beyond:
             return None
         packed = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-        if self._matcher.is_error():
-            self._refuse()
-        bits = np.unpackbits(packed, bitorder="little")
         allowed = np.zeros(self._vocab_size, dtype=np.bool_)
-        n = min(len(bits), len(allowed))
-        allowed[:n] = bits[:n]
-        allowed[self._eos_ids] = False  # which of them end this request is not the library's to say
+        if self._matcher.is_error():
+            reason = _error(self._matcher)
+            self._return()
+            if reason != NOTHING_FOLLOWS:
+                raise GrammarError(f"the grammar cannot be followed any further: {reason}")
+        else:
+            bits = np.unpackbits(packed, bitorder="little")
+            n = min(len(bits), len(allowed))
+            allowed[:n] = bits[:n]
+            allowed[self._eos_ids] = False  # which of them end this request is not the library's to say
         if self._matcher.is_accepting() or not allowed.any():  # complete, or nothing can complete it
             allowed[self._stop_ids] = True
         return allowed
 
-    def _refuse(self) -> None:
-        raise GrammarError(f"the grammar cannot be followed any further: {self._matcher.get_error()}")
+    def _return(self) -> None:
+        """To where it was, by another way: the library's matcher never leaves an error."""
+        self._matcher = self._start.deep_copy()
+        self._matcher.consume_tokens(self._tokens)
+
+
+def _error(matcher: Any) -> str:
+    """What a matcher complains of, "" if of nothing."""
+    found: str = matcher.get_error().removesuffix("<non-verbose/>").strip()
+    return NOTHING_FOLLOWS if found.startswith("NoExtension") else found
 
 
 class Grammars:
@@ -77,7 +96,7 @@ class Grammars:
     threads."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
-        self._json, self._size = tokenizer.to_json(), max(tokenizer.vocab_size, vocab_size)
+        self._tokenizer, self._size = ref(tokenizer), max(tokenizer.vocab_size, vocab_size)  # kept by a weak key below
         self._eos_ids, self._vocab_size = sorted(tokenizer.eos_ids), vocab_size
         self._vocabulary: Any = None  # of the library
         self._compiled: OrderedDict[tuple[str, str], Any] = OrderedDict()
@@ -97,7 +116,7 @@ class Grammars:
             self._compiled.move_to_end(params.constraint)
             if len(self._compiled) > _KEPT:
                 self._compiled.popitem(last=False)
-            return Matcher(found.deep_copy(), self._vocab_size, stop_ids, self._eos_ids)
+            return Matcher(found, self._vocab_size, stop_ids, self._eos_ids)
 
     def _compile(self, kind: str, text: str) -> Any:
         try:
@@ -110,21 +129,25 @@ class Grammars:
             raise GrammarError(f"regex={_short(text)}: it ends in a backslash that escapes nothing")
         try:
             if self._vocabulary is None:
+                tokenizer = self._tokenizer()
+                assert tokenizer is not None, "the tokenizer is gone"
                 self._vocabulary = llguidance.LLTokenizer(
-                    self._json, n_vocab=self._size, eos_token=self._eos_ids or None
+                    tokenizer.to_json(), n_vocab=self._size, eos_token=self._eos_ids or None
                 )
             source = llguidance.grammar_from(_FORMATS[kind], text)  # type: ignore[arg-type]
-            matcher = llguidance.LLMatcher(self._vocabulary, source, log_level=0)
-            wrong = matcher.get_error()
+            limits = llguidance.LLParserLimits(verbose_errors=False)
+            matcher = llguidance.LLMatcher(self._vocabulary, source, log_level=0, limits=limits)
+            wrong = _error(matcher)
             if not wrong:
-                empty = not any(matcher.compute_bitmask()) and not matcher.is_accepting()
-                wrong = matcher.get_error() or ("nothing matches it" if empty else "")
+                trial = matcher.deep_copy()
+                trial.compute_bitmask()
+                wrong = _error(trial)
         except BaseException as e:  # the library raises plain Exception, and its panics are BaseException
             if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
                 raise
             wrong = str(e)
         if wrong:
-            raise GrammarError(f"{kind}={_short(text)}: {wrong.strip()}")
+            raise GrammarError(f"{kind}={_short(text)}: {wrong}")
         return matcher
 
 

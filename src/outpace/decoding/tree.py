@@ -108,7 +108,10 @@ def _best(tokens: list[int], parents: list[int], sources: list[str], scores: lis
 
 
 def keep_nodes(draft: Draft, kept: IntArray) -> Draft:
-    """The draft with the nodes `kept` alone, in ascending order; a kept node's parent must be kept too."""
+    """The draft with the nodes `kept` alone, in ascending order; a kept node's parent must be kept too. Siblings drawn
+    without replacement go with those drawn before them, to which their q refers."""
+    if draft.q is not None and not draft.replacement:
+        kept = _with_elder_siblings(draft, kept)
     if len(kept) == len(draft):
         return draft
     place = np.full(len(draft) + 1, NO_PARENT, dtype=np.int64)  # the last one: of NO_PARENT itself
@@ -121,6 +124,17 @@ def keep_nodes(draft: Draft, kept: IntArray) -> Draft:
         None if draft.q is None else draft.q[kept],
         draft.replacement,
     )
+
+
+def _with_elder_siblings(draft: Draft, kept: IntArray) -> IntArray:
+    """Those of the nodes `kept` whose earlier siblings, and those of all above them, are kept too."""
+    wanted, whole, broken = set(kept.tolist()), {NO_PARENT}, set[int]()
+    for node, parent in enumerate(draft.parents.tolist()):
+        if node in wanted and parent in whole and parent not in broken:
+            whole.add(node)
+        else:
+            broken.add(parent)
+    return np.array(sorted(whole - {NO_PARENT}), dtype=np.int64)
 
 
 def check_draft(draft: Draft, budget: int, vocab_size: int) -> None:
