@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outpace.ops.select import row_argmax, row_topk
+from outpace.ops.select import row_argmax, row_logsumexp, row_topk
 
 
 @given(st.integers(1, 5), st.integers(1, 300), st.integers(1, 9), st.integers(0, 2**31), st.sampled_from([3, 10**6]))
@@ -32,3 +32,9 @@ def test_other_layouts_take_the_same_answer(dtype: torch.dtype) -> None:
     values, ids = row_topk(data, 4)
     assert (ids == np.argsort(-data.numpy(), axis=1, kind="stable")[:, :4]).all()
     assert values.shape == (6, 4)
+
+
+def test_logsumexp_is_torch_s() -> None:
+    logits = torch.randn(3, 1000, generator=torch.Generator().manual_seed(0)) * 30
+    logits[1, :900] = float("-inf")
+    np.testing.assert_allclose(row_logsumexp(logits), torch.logsumexp(logits.double(), dim=-1).numpy(), rtol=1e-6)

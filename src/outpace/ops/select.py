@@ -1,4 +1,4 @@
-"""Argmax and top-k over rows of logits. Ties go to the smaller id, on every path."""
+"""Argmax, top-k and normalisation over rows of logits. Ties go to the smaller id, on every path."""
 
 from __future__ import annotations
 
@@ -24,3 +24,14 @@ def row_topk(logits: torch.Tensor, k: int) -> tuple[NDArray[np.float32], NDArray
     # a stable sort keeps equal logits in order of their ids, which topk does not promise
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     return ordered[:, :k].cpu().numpy(), order[:, :k].cpu().numpy()
+
+
+def row_logsumexp(logits: torch.Tensor) -> NDArray[np.float64]:
+    """f32[R, V] -> f64[R]; rows may hold -inf, but not only that."""
+    if logits.device.type == "cpu":
+        # by numpy, on this thread: torch would share the few elements among its threads, and wait for all of them
+        rows = logits.numpy()
+        highest = rows.max(axis=1, keepdims=True)
+        sums: NDArray[np.float64] = np.exp(rows - highest).sum(axis=1, dtype=np.float64)
+        return np.log(sums) + highest[:, 0]
+    return torch.logsumexp(logits, dim=-1).cpu().double().numpy()

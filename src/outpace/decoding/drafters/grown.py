@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ...ops.select import row_topk
+from ...ops.select import row_logsumexp, row_topk
 from ...types import NO_PARENT, Draft, FloatArray, SamplingParams
 from ..contracts import Drafter, DrafterContext, Observation, Sequence
 from ..sampling import choose, host_row, process
@@ -240,19 +240,18 @@ def cell_of(kind: Choice, p: float) -> Cell:
 def coupled_draw(row: torch.Tensor, params: SamplingParams, position: int) -> tuple[int, float]:
     """The token at `position` from processed logits f32[V], as the target will draw it, and its probability (T = 1)."""
     token = choose(host_row(row), params, position)
-    return token, float(torch.exp(row[token] - torch.logsumexp(row, dim=-1)))
+    return token, float(np.exp(float(row[token]) - row_logsumexp(row[None])[0]))
 
 
 def edit_rows(logits: torch.Tensor, rows: list[tuple[Sequence, list[int]]]) -> torch.Tensor:
     """Penalties and bias of each row's sequence, given the draft tokens on the way to it. f32[R, V]"""
     if not any(sequence.params.edits_logits for sequence, _ in rows):
         return logits
-    logits = logits.clone()
+    edited = host_row(logits).copy()
     for row, (sequence, path) in enumerate(rows):
         if sequence.params.edits_logits:
-            edited = _on_path(host_row(logits[row]), sequence, path)
-            logits[row] = torch.from_numpy(edited).to(logits.device)
-    return logits
+            edited[row] = _on_path(edited[row], sequence, path)
+    return torch.from_numpy(edited).to(logits.device)
 
 
 def _on_path(logits: FloatArray, sequence: Sequence, path: list[int]) -> FloatArray:
@@ -268,8 +267,7 @@ def _on_path(logits: FloatArray, sequence: Sequence, path: list[int]) -> FloatAr
 def likeliest(logits: torch.Tensor, k: int) -> tuple[list[list[int]], list[list[float]]]:
     """Ids and probabilities of the k likeliest tokens of each row. [R, k] each"""
     values, ids = row_topk(logits, min(k, logits.shape[1]))
-    norm = torch.logsumexp(logits, dim=-1).cpu().numpy()
-    return ids.tolist(), np.exp(values - norm[:, None]).tolist()
+    return ids.tolist(), np.exp(values - row_logsumexp(logits)[:, None]).tolist()
 
 
 def dense(distribution: NDArray[np.float64], vocab_size: int) -> FloatArray:
