@@ -21,6 +21,8 @@ from outpace.models.native import NativeDecoder
 from outpace.models.torch_decoder import TorchDecoder
 from outpace.ops.cpu import isa
 from outpace.ops.cpu.isa import AMX, PORTABLE
+from outpace.ops.cpu.linear import KIND_INT4, KIND_INT8
+from outpace.ops.cpu.rows import pack_row
 from outpace.ops.masks import CAUSAL, Tree
 from outpace.types import Precision
 
@@ -276,3 +278,15 @@ def test_a_first_step_may_want_no_logits():
     cache.reserve(seq, 20)
     batch = pack([Span(tokens, 0, logits="none")], cache.page_tables([seq]))
     assert decoder.forward(batch, cache.storage).logits.shape == (0, decoder.config.vocab_size)
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_rows_of_denormal_numbers_are_zero(precision):
+    """Attention to one place only leaves next to nothing of the others: 127 over that is infinite."""
+    width = 64
+    kind = {"int8": KIND_INT8, "int4": KIND_INT4}[precision]
+    x = np.full(width, 1e-44, dtype=np.float32)
+    out, scale, spare = np.zeros(4 * width, np.int8), np.ones(1, np.float32), np.zeros(4 * width, np.float32)
+    pack_row(kind, x.ctypes.data, width, spare.ctypes.data, out.ctypes.data, scale.ctypes.data)
+    assert not out[:width].any()
+    assert np.isfinite(scale).all() and np.isfinite(out[width:].view(np.float32)).all()

@@ -35,6 +35,9 @@ from .simd import (
 )
 
 
+_TINY = np.float32(1e-30)  # values below it count as zero: 127 over a denormal number is infinite
+
+
 @njit
 def inverse_rms(x, width, true_width, eps):
     """1 / sqrt(mean(x^2) + eps) over `true_width` elements (the padding is zero)."""
@@ -82,7 +85,7 @@ def _pack_int8(x, width, spare, out, scale_out):
         peak = vmax(vmax(vmax(vabs(a), vabs(b)), vmax(vabs(c), vabs(d))), peak)
     largest = hmax(peak)
     factor = np.float32(0.0)
-    if largest > np.float32(0.0):
+    if largest > _TINY:
         factor = np.float32(127.0) / largest
     store_f32(scale_out, largest / np.float32(127.0))
     by = vsplat(factor)
@@ -98,7 +101,7 @@ def _pack_int8_groups(x, width, out):
         a, b = _load_within(x, i, width), _load_within(x, i + 16, width)
         largest = hmax(vmax(vabs(a), vabs(b)))
         factor = np.float32(0.0)
-        if largest > np.float32(0.0):
+        if largest > _TINY:
             factor = np.float32(127.0) / largest
         a, b = vrint(vmul(a, vsplat(factor))), vrint(vmul(b, vsplat(factor)))
         store_i8(out + i, a)
