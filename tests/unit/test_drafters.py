@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
@@ -16,7 +15,6 @@ from hypothesis import strategies as st
 from outpace.decoding.contracts import Drafter, DrafterContext, Observation, Sequence
 from outpace.decoding.drafters.aded import Aded
 from outpace.decoding.drafters.aggressive import Aggressive
-from outpace.decoding.drafters.automaton import SuffixAutomaton
 from outpace.decoding.drafters.jacobi import Jacobi
 from outpace.decoding.drafters.lookahead import Lookahead
 from outpace.decoding.drafters.merged import Merged
@@ -290,127 +288,6 @@ def test_ngram_continuation_reads_itself_past_the_end() -> None:
 def test_ngram_refuses_senseless_lengths() -> None:
     with pytest.raises(ParameterError, match="min_ngram"):
         Ngram(min_ngram=4, max_ngram=3)
-
-
-# -- suffix automaton ----------------------------------------------------------------------------------------
-
-
-def occurrences(text: list[int], part: list[int]) -> list[int]:
-    return [i + len(part) - 1 for i in range(len(text) - len(part) + 1) if text[i : i + len(part)] == part]
-
-
-@settings(max_examples=150, deadline=None)
-@given(st.lists(st.integers(0, 2), min_size=1, max_size=30))
-def test_suffix_automaton_against_brute_force(text: list[int]) -> None:
-    automaton = SuffixAutomaton()
-    for token in text:
-        automaton.extend([token])
-    for start in range(len(text)):
-        for stop in range(start + 1, len(text) + 1):
-            part, state = text[start:stop], 0
-            for token in part:
-                state = automaton.next[state][token]
-            places = occurrences(text, part)
-            assert automaton.count[state] == len(places)
-            assert automaton.last[state] == places[-1]
-            following = Counter(text[p + 1] for p in places if p + 1 < len(text))
-            assert {t: automaton.count[s] for t, s in automaton.continuations(state)} == following
-            assert automaton.length[state] >= len(part)
-    match = automaton.length[automaton.link[automaton.end]]
-    repeated = [n for n in range(1, len(text)) if len(occurrences(text, text[-n:])) > 1]
-    assert match == max(repeated, default=0)
-    assert len(automaton.next) <= 2 * len(text) + 1
-
-
-def test_suffix_proposes_the_continuation_of_the_longest_match_first() -> None:
-    #      1 2 3 was followed by 4 twice and by 5 once; 2 3 elsewhere by 6
-    text = [1, 2, 3, 4, 0, 1, 2, 3, 5, 7, 1, 2, 3, 4, 0, 9, 2, 3, 6, 8, 1, 2, 3]
-    sequence = Sequence(0, text, len(text), SamplingParams())
-    suffix = Suffix()
-    suffix.begin(sequence)
-    [draft] = suffix.propose([sequence], [12])
-    roots = [t for t, p in zip(draft.tokens.tolist(), draft.parents.tolist(), strict=True) if p == NO_PARENT]
-    assert roots[0] == 4 and {5, 6} <= set(roots)
-    assert draft.tokens[draft.parents == 0].tolist() == [0]
-
-
-# -- recycling -----------------------------------------------------------------------------------------------
-
-
-def test_recycling_remembers_rejected_rows_too() -> None:
-    drafter = Recycling(10, k=2, min_score=0)
-    sequence = Sequence(0, [1, 2], 1, SamplingParams())
-    drafter.begin(sequence)
-    draft = Draft(np.array([3, 4]), np.array([-1, -1]), ["x", "x"])
-    logits = np.zeros((3, 10), dtype=np.float32)
-    logits[0, [5, 6]] = [9, 8]  # after 2
-    logits[1, [7, 8]] = [9, 8]  # after 3, rejected
-    logits[2, [1, 0]] = [9, 8]  # after 4, rejected
-    sequence.tokens.append(5)
-    drafter.observe(sequence, Observation(np.array([5]), draft, None, TargetOutputs.of(torch.from_numpy(logits))))
-    matrix = drafter._matrices[None]
-    assert matrix.ids[[2, 3, 4]].tolist() == [[5, 6], [7, 8], [1, 0]]
-    sequence.tokens.append(3)
-    [proposed] = drafter.propose([sequence], [4])
-    assert proposed.tokens.tolist()[0] == 7
-    assert set(proposed.tokens[proposed.parents == NO_PARENT].tolist()) == {7, 8}
-
-
-def test_recycling_keeps_the_accepted_row_of_equal_tokens() -> None:
-    drafter = Recycling(10, k=1)
-    sequence = Sequence(0, [1, 2], 1, SamplingParams())
-    drafter.begin(sequence)
-    draft = Draft(np.array([3, 4, 3]), np.array([-1, -1, 1]), ["x"] * 3)
-    outputs = TargetOutputs.of(torch.from_numpy(np.eye(10, dtype=np.float32)[[3, 5, 3, 9]]))
-    accepted = CoupledVerifier().verify(sequence, draft, outputs)
-    assert accepted.path.tolist() == [0]
-    sequence.tokens += accepted.tokens.tolist()
-    drafter.observe(sequence, Observation(accepted.tokens, draft, accepted, outputs))
-    assert drafter._matrices[None].ids[3, 0] == 5
-
-
-def test_recycling_starts_from_the_prompt_s_bigrams() -> None:
-    drafter = Recycling(10, k=2)
-    sequence = Sequence(0, [1, 2, 1, 3, 1, 3, 1, 4, 1], 9, SamplingParams())
-    drafter.begin(sequence)
-    matrix = drafter._matrices[None]
-    assert matrix.ids[1].tolist() == [3, 2]
-    assert matrix.ids[4].tolist() == [1, -1]
-    [draft] = drafter.propose([sequence], [3])
-    check_draft(draft, 3, 10)
-    assert draft.tokens[0] == 3
-
-
-def test_recycling_tells_pairs_apart() -> None:
-    """After 1 the target said 5 when 2 came before it, and 6 when 3 did."""
-    drafter = Recycling(10, k=1, min_score=0)
-    sequence = Sequence(0, [2], 1, SamplingParams())
-    drafter.begin(sequence)
-    for before, answer in ((2, 5), (3, 6)):
-        sequence.tokens += [before, 1, answer]
-        outputs = TargetOutputs.of(torch.from_numpy(np.eye(10, dtype=np.float32)[[answer]]))
-        drafter.observe(sequence, Observation(np.array([answer]), Draft.empty(), None, outputs))
-    for before, expected in ((2, 5), (3, 6), (9, 6)):
-        sequence.tokens += [before, 1]
-        assert drafter.propose([sequence], [1])[0].tokens.tolist() == [expected]
-
-
-def test_recycling_keeps_owners_apart_and_forgets_the_longest_idle() -> None:
-    drafter = Recycling(10, k=2, owner_of=lambda sequence: sequence.id // 10, max_owners=2)
-    drafter.begin(Sequence(1, [1, 2, 1], 3, SamplingParams()))
-    other = Sequence(11, [1], 1, SamplingParams())
-    drafter.begin(other)
-    assert len(drafter.propose([other], [4])[0]) == 0
-    same = Sequence(2, [1], 1, SamplingParams())
-    drafter.begin(same)
-    assert drafter.propose([same], [1])[0].tokens.tolist() == [2]
-    drafter.begin(Sequence(21, [1], 1, SamplingParams()))
-    assert list(drafter._matrices) == [0, 2]
-
-
-def test_recycling_refuses_a_senseless_k() -> None:
-    with pytest.raises(ParameterError, match="k from 1"):
-        Recycling(10, k=0)
 
 
 # -- merged --------------------------------------------------------------------------------------------------
