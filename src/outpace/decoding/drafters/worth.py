@@ -10,10 +10,12 @@ from ...types import Draft
 from ..contracts import node_depths
 
 _EDGES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of what the drafters before it promise: bins of the table
-_TRIALS = 3  # of each bin before it is believed
+_TRIALS, _HOPE = 3, 0.5  # before a bin is believed; tokens it starts with, so that cheap ones are not given up
+_NEXT = 0.7  # of the gain in one bin is expected in the next as long as that was not tried
 _FADE = 1 - 1 / 60  # of the table, for each step in which the drafter was asked
 _FADE_OWN, _PRIOR_OWN = 1 - 1 / 12, 1.5  # the same for one sequence, and what it starts from, in tokens
 _FADE_TIMES = 0.9
+_HOPELESS = 0.8  # a forward gives one token at most, so one that costs this much is not even tried
 _SHORT, _LONG = 8, 256  # steps until a drafter that does not pay is tried again, at least and at most
 _EXPLORING = 0.03  # of the tokens is what trials may cost
 _TRIAL_NODES = 3  # of a trial's draft: a short one costs little, and the first nodes are the best
@@ -21,7 +23,7 @@ _TRIAL_NODES = 3  # of a trial's draft: a short one costs little, and the first 
 
 @dataclass(slots=True)
 class _Bin:
-    gained: float = 0.0  # tokens
+    gained: float = _HOPE  # tokens
     seconds: float = 0.0
     trials: int = 0
 
@@ -64,10 +66,13 @@ class Worth:
 
         `price`: tokens that a second is worth; `promised`: tokens that the drafters before it are expected to bring.
         """
-        customer, known = self._customers.setdefault(id, _Customer()), self._bins[bisect_right(_EDGES, promised)]
-        if known.trials < _TRIALS:
+        if price * self.forward_s > _HOPELESS:
+            self.skipped += 1
+            return 0
+        customer, expected = self._customers.setdefault(id, _Customer()), self._per_second(promised)
+        if expected is None:
             return min(budget, _TRIAL_NODES)
-        if known.per_second * customer.gained / customer.foretold >= price:
+        if expected * customer.gained / customer.foretold >= price:
             customer.skipped, customer.nap = 0, _SHORT
             return budget
         customer.skipped += 1
@@ -77,6 +82,15 @@ class Worth:
             return min(budget, _TRIAL_NODES)
         self.skipped += 1
         return 0
+
+    def _per_second(self, promised: float) -> float | None:
+        """Tokens that a second of drafting is expected to gain, from the nearest bin that was tried; None: none was."""
+        cell = bisect_right(_EDGES, promised)
+        for distance in range(len(self._bins)):
+            for other in (cell - distance, cell + distance):
+                if 0 <= other < len(self._bins) and self._bins[other].trials >= _TRIALS:
+                    return self._bins[other].per_second * float(_NEXT ** (cell - other))
+        return None
 
     def took(self, seconds: float, drafts: Seq[Draft]) -> None:
         """A call of `propose`."""
