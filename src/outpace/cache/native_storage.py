@@ -48,3 +48,10 @@ class NativeStorage(KVStorage):
         fp, fl = np.divmod(from_lane, self.pair)
         tp, tl = np.divmod(to_lane, self.pair)
         self.values[:, to_page, :, tp, :, tl] = self.values[:, from_page, :, fp, :, fl]
+
+    def page_means(self, layer: int, pages: NDArray[np.integer]) -> NDArray[np.float32]:
+        """Mean of the keys of whole pages. [P] -> f32[P, Hkv, C]"""
+        keys = self.keys[layer, pages]  # [P, Hkv, C / pair, PAGE_SIZE, pair]
+        exact = keys if keys.dtype == np.float32 else (keys.astype(np.uint32) << 16).view(np.float32)
+        count, heads, width, _, pair = keys.shape
+        return exact.mean(axis=3).reshape(count, heads, width * pair)

@@ -31,6 +31,7 @@ LOSSLESS_METHOD = "suffix+recycling"
 LOSSLESS_METHOD_WITH_DRAFT_MODEL = "suffix+recycling+specdec"  # the cheap ones first
 DRAFT_MODEL = "draft model"  # as drafters name it in what they need
 ANY_DRAFT_MODEL = "draft model of any vocabulary"
+OPTIONAL_DRAFT_MODEL = "draft model (optional)"
 
 
 class LLM:
@@ -377,7 +378,12 @@ def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 def needs_draft_model(spec: str) -> bool:
     """Whether some drafter of `a+b` needs one. Raises MethodError for unknown names."""
-    return any({DRAFT_MODEL, ANY_DRAFT_MODEL} & {*method(name, "drafter").needs} for name in split_spec(spec))
+    return _names_any(spec, DRAFT_MODEL, ANY_DRAFT_MODEL)
+
+
+def _names_any(spec: str, *needs: str) -> bool:
+    """Whether some drafter of `a+b` names one of these among what it needs."""
+    return any({*needs} & {*method(name, "drafter").needs} for name in split_spec(spec))
 
 
 def check_needs(spec: str, has_draft_model: bool) -> None:
@@ -388,7 +394,7 @@ def check_needs(spec: str, has_draft_model: bool) -> None:
             f"method {spec!r} needs a draft model: name a small model of the same vocabulary "
             "(draft_model=…, --draft-model …), or use a method without one"
         )
-    if has_draft_model and not needed:
+    if has_draft_model and not needed and not _names_any(spec, OPTIONAL_DRAFT_MODEL):
         raise MethodError(
             f"method {spec!r} has no use for a draft model: leave it out, or use a method that needs one "
             f"(such as draft, or {LOSSLESS_METHOD_WITH_DRAFT_MODEL})"
@@ -397,7 +403,7 @@ def check_needs(spec: str, has_draft_model: bool) -> None:
 
 def check_vocabulary(target: LoadedModel, draft: LoadedModel, spec: str) -> None:
     """A draft model's tokens must be the target's, unless the method translates them."""
-    if spec != "auto" and all(DRAFT_MODEL not in method(name, "drafter").needs for name in split_spec(spec)):
+    if spec != "auto" and not _names_any(spec, DRAFT_MODEL, OPTIONAL_DRAFT_MODEL):
         return
     if not target.tokenizer.same_vocabulary(draft.tokenizer):
         raise MethodError(

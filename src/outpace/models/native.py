@@ -130,9 +130,10 @@ class NativeDecoder(Decoder):
         c = self.config
         return NativeStorage(c.num_layers, num_pages, c.num_kv_heads, packed.head_width(c), self.precision != "float32")
 
-    def view(self) -> NativeDecoder:
-        """The same weights and KV layout with buffers of its own; `skip` and `trim` on it leave this one alone."""
-        twin = NativeDecoder(self.config, self._keep, self.precision, self.threads, self.level)
+    def view(self, threads: int | None = None) -> NativeDecoder:
+        """The same weights and KV layout with buffers of its own; `skip` and `trim` on it leave this one alone. It runs
+        on as many threads as this one, or on `threads`; the two may run at the same time."""
+        twin = NativeDecoder(self.config, self._keep, self.precision, threads or self.threads, self.level)
         twin._rope, twin._rope_local = self._rope, self._rope_local
         twin._set_head(self._head_ids)
         twin.skip(*self.skipped)

@@ -6,12 +6,14 @@ row alone) and has buffers of its own, so its outputs and the decoder's live sid
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UnsupportedModel
+from .batch import PAGE_SIZE, ForwardBatch
 from .decoder import Decoder
 from .native import NativeDecoder
 from .torch_decoder import TorchDecoder
@@ -40,6 +42,22 @@ def trim_head(decoder: Decoder, ids: NDArray[np.int64]) -> View:
     view = _view(decoder)
     view.trim(ids)
     return view
+
+
+def keep_pages(batch: ForwardBatch, kept: Sequence[NDArray[np.int64]]) -> ForwardBatch:
+    """A step whose rows see some of the cached text only: of each sequence's full pages those in `kept[b]` (ascending),
+    and all behind them, the last, partly filled page and the provisional region.
+
+    Rows are written to the same places as without it, and positions stay. Not for layers with a sliding window, which
+    counts places.
+    """
+    full = batch.committed // PAGE_SIZE
+    parts = [np.concatenate((t[keep], t[n:])) for t, keep, n in zip(batch.page_tables, kept, full, strict=True)]
+    tables = np.zeros((len(parts), max(map(len, parts), default=0)), dtype=np.int32)
+    for row, part in zip(tables, parts, strict=True):
+        row[: len(part)] = part
+    dropped = full - np.array([len(keep) for keep in kept], dtype=np.int32)
+    return replace(batch, page_tables=tables, committed=(batch.committed - PAGE_SIZE * dropped).astype(np.int32))
 
 
 def _view(decoder: Decoder) -> View:

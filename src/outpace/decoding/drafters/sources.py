@@ -69,6 +69,7 @@ class Source(ABC):
     keeps: bool
     decoder: Decoder  # may be exchanged between rounds for one that reads the same KV storage
     vocab_size: int  # of the target; no logits are given for ids from there on
+    view: KVView | None = None  # of its cache, in every forward
 
     def begin(self, sequence: Sequence) -> None:  # noqa: B027
         """A sequence starts."""
