@@ -1,21 +1,20 @@
 """The output distribution of the exact verifiers, by enumeration of every outcome: verifier x sampler x draft.
 
-The verifier's own code runs once for every outcome of its random choices: a stand-in uniform notes the threshold that
-it is compared with and answers as the script says, and the product of the answers' probabilities weighs the outcome.
-Together with the probability that the drafter draws the draft, this gives the joint distribution of the first tokens
-without drawing anything. It must be the target's, to 1e-9 in total variation.
+The verifier's own code runs once for every outcome of its random choices. Together with the probability that the
+drafter draws the draft, this gives the joint distribution of the first tokens without drawing anything. It must be the
+target's, to 1e-9 in total variation.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator
 from functools import cache
 
 import numpy as np
 import pytest
 import torch
+from enumeration import Enumeration
 
 from outpace.decoding.contracts import Sequence, Verifier
 from outpace.decoding.outputs import TargetOutputs
@@ -78,52 +77,17 @@ def drafter(context: tuple[int, ...], sparse: bool) -> np.ndarray:
     return q / q.sum()
 
 
-class Script:
-    """Answers to the verifier's random choices, one outcome after another (depth first)."""
-
-    def __init__(self) -> None:
-        self.answers: list[int] = []
-        self.options: list[int] = []
-        self.at, self.probability = 0, 1.0
-
-    def choose(self, probabilities: list[float]) -> int:
-        if self.at == len(self.answers):
-            self.answers.append(0)
-            self.options.append(len(probabilities))
-        answer = self.answers[self.at]
-        self.at += 1
-        self.probability *= probabilities[answer]
-        return answer
-
-    def outcomes(self) -> Iterator[None]:
-        while True:
-            self.at, self.probability = 0, 1.0
-            yield
-            while self.answers and self.answers[-1] + 1 == self.options[-1]:
-                self.answers.pop()
-                self.options.pop()
-            if not self.answers:
-                return
-            self.answers[-1] += 1
-
-
-class Probe:
-    """Stands for a uniform: `probe < threshold` is true with probability min(1, threshold)."""
-
-    def __init__(self, script: Script) -> None:
-        self.script = script
-
-    def __lt__(self, threshold: float) -> bool:
-        accept = min(1.0, threshold)
-        return self.script.choose([accept, 1 - accept]) == 0
-
-
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Script:
-    script = Script()
+def script(monkeypatch: pytest.MonkeyPatch) -> Enumeration:
+    return scripted(monkeypatch)
+
+
+def scripted(patch: pytest.MonkeyPatch) -> Enumeration:
+    """The verifiers' random choices, answered by an enumeration."""
+    script = Enumeration()
     for module in (rejection, block):
-        monkeypatch.setattr(module, "uniform", lambda *key: Probe(script))
-        monkeypatch.setattr(module, "draw", lambda p, u: script.choose((p / p.sum()).tolist()))
+        patch.setattr(module, "uniform", script.uniform)
+        patch.setattr(module, "draw", script.draw)
     return script
 
 
@@ -147,7 +111,7 @@ def build(parents: list[int], tokens: tuple[int, ...], draws: str) -> tuple[Draf
 
 
 def joint(
-    script: Script,
+    script: Enumeration,
     verifier: Verifier,
     parents: list[int],
     drafts: list[tuple[int, ...]],
@@ -197,7 +161,7 @@ def all_drafts(parents: list[int]) -> list[tuple[int, ...]]:
     ],
 )
 def test_the_output_has_the_target_distribution(
-    script: Script, verifier: type[Verifier], shape: str, sampler: str
+    script: Enumeration, verifier: type[Verifier], shape: str, sampler: str
 ) -> None:
     parents, params = (CHAINS | TREES)[shape], SAMPLERS[sampler]
     for draws in DRAWS[1:]:
@@ -213,9 +177,7 @@ def test_the_output_has_the_target_distribution(
 def test_a_wrong_q_shows() -> None:
     """The measure is not blind: siblings drawn without replacement but declared independent change the output."""
     with pytest.MonkeyPatch.context() as patch:
-        script = Script()
-        patch.setattr(rejection, "uniform", lambda *key: Probe(script))
-        patch.setattr(rejection, "draw", lambda p, u: script.choose((p / p.sum()).tolist()))
+        script = scripted(patch)
         patch.setattr(rejection, "drawn_from", lambda draft, node, excluded=(): draft.q[node].astype(np.float64))
         params = SAMPLERS["temperature"]
         found, _ = joint(script, RejectionVerifier(), [-1, -1], all_drafts([-1, -1]), "without replacement", params)
@@ -223,7 +185,7 @@ def test_a_wrong_q_shows() -> None:
 
 
 @pytest.mark.parametrize("shape", ["one", "chain", "long"])
-def test_a_block_accepts_no_less_than_token_by_token(script: Script, shape: str) -> None:
+def test_a_block_accepts_no_less_than_token_by_token(script: Enumeration, shape: str) -> None:
     parents, params = CHAINS[shape], SAMPLERS["temperature"]
     drafts = all_drafts(parents)
     _, together = joint(script, BlockVerifier(), parents, drafts, "independent", params)
@@ -231,14 +193,14 @@ def test_a_block_accepts_no_less_than_token_by_token(script: Script, shape: str)
     assert together > apart + 1e-3 if len(parents) > 1 else together == pytest.approx(apart, abs=1e-12)
 
 
-def test_a_block_proposed_outright_is_accepted_as_token_by_token(script: Script) -> None:
+def test_a_block_proposed_outright_is_accepted_as_token_by_token(script: Enumeration) -> None:
     for tokens in all_drafts([-1, 0, 1])[::5]:
         _, together = joint(script, BlockVerifier(), [-1, 0, 1], [tokens], "outright", SAMPLERS["temperature"])
         _, apart = joint(script, RejectionVerifier(), [-1, 0, 1], [tokens], "outright", SAMPLERS["temperature"])
         assert together == pytest.approx(apart, abs=1e-12)
 
 
-def test_siblings_without_replacement_are_accepted_more_often(script: Script) -> None:
+def test_siblings_without_replacement_are_accepted_more_often(script: Enumeration) -> None:
     parents, params = [-1, -1], SAMPLERS["temperature"]
     rates = {d: joint(script, RejectionVerifier(), parents, all_drafts(parents), d, params)[1] for d in DRAWS[1:]}
     assert rates["without replacement"] > rates["independent"]
