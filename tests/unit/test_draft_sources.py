@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 from outpace.cache.storage import KVStorage
 from outpace.decoding.contracts import DrafterContext, Sequence
 from outpace.decoding.drafters import trimmed
+from outpace.decoding.drafters.grown import Grown
 from outpace.decoding.drafters.rapid import Rapid, RetrievedSource, bm25, shorten
+from outpace.decoding.drafters.sources import ModelSource
 from outpace.decoding.drafters.specdec import SpecDec
-from outpace.decoding.drafters.trimmed import TokenCounts, TrimmedSource
+from outpace.decoding.drafters.trimmed import TokenCounts
 from outpace.decoding.methods import make_drafter
 from outpace.errors import ParameterError
 from outpace.models.batch import ForwardBatch
@@ -76,13 +78,13 @@ def test_a_trimmed_head_drafts_only_its_tokens(method: str, params: SamplingPara
 def test_the_head_holds_what_was_used_and_then_the_lowest_ids(cuts: list[list[int]]) -> None:
     counts = TokenCounts(FakeDecoder(), 5)
     counts.decoder()
-    counts.add([9, 9, 9, 12, 12, 7])
+    counts.add([9, 9, 12, 0, 1, 2, 3, 4])
     assert cuts == [[0, 1, 2, 3, 4]]
     counts.decoder()
-    assert len(cuts) == 1, "six tokens are too few for another cut"
-    counts.add([9, 9, 12, 11] * 5)
+    assert len(cuts) == 1, "three tokens outside the head are too few for another cut"
+    counts.add([9, 9, 12, 7] * 5)
     counts.decoder()
-    assert cuts[1:] == [[0, 7, 9, 11, 12]]
+    assert cuts[1:] == [[0, 1, 7, 9, 12]]
     counts.add([9] * 100)
     counts.decoder()
     assert len(cuts) == 2, "nothing outside the head was used"
@@ -113,10 +115,13 @@ def test_owners_share_no_head(cuts: list[list[int]]) -> None:
     assert one.tokens[: len(sequences[1].tokens)] == sequences[1].tokens[: len(one.tokens)]
 
 
-@pytest.mark.parametrize("trim", [1, V + 1])
-def test_a_head_out_of_range_is_refused(trim: int) -> None:
-    with pytest.raises(ParameterError, match=f"trim={trim} is out of range: it must be from 2 to {V}"):
-        TrimmedSource(FakeDecoder(), 8, V, trim)
+def test_a_head_out_of_range_is_refused_and_a_small_vocabulary_stays_whole() -> None:
+    context = DrafterContext(V, FakeDecoder(), 8)
+    with pytest.raises(ParameterError, match="trim=1 is out of range: it must be at least 2"):
+        make_drafter("draft:trim=1", context)
+    for method in ("vocabtrim", f"vocabtrim:trim={V}", "draft-tree:trim=0"):
+        drafter = make_drafter(method, context)
+        assert isinstance(drafter, Grown) and type(drafter.source) is ModelSource
 
 
 # -- a retrieved part of the prompt --------------------------------------------------------------------------

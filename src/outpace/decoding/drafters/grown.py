@@ -159,7 +159,7 @@ class Grown(Drafter):
 
     @classmethod
     def create(cls, context: DrafterContext, *, trim: int = 0, **options: Any) -> Grown:
-        """With the draft model as source, its head cut to `trim` tokens (0: whole). Override for another source."""
+        """With the draft model as source, its head cut to `trim` tokens at most (0: never). Override for another."""
         return cls(model_source(context, cls.name, trim), Draws.of(context), **options)
 
     @abstractmethod

@@ -16,7 +16,7 @@ from ..contracts import DrafterContext, Sequence
 from .owners import OwnerOf, PerOwner, one_owner
 from .sources import ModelSource, draft_model_of
 
-_PATIENCE = 16  # tokens counted between two cuts of a head: a cut costs about as much as a forward
+_PATIENCE = 4  # used tokens outside a head before it is cut anew: a cut costs about as much as two or three forwards
 _MAX_OWNERS = 8  # each has a copy of its part of the head
 
 
@@ -29,7 +29,7 @@ class TokenCounts:
         self._whole, self._size = decoder, size
         self._counts = np.zeros(decoder.config.vocab_size, dtype=np.int64)
         self._counts[list(decoder.config.eos_ids)] = 1  # where a text may end is worth knowing from the start
-        self._fresh = self._missed = 0  # tokens counted since the last cut, and of these the ones outside the head
+        self._missed = 0  # tokens used since the last cut that are outside the head
         self._known = np.zeros(len(self._counts), dtype=np.bool_)
         self._view: Decoder | None = None
 
@@ -37,17 +37,16 @@ class TokenCounts:
         ids = np.array(tokens, dtype=np.int64)
         ids = ids[ids < len(self._counts)]
         np.add.at(self._counts, ids, 1)
-        self._fresh += len(ids)
         self._missed += int((~self._known[ids]).sum())
 
     def decoder(self) -> Decoder:
         """The trimmed draft model, cut anew if the text has moved away from its head."""
-        if self._view is None or (self._missed and self._fresh >= _PATIENCE):
+        if self._view is None or self._missed >= _PATIENCE:
             ids = self.ids()
             self._view = trim_head(self._whole, ids)
             self._known[:] = False
             self._known[ids] = True
-            self._fresh = self._missed = 0
+            self._missed = 0
         return self._view
 
     def ids(self) -> IntArray:
@@ -64,18 +63,17 @@ class TrimmedSource(ModelSource):
 
     Which tokens: those that occur most in the prompts and committed outputs of a sequence's owner (`owner_of`), then
     those of the lowest ids. The head is the larger part of a small model with a large vocabulary, so a forward costs
-    less; a token outside it is never drafted. Raises ParameterError for `trim` out of range.
+    less; a token outside it is never drafted. Raises ParameterError for a `trim` that leaves nothing to choose from.
     """
 
     def __init__(
         self, decoder: Decoder, num_pages: int, vocab_size: int, trim: int, owner_of: OwnerOf = one_owner
     ) -> None:
         super().__init__(decoder, num_pages, vocab_size)
-        smallest = max(2, len(decoder.config.eos_ids))
-        if not smallest <= trim <= decoder.config.vocab_size:
+        least = max(2, len(decoder.config.eos_ids))
+        if trim < least:
             raise ParameterError(
-                f"trim={trim} is out of range: it must be from {smallest} to {decoder.config.vocab_size}, the draft "
-                "model's vocabulary, or 0 for the whole head"
+                f"trim={trim} is out of range: it must be at least {least} tokens, or 0 for the whole head"
             )
         self._per_owner = PerOwner(owner_of, lambda: TokenCounts(decoder, trim), _MAX_OWNERS)
         self._counts: dict[int, TokenCounts] = {}  # by sequence id
@@ -118,9 +116,11 @@ def _wanted(span: Span) -> int:
 
 
 def model_source(context: DrafterContext, method: str, trim: int = 0) -> ModelSource:
-    """The draft model of `context`, its head cut to `trim` tokens (0: whole). Raises MethodError in the name of
-    `method` if there is none, ParameterError for `trim` out of range."""
+    """The draft model of `context`, its head cut to `trim` tokens at most (0: never).
+
+    Raises MethodError in the name of `method` if there is none, ParameterError for `trim` out of range.
+    """
     decoder = draft_model_of(context, method)
-    if trim == 0:
+    if trim == 0 or trim >= decoder.config.vocab_size:
         return ModelSource(decoder, context.draft_pages, context.vocab_size)
     return TrimmedSource(decoder, context.draft_pages, context.vocab_size, trim, context.owner_of or one_owner)

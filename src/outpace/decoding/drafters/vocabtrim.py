@@ -27,12 +27,13 @@ class VocabTrim(SpecDec):
 
     Goel et al., "VocabTrim: Vocabulary Pruning for Efficient Speculative Decoding in LLMs", section 3.
 
-    Parameters: `trim` tokens of the head; the others as in `specdec`.
+    Parameters: `trim` tokens of the head at most (a smaller vocabulary stays whole, 0: any does); the others as in
+    `specdec`. Raises ParameterError out of range.
     """
 
     name = "vocabtrim"
     paper = "https://arxiv.org/abs/2506.22694"
 
     @classmethod
-    def create(cls, context: DrafterContext, *, trim: int = 16384, **options: Any) -> VocabTrim:
+    def create(cls, context: DrafterContext, *, trim: int = 32768, **options: Any) -> VocabTrim:
         return cls(model_source(context, cls.name, trim), Draws.of(context), **options)
