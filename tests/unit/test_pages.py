@@ -119,6 +119,20 @@ class Modelled(RuleBasedStateMachine):
         self.cache.truncate(seq, length)
         del self.held[seq][length:]
 
+    @rule(seq=sequences, data=st.data())
+    def reopen(self, seq, data):
+        length = len(self.held[seq])
+        n = data.draw(st.integers(0, length))
+        pages = self.cache.page_table(seq)[(length - n) // PAGE_SIZE :].tolist()
+        shared = {p for other in self.held if other != seq for p in self.cache.page_table(other).tolist()}
+        if seq in self.open_ or (n and shared & set(pages)):
+            with pytest.raises(AssertionError):
+                self.cache.reopen(seq, n)
+            return
+        self.cache.reopen(seq, n)
+        self.open_[seq] = self.held[seq][length - n :]
+        del self.held[seq][length - n :]
+
     @rule(target=sequences, seq=sequences)
     def fork(self, seq):
         if seq in self.open_:

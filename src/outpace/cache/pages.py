@@ -154,6 +154,18 @@ class PagedKVCache:
         s.length = length
         self._release(s, (length + PAGE_SIZE - 1) // PAGE_SIZE)
 
+    def reopen(self, seq: int, n: int) -> None:
+        """Make the last `n` committed places provisional again, with what is written in them. Their pages must not be
+        shared: what a fork may read cannot be taken back.
+        """
+        s = self._sequences[seq]
+        assert s.reserved == _CLOSED, f"sequence {seq} has an open reservation"
+        assert 0 <= n <= s.length, f"cannot reopen {n} of {s.length} places"
+        first = (s.length - n) // PAGE_SIZE
+        assert all(self._references[page] == 1 for page in s.pages[first:]) or not n, f"sequence {seq} shares its end"
+        s.length -= n
+        s.reserved = n
+
     # -- questions -----------------------------------------------------------------------------------------
 
     def length(self, seq: int) -> int:
