@@ -16,7 +16,7 @@ import torch
 from enumeration import Enumeration
 
 from outpace.decoding import sampling
-from outpace.decoding.contracts import Drafter, DrafterContext, Observation, Sequence
+from outpace.decoding.contracts import Drafter, DrafterContext, Observation, Sequence, Verifier
 from outpace.decoding.drafters import sjd, suffix
 from outpace.decoding.drafters.sjd import SpeculativeJacobi
 from outpace.decoding.drafters.suffix import Suffix
@@ -24,7 +24,8 @@ from outpace.decoding.methods import make_drafter
 from outpace.decoding.outputs import TargetOutputs
 from outpace.decoding.sampling import distribution
 from outpace.decoding.tree import check_draft, path_to
-from outpace.decoding.verify import rejection
+from outpace.decoding.verify import block, rejection
+from outpace.decoding.verify.block import BlockVerifier
 from outpace.decoding.verify.rejection import RejectionVerifier
 from outpace.types import Draft, SamplingParams
 
@@ -49,9 +50,11 @@ def outputs_of(tokens: list[int], draft: Draft) -> TargetOutputs:
     return TargetOutputs.of(torch.from_numpy(np.stack([target_logits(tokens + path) for path in paths])))
 
 
-def run(drafter: Drafter, params: SamplingParams, length: int, budget: int = 3) -> tuple[list[int], int]:
+def run(
+    drafter: Drafter, params: SamplingParams, length: int, verifier: Verifier, budget: int = 3
+) -> tuple[list[int], int]:
     """At least `length` tokens of output, and how many drafted ones were accepted."""
-    sequence, verifier = Sequence(0, list(PROMPT), len(PROMPT), params), RejectionVerifier()
+    sequence = Sequence(0, list(PROMPT), len(PROMPT), params)
     drafter.begin(sequence)
     accepted = 0
     while len(sequence.output) < length:
@@ -77,16 +80,20 @@ def target_joint(params: SamplingParams, length: int) -> dict[tuple[int, ...], f
     return joint
 
 
+@pytest.mark.parametrize("verifier", [RejectionVerifier, BlockVerifier])
 @pytest.mark.parametrize("name", MAKERS)
-def test_the_output_has_the_target_s_distribution(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_output_has_the_target_s_distribution(
+    name: str, verifier: type[Verifier], monkeypatch: pytest.MonkeyPatch
+) -> None:
     enumeration = Enumeration()
-    for module in (rejection, sjd, suffix):
+    for module in (rejection, block, sjd, suffix):
         monkeypatch.setattr(module, "draw", enumeration.draw)
-    monkeypatch.setattr(rejection, "uniform", enumeration.uniform)
+    for module in (rejection, block):
+        monkeypatch.setattr(module, "uniform", enumeration.uniform)
     joint: dict[tuple[int, ...], float] = defaultdict(float)
     # A run stops where LENGTH tokens are there; the last step's surplus is summed over.
     for _ in enumeration.outcomes():
-        output, _ = run(MAKERS[name](), PARAMS, LENGTH)
+        output, _ = run(MAKERS[name](), PARAMS, LENGTH, verifier())
         joint[tuple(output[:LENGTH])] += enumeration.probability
     expected = target_joint(PARAMS, LENGTH)
     assert sum(joint.values()) == pytest.approx(1, abs=1e-12)
@@ -103,10 +110,10 @@ def test_real_draws_are_spent_once_and_accepted_at_times(name: str, monkeypatch:
 
     for module in (sjd, suffix):
         monkeypatch.setattr(module, "uniform", spent)
-    output, accepted = run(MAKERS[name](), SamplingParams(temperature=0.9, seed=3), 60)
+    output, accepted = run(MAKERS[name](), SamplingParams(temperature=0.9, seed=3), 60, RejectionVerifier())
     assert len(output) >= 60 and accepted > 10
     assert len(set(keys)) == len(keys)
-    assert run(MAKERS[name](), SamplingParams(temperature=0.9, seed=3), 60)[0] == output
+    assert run(MAKERS[name](), SamplingParams(temperature=0.9, seed=3), 60, RejectionVerifier())[0] == output
 
 
 @pytest.mark.parametrize("name", ["sjd", "suffix"])
