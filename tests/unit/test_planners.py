@@ -147,11 +147,12 @@ def test_costs_are_monotone_and_go_on_beyond_the_table() -> None:
 def run(worth: Worth, gain: float, steps: int, price: float = 100.0, seconds: float = 0.001, id: int = 1) -> int:
     """How often a drafter is asked that brings `gain` tokens at each call of `seconds`."""
     asked, owed = 0, 0.0
+    sequence = Sequence(id, [1, 2, 3], 3, SamplingParams())
     for _ in range(steps):
-        if worth.nodes(id, 0.0, price, 8):
+        if worth.nodes(sequence, 0.0, price, 8):
             asked += 1
             owed += gain
-            worth.took(seconds, [tree([NO_PARENT], [0.5])])
+            worth.took(seconds, [sequence], [tree([NO_PARENT], [0.5])])
             worth.learned(id, 0.0, int(owed), seconds)
             owed -= int(owed)
     return asked

@@ -62,6 +62,13 @@ def model_options(function: F) -> F:
             help="A small model of the same vocabulary that drafts (omnidraft: of any).",
         ),
         click.option(
+            "--draft-precision",
+            type=click.Choice(["auto", *get_args(Precision)]),
+            default="auto",
+            show_default=True,
+            help="Arithmetic of the draft model; auto: the model's, but beside int8 int4 for drafting.",
+        ),
+        click.option(
             "--method",
             default="auto",
             show_default=True,
@@ -163,7 +170,10 @@ def open_llm(options: dict[str, Any], **more: Any) -> LLM:
     """The model of `model_options`, with progress on a terminal."""
     from ..engine.llm import LLM  # torch, only now
 
-    names = ("draft_model", "method", "verifier", "planner", "max_rows", "precision", "threads", "device")
+    names = (
+        *("draft_model", "draft_precision", "method", "verifier", "planner", "max_rows"),
+        *("precision", "threads", "device"),
+    )
     with loading_progress() as progress:
         return LLM(
             options["model"], **{name: options[name] for name in names if name in options}, progress=progress, **more

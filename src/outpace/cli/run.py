@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,6 +15,7 @@ from .common import (
     cancel_on_interrupt,
     model_options,
     open_llm,
+    read_file,
     read_stdin,
     sampling_options,
     sampling_params,
@@ -41,7 +41,6 @@ PALETTE = ("green", "cyan", "magenta", "yellow", "blue", "bright_red")
 @click.option("--show-draft", is_flag=True, help="Colour tokens by who drafted them.")
 @click.option(
     "--prediction",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
     metavar="FILE",
     help="Text that the answer will largely repeat, such as the code to be edited: it is drafted from.",
 )
@@ -59,7 +58,7 @@ def run(prompt: str | None, as_json: bool, no_stream: bool, show_draft: bool, **
     """
     text = read_prompt(prompt)
     params = sampling_params(options)
-    prediction = read_text(options["prediction"]) if options["prediction"] else ""
+    prediction = read_file(options["prediction"], "--prediction") if options["prediction"] else ""
     if options["raw"] and options["system"]:
         raise ParameterError("--system needs the chat template that --raw leaves out: drop one of them")
     if as_json and show_draft:
@@ -89,14 +88,6 @@ def run(prompt: str | None, as_json: bool, no_stream: bool, show_draft: bool, **
                 say(line)
     if cancelled:
         sys.exit(INTERRUPTED)
-
-
-def read_text(path: Path) -> str:
-    """ParameterError for a file that is not text."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ParameterError(f"{path} cannot be read as UTF-8 text: {error}") from error
 
 
 def read_prompt(prompt: str | None) -> str:

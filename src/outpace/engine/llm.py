@@ -20,7 +20,7 @@ from ..registry import Method, method
 from ..registry import method as registered
 from ..types import Precision, Result, SamplingParams
 from .engine import Engine, EngineConfig, new_cache
-from .load import LoadedModel, Progress, load_model, size_of_cache
+from .load import LoadedModel, Progress, load_draft_model, load_model, size_of_cache
 from .measure import step_costs
 from .request import StepEvent
 
@@ -28,7 +28,7 @@ from .request import StepEvent
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
 LOSSLESS_METHOD = "suffix+recycling"
-LOSSLESS_METHOD_WITH_DRAFT_MODEL = "suffix+recycling+specdec"  # the cheap ones first
+LOSSLESS_METHOD_WITH_DRAFT_MODEL = "suffix+recycling+draft-tree:width=2,max_depth=12"  # the cheap ones first
 DRAFT_MODEL = "draft model"  # as drafters name it in what they need
 ANY_DRAFT_MODEL = "draft model of any vocabulary"
 OPTIONAL_DRAFT_MODEL = "draft model (optional)"
@@ -48,6 +48,7 @@ class LLM:
                   "auto" (step times are measured at first use, and kept), else fixed
     precision     "float32", "bfloat16", "int8" or "int4" (the last two on a CPU only); "auto" is int8 on a CPU and
                   bfloat16 on CUDA
+    draft_precision  of the draft model; "auto" is the target's, but beside int8 it is int4, and int8 for prompts
     max_batch     sequences that decode at once; further prompts wait
     max_rows      most rows of one sequence in a step (its last token and the draft); by default 32 with the goodput
                   planner and 16 with the others
@@ -66,6 +67,7 @@ class LLM:
         verifier: str = "auto",
         planner: str = "auto",
         precision: str = "auto",
+        draft_precision: str = "auto",
         threads: int | None = None,
         device: str = "auto",
         max_batch: int = 8,
@@ -83,7 +85,9 @@ class LLM:
         judge = make_verifier(self.verifier)
         how: dict[str, Any] = {"precision": precision, "threads": threads, "device": device, "progress": progress}
         self.loaded = model if isinstance(model, LoadedModel) else load_model(model, **how)
-        self.draft_loaded = load_model(draft_model, **how) if isinstance(draft_model, str) else draft_model
+        if isinstance(draft_model, str):
+            draft_model = load_draft_model(draft_model, self.loaded, draft_precision, threads, progress)
+        self.draft_loaded = draft_model
         if self.draft_loaded is not None:
             check_vocabulary(self.loaded, self.draft_loaded, method)
         if planner == "auto":

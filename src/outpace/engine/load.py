@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import get_args
 
@@ -112,6 +112,28 @@ def load_model(
         return NativeDecoder.load(opened, precision, threads, progress=_packing(progress))
 
     return LoadedModel(opened.name, native(arithmetic), opened.tokenizer, native)
+
+
+def load_draft_model(
+    name: str,
+    target: LoadedModel,
+    precision: str = "auto",
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> LoadedModel:
+    """A draft model beside its target, on the same device. "auto": as the target, but beside an int8 target on the CPU
+    int4 for drafting and int8 for reading prompts. Raises as `load_model`.
+    """
+    from ..models.native import NativeDecoder
+    from ..models.two_speed import TwoSpeed
+
+    own = target.decoder.precision if precision == "auto" else precision
+    loaded = load_model(name, precision=own, device=str(target.decoder.device), threads=threads, progress=progress)
+    if precision == "auto" and own == "int8":
+        few, many = loaded.in_precision("int4"), loaded.decoder
+        assert isinstance(few, NativeDecoder) and isinstance(many, NativeDecoder)
+        return replace(loaded, decoder=TwoSpeed(few, many))
+    return loaded
 
 
 def _packing(progress: Progress | None) -> Callable[[int, int], None] | None:

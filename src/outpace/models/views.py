@@ -17,8 +17,9 @@ from .batch import PAGE_SIZE, ForwardBatch
 from .decoder import Decoder
 from .native import NativeDecoder
 from .torch_decoder import TorchDecoder
+from .two_speed import TwoSpeed
 
-View = NativeDecoder | TorchDecoder
+View = NativeDecoder | TorchDecoder | TwoSpeed
 
 
 def skip_sublayers(decoder: Decoder, attention: Collection[int] = (), mlp: Collection[int] = ()) -> View:
@@ -61,7 +62,7 @@ def keep_pages(batch: ForwardBatch, kept: Sequence[NDArray[np.int64]]) -> Forwar
 
 
 def _view(decoder: Decoder) -> View:
-    if not isinstance(decoder, NativeDecoder | TorchDecoder):
+    if not isinstance(decoder, View):
         raise UnsupportedModel(
             f"a {type(decoder).__name__} has no views of its weights; the CPU decoder and the torch decoder have"
         )

@@ -123,7 +123,7 @@ class Merged(Drafter):
             return list(budgets)
         asked = zip(sequences, budgets, promised, strict=True)
         nodes = self.worths[index].nodes
-        return [nodes(s.id, expected, self.price, budget) if budget > 0 else 0 for s, budget, expected in asked]
+        return [nodes(s, expected, self.price, budget) if budget > 0 else 0 for s, budget, expected in asked]
 
     def _ask(self, index: int, sequences: list[Sequence], nodes: list[int]) -> tuple[list[Draft], float]:
         drafter, worth = self.drafters[index], self.worths[index]
@@ -131,9 +131,7 @@ class Merged(Drafter):
         drafter.forward_floor = max(self.floor, self.price * worth.forward_s / len(sequences))
         began = perf_counter()
         drafts = drafter.propose(sequences, nodes)
-        seconds = perf_counter() - began
-        worth.took(seconds, drafts)
-        return drafts, seconds / len(sequences)
+        return drafts, worth.took(perf_counter() - began, sequences, drafts)
 
     def observe(self, sequence: Sequence, seen: Observation) -> None:
         gained = self._gains(seen)

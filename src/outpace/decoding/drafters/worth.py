@@ -7,7 +7,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from ...types import Draft
-from ..contracts import node_depths
+from ..contracts import Sequence, node_depths
 
 _EDGES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of what the drafters before it promise: bins of the table
 _TRIALS, _HOPE = 3, 0.5  # before a bin is believed; tokens it starts with, so that cheap ones are not given up
@@ -18,6 +18,7 @@ _FADE_TIMES = 0.9
 _HOPELESS = 0.8  # a forward gives one token at most, so one that costs this much is not even tried
 _SHORT, _LONG = 8, 256  # steps until a drafter that does not pay is tried again, at least and at most
 _EXPLORING = 0.03  # of the tokens is what trials may cost
+_READING = 0.05  # of the tokens still to come is what reading a text may cost
 _TRIAL_NODES = 3  # of a trial's draft: a short one costs little, and the first nodes are the best
 
 
@@ -38,8 +39,9 @@ class _Customer:
 
     gained: float = _PRIOR_OWN
     foretold: float = _PRIOR_OWN
-    skipped: int = 0
+    skipped: int = _LONG  # every new text is worth a trial at once
     nap: float = _SHORT
+    known: bool = False  # the drafter has read its text
 
 
 class Worth:
@@ -48,8 +50,8 @@ class Worth:
     The gain of a step is the number of accepted tokens that no drafter before it proposed. Gain per second of drafting
     is kept in a table by what those before it promised (beside a long certain lookup a draft model adds little), and is
     expected to be that times how the sequence compares with the others. Where it is less than the price of a second the
-    drafter rests, and is tried again with a short draft: after 8 steps or, if it is dear, after so many that trials
-    cost at most 3 % of the tokens, and each time after twice as many.
+    drafter rests, and is tried with a short draft: once for each new text, then after 8 steps or, if it is dear, after
+    so many that trials cost at most 3 % of the tokens, and each time after twice as many.
     """
 
     def __init__(self) -> None:
@@ -57,31 +59,38 @@ class Worth:
         self._customers: dict[int, _Customer] = {}
         self.forward_s = 0.0  # of one level of a draft
         self._call_s = 0.0
+        self._read_s = 0.0  # for each token of a text seen for the first time
         self._unreported = 0.0
         self.asked = self.skipped = self.gained = 0
         self.seconds = 0.0
 
-    def nodes(self, id: int, promised: float, price: float, budget: int) -> int:
+    def nodes(self, sequence: Sequence, promised: float, price: float, budget: int) -> int:
         """How many nodes to ask for: the budget if it pays, a few for a trial, else 0.
 
         `price`: tokens that a second is worth; `promised`: tokens that the drafters before it are expected to bring.
         """
-        if price * self.forward_s > _HOPELESS:
+        customer, expected = self._customers.setdefault(sequence.id, _Customer()), self._per_second(promised)
+        if price * self.forward_s > _HOPELESS or not self._readable(sequence, customer, price):
             self.skipped += 1
             return 0
-        customer, expected = self._customers.setdefault(id, _Customer()), self._per_second(promised)
         if expected is None:
+            customer.skipped = 0
             return min(budget, _TRIAL_NODES)
         if expected * customer.gained / customer.foretold >= price:
             customer.skipped, customer.nap = 0, _SHORT
             return budget
         customer.skipped += 1
         trial_s = min(self._call_s, (_TRIAL_NODES + 1) * self.forward_s)
-        if customer.skipped > max(customer.nap, price * trial_s / (_EXPLORING * (1 + promised))):
+        if customer.skipped > min(max(customer.nap, price * trial_s / (_EXPLORING * (1 + promised))), _LONG):
             customer.skipped, customer.nap = 0, min(2 * customer.nap, _LONG)
             return min(budget, _TRIAL_NODES)
         self.skipped += 1
         return 0
+
+    def _readable(self, sequence: Sequence, customer: _Customer, price: float) -> bool:
+        """Whether reading the text, which a draft model must do first, is a small part of what is still to come."""
+        remaining = sequence.params.max_tokens - (len(sequence.tokens) - sequence.prompt_length)
+        return customer.known or price * self._read_s * len(sequence.tokens) <= _READING * remaining
 
     def _per_second(self, promised: float) -> float | None:
         """Tokens that a second of drafting is expected to gain, from the nearest bin that was tried; None: none was."""
@@ -92,13 +101,21 @@ class Worth:
                     return self._bins[other].per_second * float(_NEXT ** (cell - other))
         return None
 
-    def took(self, seconds: float, drafts: Seq[Draft]) -> None:
-        """A call of `propose`."""
+    def took(self, seconds: float, sequences: Seq[Sequence], drafts: Seq[Draft]) -> float:
+        """A call of `propose`. Returns seconds of drafting for each sequence, the first reading of its text apart."""
         levels = max((int(node_depths(d.parents).max()) + 1 for d in drafts if len(d)), default=1)
-        self._call_s = _mix(self._call_s, seconds)
-        self.forward_s = _mix(self.forward_s, seconds / levels)
         self._unreported += seconds
         self.asked += len(drafts)
+        fresh = [s for s in sequences if not self._customers.setdefault(s.id, _Customer()).known]
+        for sequence in fresh:
+            self._customers[sequence.id].known = True
+        if fresh:
+            drafting = min(seconds, levels * self.forward_s)
+            self._read_s = _mix(self._read_s, (seconds - drafting) / sum(len(s.tokens) for s in fresh))
+            return drafting / len(sequences)
+        self._call_s = _mix(self._call_s, seconds)
+        self.forward_s = _mix(self.forward_s, seconds / levels)
+        return seconds / len(sequences)
 
     def learned(self, id: int, promised: float, gain: int, seconds: float) -> None:
         """A step was committed in which the drafter was asked for sequence `id`, which took `seconds` of drafting and
