@@ -129,8 +129,8 @@ def test_of_equal_matches_the_nearest_behind_the_last_place_is_taken() -> None:
     alignment.extend([99, 7])
     assert alignment.ranked(1, 4) == [7, 10, 13, 1]  # 13 is in the output
     assert (alignment.place, alignment.lost) == (4, 2)  # one token is not a sure match
-    alignment.extend([8, 6])
-    assert (alignment.place, alignment.lost) == (9, 0)
+    alignment.extend([8, 6, 7])
+    assert (alignment.place, alignment.lost) == (10, 0)
 
 
 @settings(max_examples=100)

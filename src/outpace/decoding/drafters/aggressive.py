@@ -16,7 +16,7 @@ from .nodes import Cell, NodeDrafter, Nodes, NodeState, check_range
 from .rates import Rates
 
 _LONGEST = 32  # longer matches are all alike
-_SURE = 3  # tokens of a match that settle where the copy goes on
+_SURE = 4  # tokens of a match that settle where the copy goes on
 _LOST = 3  # tokens since the copy broke off, as far as they are told apart
 _BREAK = -1  # between the parts of the reference; never proposed
 
@@ -28,8 +28,8 @@ _OTHER = len(_LENGTHS) + 1
 _REPLACED, _INSERTED = 2 * _OTHER, 2 * _OTHER + _LOST
 _START = _INSERTED + _LOST
 _COLUMNS = 6
-_BEST_PRIOR = (0.0, 0.15, 0.35, 0.5, 0.6, 0.75, 0.85, 0.93)
-_FIRST_PRIOR = (*_BEST_PRIOR, *(0.3 * p for p in _BEST_PRIOR), 0.4, 0.2, 0.1, 0.3, 0.2, 0.1, 0.6)
+_BEST_PRIOR = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.88, 0.94)  # chosen on code edits; no match has length 0
+_FIRST_PRIOR = (*_BEST_PRIOR, *(0.2 * p for p in _BEST_PRIOR), 0.2, 0.1, 0.05, 0.15, 0.1, 0.05, 0.6)
 _LATER_PRIOR = 0.9  # acceptance of later tokens
 
 
