@@ -52,6 +52,10 @@ class Overlap:
     busy_s: float = 0.0  # the draft model's time in the background
     waited_s: float = 0.0  # part of it that the engine waited for
 
+    def clear(self) -> None:
+        self.drafts = self.hits = self.tokens = self.ready = 0
+        self.busy_s = self.waited_s = 0.0
+
 
 class BranchSource(ModelSource):
     """A draft model that runs on other threads in the background, and keeps rows of a branch provisional."""
