@@ -156,8 +156,8 @@ def body(results: dict[str, Any]) -> str:
         [
             table(head, rows),
             "Threads: target / draft model in the foreground / in the background. Draft share: of the decoding time "
-            "that the engine waited for drafts. Hits: drafts begun in the background, of all drafts; ready: their share "
-            "of all draft tokens; hidden: background time that nobody waited for.",
+            "that the engine waited for drafts. Hits: drafts begun in the background, of all drafts; ready: their "
+            "share of all draft tokens; hidden: background time that nobody waited for.",
         ]
     )
 
