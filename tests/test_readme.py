@@ -62,9 +62,10 @@ def test_snippet_runs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     """On the toy model: the real one is run by the tests of the commands."""
     from hashing import toy_loaded
 
-    from outpace.engine import llm
+    from outpace.engine import llm, load
 
     monkeypatch.setattr(llm, "load_model", lambda name, **how: toy_loaded(name))
+    monkeypatch.setattr(load, "load_model", lambda name, **how: toy_loaded(name))
     (snippet,) = blocks("python")
     exec(compile(snippet, "README.md", "exec"), {})
     printed = capsys.readouterr().out.splitlines()

@@ -10,6 +10,7 @@ from hashing import toy_loaded
 
 from outpace.cli import main
 from outpace.engine import llm as llm_module
+from outpace.engine import load as load_module
 from outpace.errors import ModelNotFound
 
 
@@ -24,6 +25,7 @@ def outpace(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
         return toy_loaded(name, template=None if name == "base" else "{{ messages[-1].content }}:")
 
     monkeypatch.setattr(llm_module, "load_model", load)
+    monkeypatch.setattr(load_module, "load_model", load)  # of draft models
 
     def run(*args: str, input: str | None = None) -> Result:
         return CliRunner().invoke(main, list(args), input=input)

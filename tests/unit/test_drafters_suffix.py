@@ -123,3 +123,15 @@ def test_an_automaton_finds_the_longest_suffix_of_another_text(text: list[int], 
 def test_suffix_refuses_senseless_options(option: str) -> None:
     with pytest.raises(ParameterError, match=f"{option}=0"):
         Suffix(**{option: 0})
+
+
+def test_a_prediction_is_searched_like_earlier_text() -> None:
+    sequence = Sequence(0, [1, 2, 3], 3, SamplingParams(), prediction=[9, 2, 3, 4, 5, 6])
+    suffix = Suffix()
+    suffix.begin(sequence)
+    [draft] = suffix.propose([sequence], [8])
+    assert draft.tokens.tolist()[:3] == [4, 5, 6]
+    sequence.tokens += [4, 5, 6, 9]
+    [draft] = suffix.propose([sequence], [8])
+    assert draft.tokens.tolist()[:3] == [2, 3, 4]
+    assert (draft.tokens < V).all() and (draft.tokens >= 0).all(), "the end of the prediction is no token"

@@ -51,7 +51,7 @@ def methods(as_json: bool) -> None:
         return
     from rich.console import Console
 
-    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=200)
+    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=280)
     titles = {
         "drafter": "Drafters (--method; a+b merges two, a:option=value sets an option)",
         "verifier": "Verifiers (--verifier)",

@@ -84,7 +84,8 @@ class _Context:
 @dataclass(slots=True)
 class _State(NodeState):
     memory: Memory | None
-    automaton: SuffixAutomaton = field(default_factory=SuffixAutomaton)
+    automaton: SuffixAutomaton
+    before: int  # tokens of the automaton's text before those of the sequence: its prediction
 
 
 _Candidate = tuple[float, int, int, int, float, Cell, _Context]  # -reach, ticket, parent, token, score, cell, after
@@ -92,15 +93,15 @@ _Candidate = tuple[float, int, int, int, float, Cell, _Context]  # -reach, ticke
 
 @register(
     family="SPEC",
-    title="Suffix automaton over prompt and output",
+    title="Suffix automaton over prompt, output and prediction",
     paper="https://arxiv.org/abs/2411.04975",
     exactness="identical",
 )
 @dataclass(slots=True, eq=False)
 class Suffix(NodeDrafter[_State]):
-    """Finds the longest suffix of the text that occurred before and proposes what followed it, the most
-    frequent and then the most recent continuation first, as a tree grown by estimated acceptance. Shorter
-    suffixes offer more continuations of the next token. A loop is followed round.
+    """Finds the longest suffix of the text that occurred before, or in the request's prediction, and proposes what
+    followed it, the most frequent and then the most recent continuation first, as a tree grown by estimated acceptance.
+    Shorter suffixes offer more continuations of the next token. A loop is followed round.
 
     Where the verifier uses q (`sampled_over` is the size of the vocabulary) and the request samples, the draft is a
     chain drawn from the counts of what followed, which are its q.
@@ -143,7 +144,9 @@ class Suffix(NodeDrafter[_State]):
         return cls(owner_of=context.owner_of or one_owner, sampled_over=sampled_over, **options)
 
     def begin(self, sequence: Sequence) -> None:
-        self._states[sequence.id] = _State(self._memories.of(sequence) if self.memory else None)
+        prediction = SuffixAutomaton([*sequence.prediction, _BREAK] if sequence.prediction else [])
+        memory = self._memories.of(sequence) if self.memory else None
+        self._states[sequence.id] = _State(memory, prediction, prediction.size)
 
     def end(self, sequence: Sequence) -> None:
         state = self._states.pop(sequence.id, None)
@@ -151,7 +154,7 @@ class Suffix(NodeDrafter[_State]):
             state.memory.add(sequence.output)
 
     def _grow(self, sequence: Sequence, state: _State, nodes: Nodes, budget: int) -> Draft | None:
-        state.automaton.extend(sequence.tokens[state.automaton.size :])
+        state.automaton.extend(sequence.tokens[state.automaton.size - state.before :])
         contexts = self._contexts(sequence, state)
         if self.sampled_over is not None and not sequence.params.greedy:
             return self._sample(sequence, contexts, nodes, min(budget, self.max_tokens), self.sampled_over)
