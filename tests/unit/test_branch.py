@@ -328,6 +328,7 @@ def test_a_broken_draft_model_in_the_engine() -> None:
     with LLM(
         toy_loaded(), draft_model=LoadedModel("draft", breaking, draft.tokenizer), method="branch", planner="fixed"
     ) as llm:
+        patient(drafter_of(llm))
         params = SamplingParams(max_tokens=20)
         first = llm.generate("the tide", params)[0]
         breaking.fail = True
