@@ -4,11 +4,11 @@
         --other-draft-model smollm2-135m --prompts spec_bench.jsonl --category coding --category summarization \
         --category writing --edits humaneval.jsonl --per-category 4 --max-tokens 96
 
-One sequence at a time. Every contestant answers a prompt before any of them goes on to the next one, so that slow drifts
-of the machine hit all of them, and they take turns in going first. Drafters are fresh at the start; what they learn
-comes from earlier prompts, never from an earlier answer to the same prompt. A method that fails is reported as failing.
-The text to be edited is given as the prediction, to all methods. `random` are prompts of random tokens, continued at
-temperature 1.2: nothing can be drafted there.
+One sequence at a time. Every contestant answers a prompt before any of them goes on to the next one, so that slow
+drifts of the machine hit all of them, and they take turns in going first. Drafters are fresh at the start; what they
+learn comes from earlier prompts, never from an earlier answer to the same prompt. A method that fails is reported as
+failing. The text to be edited is given as the prediction, to all methods. `random` are prompts of random tokens,
+continued at temperature 1.2: nothing can be drafted there, so plain decoding and auto alone run on them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from common import RESULTS, note, public_name, save, table
 from outpace.bench.audit import ask, first_difference, split_by_room
 from outpace.bench.workloads import Prompt, code_edits, load_prompts, own_prompts, select
 from outpace.engine.llm import ANY_DRAFT_MODEL, DRAFT_MODEL, LLM
-from outpace.engine.load import LoadedModel, load_model
+from outpace.engine.load import LoadedModel, load_draft_model, load_model
 from outpace.errors import OutpaceError
 from outpace.registry import method, methods
 from outpace.types import Result, SamplingParams
@@ -39,8 +39,10 @@ RANDOM = "random"
 #: Other settings of a method that stand beside it
 VARIANTS = ("recycling:tree=published", "recycling:tree=fitted", "suffix+recycling")
 #: Verifiers are shown with drafts that suit them, where the target samples
-SAMPLED = (("draft", "rejection"), ("rsd-c", "rejection"), ("rsd-s", "rejection"), ("draft", "block"),
-           ("suffix+recycling", "typical"), ("suffix+recycling", "topk"), ("suffix+recycling", "tolerance"))  # fmt: skip
+SAMPLED = (
+    ("draft", "rejection"), ("rsd-c", "rejection"), ("rsd-s", "rejection"), ("sjd", "rejection"), ("draft", "block"),
+    ("suffix+recycling", "typical"), ("suffix+recycling", "topk"), ("suffix+recycling", "tolerance"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ class Contest:
 
     def run(self, prompts: list[Prompt], what: str) -> None:
         for i, prompt in enumerate(prompts):
-            names = [n for n in self.llms if n != "plain"]
+            names = [n for n in self.llms if n != "plain" and (n == AUTO or prompt.category != RANDOM)]
             order = ["plain", *names[i % max(len(names), 1) :], *names[: i % max(len(names), 1)]]
             if i % 2:
                 order = [*order[1:], "plain"]
@@ -168,7 +170,7 @@ def contestants(has_draft: bool, has_other: bool, wanted: tuple[str, ...], sampl
         chosen += [
             Contestant(s, v)
             for s, v in SAMPLED
-            if v in judges and all(n in names for n in s.split("+")) and (has_draft or "suffix" in s)
+            if v in judges and all(n in names for n in s.split("+")) and (has_draft or "suffix" in s or s == "sjd")
         ]
     return chosen
 
@@ -329,8 +331,11 @@ def plot(results: dict[str, Any], categories: list[str], path: Path, model: str)
 def main(**options: Any) -> None:
     how = {"precision": options["precision"], "threads": options["threads"]}
     loaded = load_model(options["model"], **how)
-    draft = load_model(options["draft_model"], **how) if options["draft_model"] else None
-    other = load_model(options["other_draft_model"], **how) if options["other_draft_model"] else None
+    threads = options["threads"]
+    draft, other = (
+        load_draft_model(options[name], loaded, threads=threads) if options[name] else None
+        for name in ("draft_model", "other_draft_model")
+    )
     count = options["per_category"]
     source = own_prompts() if options["path"] is None else load_prompts(options["path"])
     chosen = select(source, categories=options["categories"] or None, per_category=count)
