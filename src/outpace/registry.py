@@ -36,6 +36,7 @@ class Method:
     paper: str  # address, or "" for plain decoding
     exactness: Exactness
     needs: tuple[str, ...]
+    claim: str  # what its authors report, with their model or task; "" if they give no figure
     cls: type
 
 
@@ -43,7 +44,14 @@ _methods: dict[str, Method] = {}
 
 
 def register(
-    *, kind: Kind = "drafter", family: str, title: str, paper: str, exactness: Exactness, needs: tuple[str, ...] = ()
+    *,
+    kind: Kind = "drafter",
+    family: str,
+    title: str,
+    paper: str,
+    exactness: Exactness,
+    needs: tuple[str, ...] = (),
+    claim: str = "",
 ) -> Callable[[T], T]:
     """Class decorator. The class carries its own `name`."""
 
@@ -51,7 +59,7 @@ def register(
         name: str = cls.name  # type: ignore[attr-defined]
         known = _methods.get(name)
         assert known is None or known.cls.__qualname__ == cls.__qualname__, f"two methods are called {name!r}"
-        _methods[name] = Method(name, kind, family, title, paper, exactness, needs, cls)
+        _methods[name] = Method(name, kind, family, title, paper, exactness, needs, claim, cls)
         return cls
 
     return add

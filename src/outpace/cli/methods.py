@@ -42,6 +42,7 @@ def methods(as_json: bool) -> None:
                 "paper": m.paper,
                 "exactness": m.exactness,
                 "needs": list(m.needs),
+                "claim": m.claim,
                 "kind": m.kind,
                 "lossless": m.exactness != "approximate",
             }

@@ -17,6 +17,7 @@ _ALL = 1 << 30
     paper="https://arxiv.org/abs/2410.11744",
     exactness="identical",
     needs=("draft model",),
+    claim="up to 9.1x throughput (Llama2-70B at low temperature)",
 )
 class DySpec(DraftTree):
     """The node most likely to be reached, by the product of the draft model's probabilities, is expanded first, until

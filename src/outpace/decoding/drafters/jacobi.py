@@ -48,6 +48,7 @@ class JacobiState(NodeState):
     title="Jacobi and Gauss-Seidel decoding",
     paper="https://arxiv.org/abs/2305.10427",
     exactness="identical",
+    claim="up to 1.38x, nearly 2x with more parallel resources (translation)",
 )
 @dataclass(slots=True, eq=False)
 class Jacobi(NodeDrafter[JacobiState]):

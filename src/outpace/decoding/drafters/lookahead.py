@@ -41,6 +41,7 @@ class _State(NodeState):
     title="Lookahead decoding",
     paper="https://arxiv.org/abs/2402.02057",
     exactness="identical",
+    claim="up to 1.8x on MT-bench, 4x on code with several GPUs",
 )
 @dataclass(slots=True, eq=False)
 class Lookahead(NodeDrafter[_State]):
@@ -56,8 +57,8 @@ class Lookahead(NodeDrafter[_State]):
                  └ b1  └ b2  └ b3
 
     Fu et al., "Break the Sequential Dependency of LLM Inference Using Lookahead Decoding", section 3. The pool starts,
-    if `from_text`, with the n-grams of the text so far, and takes new ones up as the text grows. The defaults suit steps
-    of 16 rows (the paper's for small models, W = 15 and N = 5, take 121); where rows are short, half of them verify.
+    if `from_text`, with the n-grams of the text so far, and takes new ones up as the text grows. The defaults suit
+    steps of 16 rows (the paper's for small models, W = 15 and N = 5, take 121); where rows are short, half verify.
 
     Parameters: `window` W; `ngram` N; `guesses` G, n-grams kept and verified per first token; `from_text`.
     A node's score is the measured acceptance for its depth and the age rank of its n-gram, or its place in the window.

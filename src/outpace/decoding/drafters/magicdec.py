@@ -18,6 +18,7 @@ from .sparse import Streaming, require_whole_attention
     paper="https://arxiv.org/abs/2408.11049",
     exactness="identical",
     needs=("full attention in every layer", "draft model (optional)"),
+    claim="up to 2.51x (Llama-3.1-8B, batches of 32 to 256)",
 )
 class MagicDec(DraftChain):
     """The draft reads the first tokens and a window of the last ones, so that its cost does not grow with the text; the

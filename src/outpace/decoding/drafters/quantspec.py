@@ -19,6 +19,7 @@ from .sparse import require_cpu
     paper="https://arxiv.org/abs/2502.10424",
     exactness="identical",
     needs=("int8 or bfloat16 target on a CPU",),
+    claim="over 90 % accepted, up to about 2.5x (long contexts, GPU)",
 )
 class QuantSpec(DraftChain):
     """The target's weights, rounded to int4, draft in the target's own KV cache; the target as it was loaded verifies.

@@ -87,6 +87,7 @@ class RetrievedSource(ModelSource):
     paper="https://arxiv.org/abs/2502.20330",
     exactness="identical",
     needs=("draft model",),
+    claim="more than 2x beyond 32K tokens",
 )
 class Rapid(SpecDec):
     """The chain of `specdec` from a draft model that reads a short part of a long prompt: its head, its end, and the

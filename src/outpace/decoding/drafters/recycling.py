@@ -48,6 +48,7 @@ class _State(NodeState):
     title="Token Recycling",
     paper="https://arxiv.org/abs/2408.08696",
     exactness="identical",
+    claim="about 2x at all sizes, in less than 2 MB",
 )
 @dataclass(slots=True, eq=False)
 class Recycling(NodeDrafter[_State]):

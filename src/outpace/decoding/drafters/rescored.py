@@ -89,6 +89,7 @@ class _State(NodeState):
     title="Blockwise draft rescoring",
     paper="https://arxiv.org/abs/2404.09221",
     exactness="identical",
+    claim="5 % to 21 % more tokens a step for blockwise drafts",
 )
 @dataclass(slots=True, eq=False)
 class Rescored(NodeDrafter[_State]):

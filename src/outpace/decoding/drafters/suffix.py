@@ -96,6 +96,7 @@ _Candidate = tuple[float, int, int, int, float, Cell, _Context]  # -reach, ticke
     title="Suffix automaton over prompt, output and prediction",
     paper="https://arxiv.org/abs/2411.04975",
     exactness="identical",
+    claim="up to 5.3x on agentic tasks",
 )
 @dataclass(slots=True, eq=False)
 class Suffix(NodeDrafter[_State]):

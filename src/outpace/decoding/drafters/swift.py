@@ -103,6 +103,7 @@ class _Stretch:
     paper="https://arxiv.org/abs/2410.06916",
     exactness="identical",
     needs=(f"target of at least {_FEWEST_LAYERS} layers",),
+    claim="1.3x to 1.6x",
 )
 class Swift(DraftChain):
     """The draft is the target without some of its attention and MLP sublayers, in the target's own KV cache.

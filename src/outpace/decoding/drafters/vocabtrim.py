@@ -17,6 +17,7 @@ from .trimmed import model_source
     paper="https://arxiv.org/abs/2506.22694",
     exactness="identical",
     needs=("draft model",),
+    claim="16 % over the same drafter (Llama-3.2-3B)",
 )
 class VocabTrim(SpecDec):
     """The chain of `specdec` from a draft model whose head knows `trim` tokens: a forward reads fewer weights, and a

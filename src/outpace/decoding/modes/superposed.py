@@ -63,6 +63,7 @@ class Suggestions:
     title="Superposed Decoding: several suggestions from one pass",
     paper="https://arxiv.org/abs/2405.18400",
     exactness="approximate",
+    claim="at least 2.44x for three drafts or more",
 )
 class Superposed:
     """Keeps the `k` likeliest drafts. Each step feeds the mean of the embeddings of their last tokens, weighted by

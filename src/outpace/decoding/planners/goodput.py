@@ -20,6 +20,7 @@ _FADE, _SLOW = 0.9, 0.95  # of averages over steps
     paper="https://arxiv.org/abs/2406.14066",
     exactness="identical",
     needs=("measured step times",),
+    claim="up to 3.2x lower mean latency (SmartSpec)",
 )
 class Goodput(Planner):
     """With T(rows) the measured time of a step, and nodes in falling order of the probability of being accepted,

@@ -22,6 +22,7 @@ from .walk import Recorder, target_row
     title="Block verification",
     paper="https://arxiv.org/abs/2403.10444",
     exactness="distribution",
+    claim="5 % to 8 % over token-wise verification",
 )
 class BlockVerifier(Verifier):
     """Judges how long a prefix of a chain stays, instead of token after token. With w_0 = 1 and

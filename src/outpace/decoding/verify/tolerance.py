@@ -16,6 +16,7 @@ from .threshold import ThresholdVerifier
     title="Acceptance within a distance of the best",
     paper="https://arxiv.org/abs/1811.03115",
     exactness="approximate",
+    claim="up to 7x fewer iterations at some loss, up to 4x in time, with trained heads",
 )
 class ToleranceVerifier(ThresholdVerifier):
     """A draft token passes if its log-probability is within `epsilon` nats of the likeliest token's. With

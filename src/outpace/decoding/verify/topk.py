@@ -16,6 +16,7 @@ from .threshold import ThresholdVerifier
     title="Top-k acceptance",
     paper="https://arxiv.org/abs/1811.03115",
     exactness="approximate",
+    claim="up to 7x fewer iterations at some loss, up to 4x in time, with trained heads",
 )
 class TopKVerifier(ThresholdVerifier):
     """A draft token passes if it is among the `k` likeliest of the target; ties with the k-th pass too. With k = 1 and

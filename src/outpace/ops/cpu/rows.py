@@ -34,7 +34,6 @@ from .simd import (
     vsub,
 )
 
-
 _TINY = np.float32(1e-30)  # values below it count as zero: 127 over a denormal number is infinite
 
 
