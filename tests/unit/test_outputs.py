@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from outpace.decoding import outputs as module
-from outpace.decoding.contracts import DrafterContext
+from outpace.decoding.contracts import DrafterContext, Sequence
 from outpace.decoding.methods import make_drafter
 from outpace.decoding.outputs import StepOutputs, TargetOutputs
+from outpace.types import SamplingParams
 
 
 @pytest.fixture
@@ -52,4 +53,7 @@ def test_one_scan_where_topk_is_expected(scans: list[int]) -> None:
 def test_drafters_say_what_they_will_ask_for() -> None:
     context = DrafterContext(vocab_size=100)
     for spec, k in (("plain", 0), ("suffix", 0), ("recycling", 8), ("suffix+recycling", 8), ("ngram+suffix", 0)):
-        assert make_drafter(spec, context).expects_topk == k
+        drafter, sequence = make_drafter(spec, context), Sequence(0, [1, 2, 1], 3, SamplingParams())
+        drafter.begin(sequence)
+        drafter.propose([sequence], [4])
+        assert drafter.expects_topk == k

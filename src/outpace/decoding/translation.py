@@ -169,8 +169,8 @@ class Twin:
                 continue
             self._settle()
             self._close()
-            # Those without a counterpart are left out; a beginning token that is there already is not doubled.
-            if token in control and self.tokens != [control[token]]:
+            # Those without a counterpart are left out; a beginning token that was given already is not doubled.
+            if token in control and not (self.read == 1 and self.tokens == [control[token]]):
                 self.tokens.append(control[token])
                 self.settled += 1
         self._settle()

@@ -140,7 +140,7 @@ class Aded(NodeDrafter[_State]):
     merged into one tree, are the draft, the likeliest first.
 
     Liu et al., "Adaptive Draft-Verification for Efficient Large Language Model Decoding", sections on the tri-gram
-    representation and on draft construction. The constants of the rule are AlphaZero's, as there.
+    representation and on draft construction. The constants of the rule are those of MuZero (arXiv 1911.08265).
 
     Parameters: `simulations` walks per draft; `c1`, `c2` weight of exploration and how slowly it grows with the visits;
     `max_depth` of the search; `k` likeliest tokens kept per pair; `keep` share of a row that an answer leaves as it
