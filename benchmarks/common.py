@@ -116,37 +116,41 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 def save(name: str, question: str, config: dict[str, Any], results: dict[str, Any], body: str) -> None:
     """Write `results/NAME.json` and its page `results/NAME.md`, and print the JSON's place last."""
-    where = environment()
-    command = _command()
     RESULTS.mkdir(parents=True, exist_ok=True)
     record = {
         "name": name,
         "question": question,
-        "command": command,
-        "environment": where,
+        "command": _command(),
+        "environment": environment(),
         "config": config,
         "results": results,
     }
     target = RESULTS / f"{name}.json"
     target.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    write_page(record, body)
+    note("")
+    print(body)
+    print(f"written: {target.parent.name}/{target.name}")
+
+
+def write_page(record: dict[str, Any], body: str) -> None:
+    """The Markdown page of a result file."""
+    name, where, config = record["name"], record["environment"], record["config"]
     versions = ", ".join(f"{k} {v}" for k, v in where["versions"].items())
     hardware = f"{where['cpu']}, {where['cores']} cores ({', '.join(where['cpu_features'])}), {where['memory_gb']} GB"
     page = [
         f"# {name}",
-        question,
+        record["question"],
         f"- Hardware: {hardware}{'; ' + where['gpu'] if where['gpu'] else ''}",
         f"- Software: {where['system']}, Python {where['python']}, {versions}",
         f"- Commit {where['commit']}, {where['date']}",
-        f"- Command: `{command}`",
+        f"- Command: `{record['command']}`",
         "- Configuration: " + ", ".join(f"{k} = {v}" for k, v in config.items()),
         f"- All figures: [{name}.json]({name}.json). Spread is median (minimum-maximum) over the trials.",
         body,
     ]
     parts = [*page[:2], "\n".join(page[2:8]), page[8]]
     (RESULTS / f"{name}.md").write_text("\n\n".join(parts) + "\n", "utf-8")
-    note("")
-    print(body)
-    print(f"written: {target.parent.name}/{target.name}")
 
 
 def _command() -> str:

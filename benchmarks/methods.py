@@ -13,6 +13,7 @@ continued at temperature 1.2: nothing can be drafted there, so plain decoding an
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 
 import click
 import numpy as np
-from common import RESULTS, note, public_name, save, table
+from common import RESULTS, note, public_name, save, table, write_page
 
 from outpace.bench.audit import ask, first_difference, split_by_room
 from outpace.bench.workloads import Prompt, code_edits, load_prompts, own_prompts, select
@@ -241,47 +242,79 @@ def overall_speedup(record: dict[str, Any], name: str, categories: list[str]) ->
     return round(speed(name) / speed("plain"), 4)
 
 
+def total(cells: dict[str, Any], categories: list[str]) -> dict[str, float]:
+    """Sums over categories of one method."""
+    kept = [cells[c] for c in categories if c in cells and cells[c]["tokens_per_s"]]
+    tokens = sum(c["tokens"] for c in kept)
+    seconds = sum(c["tokens"] / c["tokens_per_s"] for c in kept)
+    steps = sum(c["tokens"] / c["mean_accepted"] for c in kept)
+    drafting = sum(c["draft_share"] * c["tokens"] / c["tokens_per_s"] for c in kept)
+    return {"tau": tokens / steps, "draft_share": drafting / seconds, "speed": tokens / seconds}
+
+
+def why_slower(speedup: float, sums: dict[str, float]) -> str:
+    """Where the time of a method goes that is no faster than plain decoding."""
+    if speedup >= 1.03:
+        return ""
+    if sums["draft_share"] > 0.35:
+        return f"drafting takes {sums['draft_share']:.0%} of the time for {sums['tau'] - 1:.1f} tokens more a step"
+    if sums["tau"] < 1.25:
+        return f"hardly a draft is accepted ({sums['tau']:.2f} tokens a step)"
+    return f"its rows cost more than the {sums['tau'] - 1:.1f} tokens more a step are worth"
+
+
+def claim_of(name: str) -> str:
+    """What the authors report of the methods in a contestant's name."""
+    spec, _, judge = name.partition(" / ")
+    if spec == AUTO:
+        return ""
+    parts = [method(part.split(":")[0], "drafter") for part in spec.split("+")]
+    found = [m.claim for m in parts] if len(parts) == 1 or judge else []
+    return "; ".join(filter(None, [method(judge, "verifier").claim] if judge else found)) or "-"
+
+
 def body_of(record: dict[str, Any], categories: list[str], title: str) -> str:
+    """Table and findings of one temperature."""
+    drafted = [c for c in categories if c != RANDOM]
     head = [
-        "method",
-        "overall",
-        *(f"{c}: tokens/s" for c in categories),
-        "x plain",
-        "mean_accepted",
-        "alpha",
-        "draft time",
-    ]
+        "method", "x plain", *(f"{c}: tokens/s" for c in categories), "x plain, each", "tau, each", "alpha, each",
+        "draft time, each", "its authors report", "why it loses here",
+    ]  # fmt: skip
     rows = []
     overall = record["summary"]["overall_speedup"]
     for name, cells in sorted(record["methods"].items(), key=lambda item: -overall.get(item[0], 0)):
         each = [f"{cells[c]['tokens_per_s']:.1f}" if c in cells else "-" for c in categories]
 
         def joined(key: str, digits: int = 2, cells: dict[str, Any] = cells) -> str:
-            values = [cells[c][key] if c in cells else None for c in categories]
+            values = [cells[c][key] for c in drafted if c in cells]
             return " · ".join("-" if v is None else f"{v:.{digits}f}" for v in values)
 
         plain = record["methods"]["plain"]
-        ratio = " · ".join(
-            f"{cells[c]['tokens_per_s'] / plain[c]['tokens_per_s']:.2f}" if c in cells else "-" for c in categories
-        )
-        rows.append([f"`{name}`", f"{overall.get(name, 0):.2f}", *each, ratio, joined("mean_accepted"), joined("alpha"),
-                     joined("draft_share")])  # fmt: skip
-    text = f"## {title}\n\n{table(head, rows)}"
-    text += "\n\nWhere a column holds several figures they are of the categories in their order: " + ", ".join(
-        categories
-    )
-    text += ". `draft time` is the share of the decoding time."
+        ratio = " · ".join(f"{cells[c]['tokens_per_s'] / plain[c]['tokens_per_s']:.2f}" for c in drafted if c in cells)
+        speedup = overall.get(name, 0.0)
+        why = "" if name in ("plain", AUTO) else why_slower(speedup, total(cells, drafted))
+        rows.append([f"`{name}`", f"{speedup:.2f}", *each, ratio, joined("mean_accepted"), joined("alpha"),
+                     joined("draft_share"), claim_of(name), why])  # fmt: skip
+    text = f"## {title}\n\n{table(head, rows)}\n\n`each`: of the categories in their order, {', '.join(drafted)}. "
+    text += "tau: tokens a step; alpha: accepted share of drafted tokens; draft time: share of the decoding time."
     found = record["summary"]["by_category"]
     text += "\n\n" + table(
         ["category", "best single method", "auto / best", "auto / plain"],
         [[c, f"`{f['best']}`", f"{f['auto_of_best']:.3f}", f"{f['auto_speedup']:.2f}"] for c, f in found.items()],
     )
+    if record["explained"]:
+        text += "\n\nWhat auto did:\n\n" + "\n".join(f"- {line}" for line in record["explained"])
     if record["failed"]:
         text += "\n\nFailed: " + "; ".join(f"`{n}`: {why}" for n, why in record["failed"].items())
     differing = {n: sum(c["differing"] for c in cells.values()) for n, cells in record["methods"].items()}
     wrong = {n: k for n, k in differing.items() if k}
     text += f"\n\nAnswers that differ from plain decoding's where they must not: {wrong or 'none'}."
     return text
+
+
+def page(results: dict[str, Any], categories: list[str], name: str) -> str:
+    bodies = [body_of(record, categories, f"Temperature {t}") for t, record in results.items()]
+    return f"![times plain decoding]({name}.svg)\n\n" + "\n\n".join(bodies)
 
 
 def plot(results: dict[str, Any], categories: list[str], path: Path, model: str) -> None:
@@ -328,7 +361,14 @@ def plot(results: dict[str, Any], categories: list[str], path: Path, model: str)
 @click.option("--edits", type=click.Path(exists=True, path_type=Path), help="Solved functions, humaneval-style.")
 @click.option("--max-tokens", type=int, default=96, show_default=True)
 @click.option("--name", help="Of the result file.  [default: methods-MODEL-PRECISION]")
+@click.option("--rewrite", is_flag=True, help="Only write the page and plot of --name anew, from its result file.")
 def main(**options: Any) -> None:
+    if options["rewrite"]:
+        stored = json.loads((RESULTS / f"{options['name']}.json").read_text("utf-8"))
+        names = stored["config"]["categories"]
+        plot(stored["results"], names, RESULTS / f"{stored['name']}.svg", stored["config"]["model"])
+        write_page(stored, page(stored["results"], names, stored["name"]))
+        return
     how = {"precision": options["precision"], "threads": options["threads"]}
     loaded = load_model(options["model"], **how)
     threads = options["threads"]
@@ -373,8 +413,7 @@ def main(**options: Any) -> None:
     name = options["name"] or f"methods-{public_name(options['model'])}-{options['precision']}"
     RESULTS.mkdir(parents=True, exist_ok=True)
     plot(results, names, RESULTS / f"{name}.svg", str(config["model"]))
-    bodies = [body_of(record, names, f"Temperature {t}") for t, record in results.items()]
-    save(name, QUESTION, config, results, f"![times plain decoding]({name}.svg)\n\n" + "\n\n".join(bodies))
+    save(name, QUESTION, config, results, page(results, names, name))
 
 
 if __name__ == "__main__":

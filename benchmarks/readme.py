@@ -60,6 +60,13 @@ def paper_name(address: str) -> str:
 def claims() -> str:
     """The three sentences at the top, each with its result file."""
     lines = []
+    if planner := records("planner"):
+        r = planner[0]
+        greedy, *sampled = (record["summary"]["overall_speedup"]["auto"] for record in r["results"].values())
+        text = f"**{greedy:.2f} times** the tokens a second of plain decoding by the default `--method auto`"
+        text += "".join(f", **{x:.2f} times** when sampling" for x in sampled)
+        where = f"{config_words(r)}, draft model {r['config']['draft_model']}"
+        lines.append(f"{text}, the same tokens ({where}): {link(r, 'result')}.")
     if decode := records("decode"):
         r = max(decode, key=lambda r: r["results"]["ceiling"]["weight_bytes"])
         name, m = best(r["results"]["race"]["methods"])
@@ -103,7 +110,7 @@ def results() -> str:
 def hardware() -> str:
     """Where the figures come from; every result page has the whole list of versions."""
     machines: dict[str, list[str]] = {}
-    for kind in ("decode", "llamacpp", "perplexity", "startup", "audit"):
+    for kind in ("planner", "methods", "decode", "llamacpp", "perplexity", "startup", "audit"):
         for r in records(kind):
             e = r["environment"]
             gpu = f", {e['gpu']}" if e["gpu"] else ""
@@ -140,6 +147,57 @@ def decode_table() -> str:
         )
     head = ["model", "plain tokens/s", "of the ceiling", "method", "tokens/s", "x plain", "x plain, edits", "differing"]
     return table(head, rows) if rows else ""
+
+
+def planner_table() -> str:
+    rows = []
+    for r in records("planner"):
+        for temperature, record in r["results"].items():
+            overall = record["summary"]["overall_speedup"]
+            single = max((n for n in overall if n != "auto"), key=overall.__getitem__)
+            for category, found in record["summary"]["by_category"].items():
+                rows.append(
+                    [
+                        link(r, f"{r['config']['model']}, {r['config']['precision']}"),
+                        "1.2" if category == "random" else temperature,
+                        category,
+                        f"{found['auto_speedup']:.2f}",
+                        f"`{found['best']}`",
+                        f"{found['auto_of_best']:.2f}",
+                    ]
+                )
+            rows.append(
+                [
+                    link(r, f"{r['config']['model']}, {r['config']['precision']}"),
+                    temperature,
+                    "**all but random**",
+                    f"**{overall['auto']:.2f}**",
+                    f"`{single}`",
+                    f"{overall['auto'] / overall[single]:.2f}",
+                ]
+            )
+    head = ["model", "temperature", "text", "auto, x plain", "best single method", "auto / best"]
+    note = "`random`: prompts of random tokens, where nothing can be drafted; the best is plain decoding there."
+    return f"{table(head, rows)}\n\n{note}" if rows else ""
+
+
+def side_by_side() -> str:
+    """Speed-up of every method over plain decoding, by model and temperature."""
+    columns = [(r, t) for r in records("methods") for t in r["results"]]
+    speedups = {(r["file"], t): r["results"][t]["summary"]["overall_speedup"] for r, t in columns}
+    names = sorted(
+        {n for found in speedups.values() for n in found if n != "plain"},
+        key=lambda n: -max(found.get(n, 0.0) for found in speedups.values()),
+    )
+    rows = [
+        [f"`{n}`", *(f"{s[n]:.2f}" if n in (s := speedups[r["file"], t]) else "" for r, t in columns)] for n in names
+    ]
+    head = ["method, x plain", *(f"{link(r, r['config']['model'])}, temperature {t}" for r, t in columns)]
+    note = (
+        "The linked pages have each kind of text, acceptance, the share of drafting in the time, what the authors "
+        "report and why a method loses here. `a / b`: with verifier b."
+    )
+    return f"{table(head, rows)}\n\n{note}" if rows else ""
 
 
 def peer_table() -> str:
@@ -192,6 +250,8 @@ def startup_table() -> str:
 
 
 RESULT_TABLES: dict[str, Callable[[], str]] = {
+    "The planner against the best single method": planner_table,
+    "Every method, one sequence": side_by_side,
     "Decoding, one sequence, greedy": decode_table,
     "Beside llama.cpp": peer_table,
     "The same tokens": audit_table,
