@@ -25,8 +25,9 @@ from common import RESULTS, note, public_name, save, table, write_page
 
 from outpace.bench.audit import ask, first_difference, split_by_room
 from outpace.bench.workloads import Prompt, code_edits, load_prompts, own_prompts, select
-from outpace.engine.llm import ANY_DRAFT_MODEL, DRAFT_MODEL, LLM
+from outpace.engine.llm import LLM
 from outpace.engine.load import LoadedModel, load_draft_model, load_model
+from outpace.engine.needs import ANY_DRAFT_MODEL, DRAFT_MODEL
 from outpace.errors import OutpaceError
 from outpace.registry import method, methods
 from outpace.types import Result, SamplingParams

@@ -58,7 +58,7 @@ def test_sound_methods_pass() -> None:
         lambda what, done, total: told.append((done, total)),
     )
     methods = {row.method for row in section.rows}
-    assert {"plain", "ngram", "suffix", "recycling", "suffix+recycling"} <= methods
+    assert {"plain", "ngram", "suffix", "recycling", "suffix+recycling", "auto"} <= methods
     assert section.holds and section.row_invariant
     assert all(row.differing == 0 and row.exactness == "identical" and row.sequences == 4 for row in section.rows)
     assert all(row.tokens == section.rows[0].tokens for row in section.rows if row.temperature == 0)

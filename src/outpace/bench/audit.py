@@ -145,8 +145,8 @@ def default_methods(llm: LLM) -> tuple[list[str], list[tuple[str, str]]]:
     if len(merged) > 1:
         names.append("+".join(merged))
     with llm.with_method("auto") as best:
-        if best.method not in (PLAIN, *names):
-            names.append(best.method)
+        if best.method != PLAIN:  # what the planner chooses step by step
+            names.append("auto")
     return names, skipped
 
 

@@ -75,7 +75,7 @@ def audit(**options: Any) -> None:
     Exit code 0: everything that claims to be identical is. 1: something is not.
     """
     from ..bench.audit import AuditConfig, audit, split_by_room
-    from ..engine.llm import check_needs, needs_draft_model
+    from ..engine.needs import check_needs, needs_draft_model
 
     path: Path | None = options["json_path"]
     if path is not None and not path.absolute().parent.is_dir():
@@ -88,7 +88,7 @@ def audit(**options: Any) -> None:
         seed=options["seed"],
     )
     for method in config.methods or ():  # before anything is loaded
-        if needs_draft_model(method):
+        if method != "auto" and needs_draft_model(method):
             check_needs(method, options["draft_model"] is not None)
     chosen = choose(options)
     sections = []

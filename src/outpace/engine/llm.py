@@ -12,7 +12,7 @@ from ..decoding.grammar import grammars_of
 from ..decoding.methods import make_drafter, make_planner, make_verifier, split_spec
 from ..decoding.modes.superposed import Suggestions, suggest
 from ..decoding.planners.costs import StepCosts
-from ..errors import MethodError, ParameterError
+from ..errors import ParameterError
 from ..models.config import ModelConfig
 from ..models.decoder import Decoder
 from ..models.tokenizer import Tokenizer
@@ -22,16 +22,11 @@ from ..types import Precision, Result, SamplingParams
 from .engine import Engine, EngineConfig, new_cache
 from .load import LoadedModel, Progress, load_draft_model, load_model, size_of_cache
 from .measure import step_costs
+from .needs import LOSSLESS_METHOD, LOSSLESS_METHOD_WITH_DRAFT_MODEL, check_needs, check_vocabulary, needs_draft_model
 from .request import StepEvent
 
 #: Text to continue, token ids, or the messages of a chat
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, Any]]
-
-LOSSLESS_METHOD = "suffix+recycling"
-LOSSLESS_METHOD_WITH_DRAFT_MODEL = f"{LOSSLESS_METHOD}+draft-tree:width=2,max_depth=12"  # the cheap ones first
-DRAFT_MODEL = "draft model"  # as drafters name it in what they need
-ANY_DRAFT_MODEL = "draft model of any vocabulary"
-OPTIONAL_DRAFT_MODEL = "draft model (optional)"
 
 
 class LLM:
@@ -378,42 +373,6 @@ def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
         if isinstance(p, Mapping) or hasattr(p, "__index__") or not isinstance(p, Sequence):
             raise ParameterError(f"a prompt is text, token ids or messages, not {p!r}")
     return found  # type: ignore[return-value]
-
-
-def needs_draft_model(spec: str) -> bool:
-    """Whether some drafter of `a+b` needs one. Raises MethodError for unknown names."""
-    return _names_any(spec, DRAFT_MODEL, ANY_DRAFT_MODEL)
-
-
-def _names_any(spec: str, *needs: str) -> bool:
-    """Whether some drafter of `a+b` names one of these among what it needs."""
-    return any({*needs} & {*method(name, "drafter").needs} for name in split_spec(spec))
-
-
-def check_needs(spec: str, has_draft_model: bool) -> None:
-    """Raises MethodError for a method without what it needs, or a draft model that nobody would use."""
-    needed = needs_draft_model(spec)
-    if needed and not has_draft_model:
-        raise MethodError(
-            f"method {spec!r} needs a draft model: name a small model of the same vocabulary "
-            "(draft_model=…, --draft-model …), or use a method without one"
-        )
-    if has_draft_model and not needed and not _names_any(spec, OPTIONAL_DRAFT_MODEL):
-        raise MethodError(
-            f"method {spec!r} has no use for a draft model: leave it out, or use a method that needs one "
-            f"(such as draft, or {LOSSLESS_METHOD_WITH_DRAFT_MODEL})"
-        )
-
-
-def check_vocabulary(target: LoadedModel, draft: LoadedModel, spec: str) -> None:
-    """A draft model's tokens must be the target's, unless the method translates them."""
-    if spec != "auto" and not _names_any(spec, DRAFT_MODEL, OPTIONAL_DRAFT_MODEL):
-        return
-    if not target.tokenizer.same_vocabulary(draft.tokenizer):
-        raise MethodError(
-            f"{draft.name} cannot draft for {target.name}: their vocabularies differ, so its tokens mean something "
-            "else; use a draft model of the same family, or method omnidraft, which translates"
-        )
 
 
 class _bar:
