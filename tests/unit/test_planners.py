@@ -72,13 +72,12 @@ def test_goodput_takes_the_nodes_that_pay(drafts: list[Draft], added: list[float
     sequences = len(drafts)
     room = Room([len(d) for d in drafts], 13 - sequences, [10] * sequences)
     chosen = planner.choose(drafts, room)
-    rate = sequences / times[sequences - 1]  # of plain decoding: nothing was observed yet
-
-    def worth(n: int, value: float) -> float:
-        return value - rate * times[sequences - 1 + n]
-
-    best = max(worth(n, value) for n, value in subtrees(drafts))
-    assert worth(sum(map(len, chosen)), sum(map(promise, chosen))) == pytest.approx(best, abs=1e-3)
+    possible = [(sequences + value, times[sequences - 1 + n]) for n, value in subtrees(drafts)]
+    plain = sequences / times[sequences - 1]  # nothing was observed yet
+    rate = max(plain, 0.8 * max(tokens / seconds for tokens, seconds in possible))
+    best = max(tokens - rate * seconds for tokens, seconds in possible)
+    tokens, nodes = sequences + sum(map(promise, chosen)), sum(map(len, chosen))
+    assert tokens - rate * times[sequences - 1 + nodes] >= best - 0.01 * tokens - 1e-3
 
 
 def test_goodput_is_plain_decoding_when_rows_cost_what_they_bring() -> None:
@@ -149,7 +148,7 @@ def run(worth: Worth, gain: float, steps: int, price: float = 100.0, seconds: fl
     asked, owed = 0, 0.0
     sequence = Sequence(id, [1, 2, 3], 3, SamplingParams())
     for _ in range(steps):
-        if worth.nodes(sequence, 0.0, price, 8):
+        if worth.pays(sequence, 0.0, price):
             asked += 1
             owed += gain
             worth.took(seconds, [sequence], [tree([NO_PARENT], [0.5])])
@@ -197,7 +196,7 @@ def test_a_resting_drafter_is_neither_asked_nor_shown_anything() -> None:
     sequence = Sequence(0, [1, 2, 3, 1, 2, 3, 1, 2], 8, SamplingParams())
     merged.begin(sequence)
     merged.price = 1.0
-    assert len(merged.propose([sequence], [9])[0]) == 3  # a trial
+    assert len(merged.propose([sequence], [9])[0]) == 9  # a trial
     for _ in range(3):
         merged.worths[0].learned(0, 0.0, 0, seconds=5.0)
     assert len(merged.propose([sequence], [9])[0]) == 0

@@ -106,10 +106,9 @@ class Merged(Drafter):
             self._asked[sequence.id] = []
         for index in range(len(self.drafters)):
             promised = [promise(draft) for draft in merged]
-            nodes = self._nodes(index, sequences, budgets, promised)
-            places = [i for i, n in enumerate(nodes) if n > 0]
+            places = [i for i, n in enumerate(budgets) if n > 0 and self._pays(index, sequences[i], promised[i])]
             if places:
-                drafts, seconds = self._ask(index, [sequences[i] for i in places], [nodes[i] for i in places])
+                drafts, seconds = self._ask(index, [sequences[i] for i in places], [budgets[i] for i in places])
                 for i, draft in zip(places, drafts, strict=True):
                     self._asked[sequences[i].id].append(_Asked(index, promised[i], draft, seconds))
                     corrected = self._calibrations[index].apply(draft)
@@ -117,13 +116,8 @@ class Merged(Drafter):
                     merged[i] = merge([merged[i], corrected], budgets[i]) if len(merged[i]) else corrected
         return merged
 
-    def _nodes(self, index: int, sequences: Seq[Sequence], budgets: Seq[int], promised: list[float]) -> list[int]:
-        """How many nodes to ask drafter `index` for, for each sequence."""
-        if self.price <= 0:
-            return list(budgets)
-        asked = zip(sequences, budgets, promised, strict=True)
-        nodes = self.worths[index].nodes
-        return [nodes(s, expected, self.price, budget) if budget > 0 else 0 for s, budget, expected in asked]
+    def _pays(self, index: int, sequence: Sequence, promised: float) -> bool:
+        return self.price <= 0 or self.worths[index].pays(sequence, promised, self.price)
 
     def _ask(self, index: int, sequences: list[Sequence], nodes: list[int]) -> tuple[list[Draft], float]:
         drafter, worth = self.drafters[index], self.worths[index]

@@ -18,8 +18,8 @@ _FADE_TIMES = 0.9
 _HOPELESS = 0.8  # a forward gives one token at most, so one that costs this much is not even tried
 _SHORT, _LONG = 8, 256  # steps until a drafter that does not pay is tried again, at least and at most
 _EXPLORING = 0.03  # of the tokens is what trials may cost
+_TRIAL_FORWARDS = 4  # of a draft model, about: it stops by itself where it is not sure
 _READING = 0.05  # of the tokens still to come is what reading a text may cost
-_TRIAL_NODES = 3  # of a trial's draft: a short one costs little, and the first nodes are the best
 
 
 @dataclass(slots=True)
@@ -50,8 +50,9 @@ class Worth:
     The gain of a step is the number of accepted tokens that no drafter before it proposed. Gain per second of drafting
     is kept in a table by what those before it promised (beside a long certain lookup a draft model adds little), and is
     expected to be that times how the sequence compares with the others. Where it is less than the price of a second the
-    drafter rests, and is tried with a short draft: once for each new text, then after 8 steps or, if it is dear, after
-    so many that trials cost at most 3 % of the tokens, and each time after twice as many.
+    drafter rests, and is tried again: once for each new text, then after 8 steps or, if it is dear, after so many that
+    trials cost at most 3 % of the tokens, and each time after twice as many. A trial is a whole draft: a draft model
+    ends it where its own confidence does not repay a forward, so it is short where it has to be.
     """
 
     def __init__(self) -> None:
@@ -64,28 +65,28 @@ class Worth:
         self.asked = self.skipped = self.gained = 0
         self.seconds = 0.0
 
-    def nodes(self, sequence: Sequence, promised: float, price: float, budget: int) -> int:
-        """How many nodes to ask for: the budget if it pays, a few for a trial, else 0.
+    def pays(self, sequence: Sequence, promised: float, price: float) -> bool:
+        """Whether to ask, because it pays or as a trial.
 
         `price`: tokens that a second is worth; `promised`: tokens that the drafters before it are expected to bring.
         """
         customer, expected = self._customers.setdefault(sequence.id, _Customer()), self._per_second(promised)
         if price * self.forward_s > _HOPELESS or not self._readable(sequence, customer, price):
             self.skipped += 1
-            return 0
+            return False
         if expected is None:
             customer.skipped = 0
-            return min(budget, _TRIAL_NODES)
+            return True
         if expected * customer.gained / customer.foretold >= price:
             customer.skipped, customer.nap = 0, _SHORT
-            return budget
+            return True
         customer.skipped += 1
-        trial_s = min(self._call_s, (_TRIAL_NODES + 1) * self.forward_s)
+        trial_s = min(self._call_s, _TRIAL_FORWARDS * self.forward_s)
         if customer.skipped > min(max(customer.nap, price * trial_s / (_EXPLORING * (1 + promised))), _LONG):
             customer.skipped, customer.nap = 0, min(2 * customer.nap, _LONG)
-            return min(budget, _TRIAL_NODES)
+            return True
         self.skipped += 1
-        return 0
+        return False
 
     def _readable(self, sequence: Sequence, customer: _Customer, price: float) -> bool:
         """Whether reading the text, which a draft model must do first, is a small part of what is still to come."""

@@ -11,6 +11,8 @@ from .costs import StepCosts
 from .planner import Planner, Room, keep_best, reaches
 
 _FADE, _SLOW = 0.9, 0.95  # of averages over steps
+_PEAK = 0.8  # of the rate that a step promises is taken as what steps will give
+_EQUAL = 0.01  # of a step's tokens is no difference
 
 
 @register(
@@ -28,9 +30,10 @@ class Goodput(Planner):
 
         sum of their probabilities - rate * T(sequences + n),
 
-    where `rate` is what the engine makes of a second: the tokens per second of its last steps, or of plain decoding if
-    that is more. That maximises tokens per second in the long run, where the quotient of one step alone would be too
-    careful in steps that promise much. Drafts that do not pay are dropped, and what is left is plain decoding.
+    where `rate` is what the engine makes of a second: the tokens per second of its last steps, of plain decoding, or
+    nearly those that this step promises, whichever is most. That maximises tokens per second in the long run, where the
+    quotient of one step alone would be too careful in steps that promise much. Drafts that do not pay are dropped, and
+    what is left is plain decoding.
 
     Liu et al., "Optimizing Speculative Decoding for Serving Large Language Models Using Goodput" (SmartSpec), section
     4: a length for each request from load and acceptance; here over trees and over the whole batch, so that n is also
@@ -70,8 +73,12 @@ class Goodput(Planner):
         reach = [reaches(draft) for draft in drafts]
         best = np.sort(np.concatenate(reach))[::-1][: room.nodes]
         curve = self._table.curve(sequences + len(best), room.context)[sequences - 1 :]
-        worth = np.concatenate(([0.0], np.cumsum(best))) - self._rate(sequences, float(curve[0])) * self._scale * curve
-        return keep_best(drafts, int(np.argmax(worth)), reach)
+        gains, times = sequences + np.concatenate(([0.0], np.cumsum(best))), self._scale * curve
+        rate = max(self._rate(sequences, float(curve[0])), _PEAK * float((gains / times).max()))
+        worth = gains - rate * times
+        # Of choices that are as good as equal the one with the fewest rows: it promises least that may not come.
+        enough = worth >= worth.max() - _EQUAL * gains
+        return keep_best(drafts, int(np.argmax(enough)), reach)
 
     def _rate(self, sequences: int, plain_s: float) -> float:
         """Tokens a second is worth. `plain_s` of a plain step by the table."""
