@@ -11,9 +11,8 @@ from ..contracts import Sequence, node_depths
 
 _EDGES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of what the drafters before it promise: bins of the table
 _TRIALS, _HOPE = 3, 0.5  # before a bin is believed; tokens it starts with, so that cheap ones are not given up
-_NEXT = 0.7  # of the gain in one bin is expected in the next as long as that was not tried
 _FADE = 1 - 1 / 60  # of the table, for each step in which the drafter was asked
-_FADE_OWN, _PRIOR_OWN = 1 - 1 / 12, 1.5  # the same for one sequence, and what it starts from, in tokens
+_FADE_OWN, _PRIOR_OWN = 1 - 1 / 12, 6.0  # the same for one sequence, and what it starts from, in tokens
 _FADE_TIMES = 0.9
 _HOPELESS = 0.8  # a forward gives one token at most, so one that costs this much is not even tried
 _SHORT, _LONG = 8, 256  # steps until a drafter that does not pay is tried again, at least and at most
@@ -99,7 +98,7 @@ class Worth:
         for distance in range(len(self._bins)):
             for other in (cell - distance, cell + distance):
                 if 0 <= other < len(self._bins) and self._bins[other].trials >= _TRIALS:
-                    return self._bins[other].per_second * float(_NEXT ** (cell - other))
+                    return self._bins[other].per_second
         return None
 
     def took(self, seconds: float, sequences: Seq[Sequence], drafts: Seq[Draft]) -> float:
@@ -112,7 +111,8 @@ class Worth:
             self._customers[sequence.id].known = True
         if fresh:
             drafting = min(seconds, levels * self.forward_s)
-            self._read_s = _mix(self._read_s, (seconds - drafting) / sum(len(s.tokens) for s in fresh))
+            if self.forward_s > 0:  # else nobody knows which part was reading
+                self._read_s = _mix(self._read_s, (seconds - drafting) / sum(len(s.tokens) for s in fresh))
             return drafting / len(sequences)
         self._call_s = _mix(self._call_s, seconds)
         self.forward_s = _mix(self.forward_s, seconds / levels)
