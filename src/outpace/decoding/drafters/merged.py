@@ -8,7 +8,7 @@ from time import perf_counter
 
 import numpy as np
 
-from ...types import Draft, FloatArray, IntArray
+from ...types import NO_PARENT, Draft, FloatArray, IntArray
 from ..contracts import Drafter, Observation, Sequence
 from ..tree import DEFAULT_SCORE, merge, node_depths
 from .rates import judged_nodes
@@ -17,38 +17,51 @@ from .worth import Worth
 _DEPTHS = 8  # deeper nodes share the last cell
 _TRUST = 10.0  # expected acceptances that the drafter's own scores are worth at first
 _FADE = 0.995  # per observation, so that the factors follow a change of text
+_TRUST_OWN, _FADE_OWN, _MOST_OWN = 2.0, 0.97, 1.3  # the same for one sequence; its factor is at most that
 
 
 class Calibration:
-    """How much more or less often than announced a drafter's nodes are accepted, by depth."""
+    """How much more or less often than announced a drafter's nodes are accepted: by depth over all sequences, and of
+    each sequence's first nodes, since texts differ."""
 
     def __init__(self) -> None:
         self._announced = np.full(_DEPTHS, _TRUST)
         self._accepted = np.full(_DEPTHS, _TRUST)
+        self._own: dict[int, tuple[float, float]] = {}  # sequence id -> (announced, accepted) of its first nodes
 
     @property
     def factors(self) -> FloatArray:
         return (self._accepted / self._announced).astype(np.float32)
 
-    def apply(self, draft: Draft) -> Draft:
-        """The draft with corrected scores."""
+    def apply(self, id: int, draft: Draft) -> Draft:
+        """The draft of sequence `id` with corrected scores."""
         if not len(draft):
             return draft
         scores = _scores(draft) * self.factors[_cells(draft)]
+        announced, accepted = self._own.get(id, (_TRUST_OWN, _TRUST_OWN))
+        scores[draft.parents == NO_PARENT] *= min(accepted / announced, _MOST_OWN)
         return replace(draft, scores=np.minimum(scores, 0.99, dtype=np.float32))
 
-    def update(self, draft: Draft, truth: IntArray) -> None:
+    def update(self, id: int, draft: Draft, truth: IntArray) -> None:
         """`draft` as proposed, before correction."""
         tested = judged_nodes(draft, truth)
         if not tested:
             return
         scores = _scores(draft)
+        first = [node for node, depth, _ in tested if depth == 0]
+        promised = float((scores[first] * self.factors[0]).sum())
+        announced, accepted = self._own.get(id, (_TRUST_OWN, _TRUST_OWN))
+        right = any(ok for _, depth, ok in tested if depth == 0)
+        self._own[id] = _FADE_OWN * announced + min(promised, 1.0), _FADE_OWN * accepted + right
         self._announced = _TRUST + (self._announced - _TRUST) * _FADE
         self._accepted = _TRUST + (self._accepted - _TRUST) * _FADE
         for node, depth, right in tested:
             cell = min(depth, _DEPTHS - 1)
             self._announced[cell] += scores[node]
             self._accepted[cell] += right
+
+    def forget(self, id: int) -> None:
+        self._own.pop(id, None)
 
 
 def _scores(draft: Draft) -> FloatArray:
@@ -111,7 +124,7 @@ class Merged(Drafter):
                 drafts, seconds = self._ask(index, [sequences[i] for i in places], [budgets[i] for i in places])
                 for i, draft in zip(places, drafts, strict=True):
                     self._asked[sequences[i].id].append(_Asked(index, promised[i], draft, seconds))
-                    corrected = self._calibrations[index].apply(draft)
+                    corrected = self._calibrations[index].apply(sequences[i].id, draft)
                     # A draft that stays alone keeps what merging loses: q.
                     merged[i] = merge([merged[i], corrected], budgets[i]) if len(merged[i]) else corrected
         return merged
@@ -131,7 +144,7 @@ class Merged(Drafter):
         gained = self._gains(seen)
         for one in self._asked[sequence.id]:
             began = perf_counter()
-            self._calibrations[one.index].update(one.draft, seen.new_tokens)
+            self._calibrations[one.index].update(sequence.id, one.draft, seen.new_tokens)
             drafter = self.drafters[one.index]
             drafter.observe(sequence, seen)
             if seen.outputs is not None:
@@ -151,8 +164,9 @@ class Merged(Drafter):
 
     def end(self, sequence: Sequence) -> None:
         self._asked.pop(sequence.id, None)
-        for drafter, worth in zip(self.drafters, self.worths, strict=True):
+        for drafter, worth, calibration in zip(self.drafters, self.worths, self._calibrations, strict=True):
             worth.forget(sequence.id)
+            calibration.forget(sequence.id)
             drafter.end(sequence)
 
     def seconds_by_source(self, total: float) -> dict[str, float]:

@@ -12,11 +12,11 @@ from ..contracts import Sequence, node_depths
 _EDGES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of what the drafters before it promise: bins of the table
 _TRIALS, _HOPE = 3, 0.5  # before a bin is believed; tokens it starts with, so that cheap ones are not given up
 _FADE = 1 - 1 / 60  # of the table, for each step in which the drafter was asked
-_FADE_OWN, _PRIOR_OWN = 1 - 1 / 12, 6.0  # the same for one sequence, and what it starts from, in tokens
+_FADE_OWN, _PRIOR_OWN = 1 - 1 / 12, 4.0  # the same for one sequence, and what it starts from, in tokens
 _FADE_TIMES = 0.9
 _HOPELESS = 0.8  # a forward gives one token at most, so one that costs this much is not even tried
 _SHORT, _LONG = 8, 256  # steps until a drafter that does not pay is tried again, at least and at most
-_EXPLORING = 0.03  # of the tokens is what trials may cost
+_EXPLORING = 0.015  # of the tokens is what trials may cost
 _TRIAL_FORWARDS = 4  # of a draft model, about: it stops by itself where it is not sure
 _READING = 0.05  # of the tokens still to come is what reading a text may cost
 
@@ -50,7 +50,7 @@ class Worth:
     is kept in a table by what those before it promised (beside a long certain lookup a draft model adds little), and is
     expected to be that times how the sequence compares with the others. Where it is less than the price of a second the
     drafter rests, and is tried again: once for each new text, then after 8 steps or, if it is dear, after so many that
-    trials cost at most 3 % of the tokens, and each time after twice as many. A trial is a whole draft: a draft model
+    trials cost at most 1.5 % of the tokens, and each time after twice as many. A trial is a whole draft: a draft model
     ends it where its own confidence does not repay a forward, so it is short where it has to be.
     """
 
