@@ -12,7 +12,7 @@ from ..contracts import Sequence, node_depths
 _EDGES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of what the drafters before it promise: bins of the table
 _TRIALS, _HOPE = 3, 0.5  # before a bin is believed; tokens it starts with, so that cheap ones are not given up
 _FADE = 1 - 1 / 60  # of the table, for each step in which the drafter was asked
-_FADE_OWN, _PRIOR_OWN = 1 - 1 / 12, 4.0  # the same for one sequence, and what it starts from, in tokens
+_FADE_OWN, _PRIOR_OWN = 1 - 1 / 12, 2.0  # the same for one sequence, and what it starts from, in tokens
 _FADE_TIMES = 0.9
 _HOPELESS = 0.8  # a forward gives one token at most, so one that costs this much is not even tried
 _SHORT, _LONG = 8, 256  # steps until a drafter that does not pay is tried again, at least and at most
@@ -126,8 +126,10 @@ class Worth:
         cell.gained = _FADE * cell.gained + gain
         cell.seconds = _FADE * cell.seconds + seconds
         cell.trials += 1
-        customer.gained = _FADE_OWN * customer.gained + gain
-        customer.foretold = _FADE_OWN * customer.foretold + max(seconds * cell.per_second, 1e-3)
+        foretold = max(seconds * cell.per_second, 1e-3)
+        weight = min(1.0, _PRIOR_OWN / foretold)  # one long draft is no more than one piece of evidence
+        customer.gained = _FADE_OWN * customer.gained + weight * gain
+        customer.foretold = _FADE_OWN * customer.foretold + weight * foretold
         self.gained += gain
         self.seconds += seconds
 
