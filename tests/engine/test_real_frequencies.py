@@ -52,7 +52,9 @@ def surprise(counts: Counter[tuple[int, ...]], exact: dict[tuple[int, ...], floa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method, verifier", itertools.product(["draft", "ngram"], ["coupled", "rejection", "block"]))
+@pytest.mark.parametrize(
+    "method, verifier", list(itertools.product(["draft", "ngram"], ["coupled", "rejection", "block"]))
+)
 def test_frequencies_are_those_of_the_target(plain: LLM, method: str, verifier: str) -> None:
     draft = load_model("smollm2-135m", precision="int4", threads=1) if method == "draft" else None
     llm = LLM(plain.loaded, draft_model=draft, method=method, verifier=verifier, kv_tokens=2048)
