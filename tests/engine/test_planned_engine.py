@@ -51,8 +51,10 @@ def test_no_planner_changes_the_tokens(name: str, max_batch: int) -> None:
     results = run(engine, PROMPTS, [SamplingParams(max_tokens=n) for n in lengths])
     for prompt, n, result in zip(PROMPTS, lengths, results, strict=True):
         assert result.token_ids == plain_tokens(decoder, prompt, n)
-    decoding = [rows for sequences, rows in decoder.forwards if sequences <= 1 or rows <= 20]
-    assert decoding and max(decoding) <= 20
+    rows = [rows for _, rows in decoder.forwards]
+    assert max(rows) <= (16 if max_batch == 1 else 20 + 16)  # a chunk of a prompt beside the drafts
+    if max_batch == 5:
+        assert max(rows[8:]) <= 20  # all prompts are read
 
 
 @pytest.mark.parametrize("name", PLANNERS)
@@ -96,4 +98,5 @@ def check(result: Result) -> None:
     assert sum(s.accepted for s in stats.sources.values()) == stats.accepted
     assert sum(s.proposed for s in stats.sources.values()) == stats.drafted
     assert sum(s.draft_s for s in stats.sources.values()) <= stats.draft_s
-    assert stats.tokens == 1 + stats.steps + stats.accepted or result.finish_reason == "length"
+    # The last step may have been cut inside its draft.
+    assert 1 + stats.steps + stats.accepted - stats.tokens in (0, 1)

@@ -221,3 +221,12 @@ def test_rejection_sampling_is_named_as_what_it_is(llm: LLM) -> None:
     assert result.exactness == "distribution" and len(result.token_ids) == 40
     assert result.stats.accepted > 20  # q is the target's own distribution
     assert len(again.token_ids) == 40
+
+
+def test_choices_without_effect_are_refused(llm: LLM) -> None:
+    with pytest.raises(MethodError, match="nothing to plan"):
+        LLM(llm.loaded, method="plain", planner="goodput")
+    with pytest.raises(MethodError, match="there is no draft model"):
+        LLM(llm.loaded, draft_precision="int4")
+    with pytest.raises(MethodError, match="loaded already"):
+        LLM(llm.loaded, draft_model=toy_loaded("small"), draft_precision="int8")

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outpace.decoding.contracts import Sequence
-from outpace.decoding.drafters.merged import Merged, promise
+from outpace.decoding.drafters.merged import Merged
 from outpace.decoding.drafters.ngram import Ngram
 from outpace.decoding.drafters.plain import Plain
 from outpace.decoding.drafters.worth import Worth
@@ -18,8 +18,9 @@ from outpace.decoding.methods import make_planner
 from outpace.decoding.planners.costs import StepCosts
 from outpace.decoding.planners.fixed import Fixed
 from outpace.decoding.planners.goodput import Goodput
-from outpace.decoding.planners.planner import Room, keep_best, reaches
+from outpace.decoding.planners.planner import Room
 from outpace.decoding.planners.tetris import Tetris
+from outpace.decoding.tree import keep_best, promise, reaches
 from outpace.errors import MethodError
 from outpace.registry import methods
 from outpace.types import NO_PARENT, Draft, SamplingParams

@@ -11,10 +11,22 @@ from collections.abc import Sequence as Seq
 
 import numpy as np
 
-from ..types import NO_PARENT, Draft, IntArray
+from ..types import NO_PARENT, Draft, FloatArray, IntArray
 from .contracts import node_depths
 
-__all__ = ["ancestors", "check_draft", "child_lookup", "children", "keep_nodes", "merge", "node_depths", "path_to"]
+__all__ = [
+    "ancestors",
+    "check_draft",
+    "child_lookup",
+    "children",
+    "keep_best",
+    "keep_nodes",
+    "merge",
+    "node_depths",
+    "path_to",
+    "promise",
+    "reaches",
+]
 
 DEFAULT_SCORE = 0.5
 
@@ -83,28 +95,44 @@ def merge(drafts: Seq[Draft], budget: int, priors: Mapping[str, float] | None = 
             elif score > scores[node]:
                 scores[node] = score
             where.append(node)
-    return _best(tokens, parents, sources, scores, budget)
-
-
-def _best(tokens: list[int], parents: list[int], sources: list[str], scores: list[float], budget: int) -> Draft:
-    """The `budget` nodes of highest cumulative score, in topological order."""
-    reach: list[float] = []
-    for parent, score in zip(parents, scores, strict=True):
-        reach.append(min(score, 1.0) * (reach[parent] if parent >= 0 else 1.0))
-    if len(tokens) > budget:
-        # No node outweighs its parent, and the sort is stable, so a kept node's parent is kept too.
-        kept = sorted(sorted(range(len(tokens)), key=reach.__getitem__, reverse=True)[:budget])
-        place = {node: i for i, node in enumerate(kept)} | {NO_PARENT: NO_PARENT}
-        parents = [place[parents[node]] for node in kept]
-        tokens = [tokens[node] for node in kept]
-        sources = [sources[node] for node in kept]
-        scores = [scores[node] for node in kept]
-    return Draft(
+    merged = Draft(
         np.array(tokens, dtype=np.int64),
         np.array(parents, dtype=np.int64),
         sources,
         np.array(scores, dtype=np.float32),
     )
+    return keep_best([merged], budget, [reaches(merged)])[0] if len(merged) > budget else merged
+
+
+def reaches(draft: Draft) -> FloatArray:
+    """Estimated probability that each node is reached and accepted: the product of the scores down to it. [n]"""
+    reach = np.full(len(draft), DEFAULT_SCORE, dtype=np.float32) if draft.scores is None else draft.scores.copy()
+    np.minimum(reach, 1.0, out=reach)
+    for node, parent in enumerate(draft.parents.tolist()):
+        if parent >= 0:
+            reach[node] *= reach[parent]
+    return reach
+
+
+def promise(draft: Draft) -> float:
+    """Expected number of accepted tokens: the sum over nodes of the probability of being reached and accepted."""
+    return float(reaches(draft).sum())
+
+
+def keep_best(drafts: list[Draft], count: int, reach: list[FloatArray]) -> list[Draft]:
+    """The `count` nodes most likely to be accepted, over all drafts. No node outweighs its parent, so trees stay
+    trees."""
+    if count >= sum(map(len, drafts)):
+        return drafts
+    everything = np.concatenate(reach)
+    # Stable: of equal nodes the earlier, which is the parent, stays.
+    best = np.zeros(len(everything), dtype=np.bool_)
+    best[np.argsort(-everything, kind="stable")[:count]] = True
+    kept, start = [], 0
+    for draft in drafts:
+        kept.append(keep_nodes(draft, np.flatnonzero(best[start : start + len(draft)])))
+        start += len(draft)
+    return kept
 
 
 def keep_nodes(draft: Draft, kept: IntArray) -> Draft:

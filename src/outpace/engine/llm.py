@@ -17,12 +17,20 @@ from ..models.config import ModelConfig
 from ..models.decoder import Decoder
 from ..models.tokenizer import Tokenizer
 from ..registry import Method, method
-from ..registry import method as registered
 from ..types import Precision, Result, SamplingParams
+from .bar import Bar
 from .engine import Engine, EngineConfig, new_cache
 from .load import LoadedModel, Progress, load_draft_model, load_model, size_of_cache
 from .measure import step_costs
-from .needs import LOSSLESS_METHOD, LOSSLESS_METHOD_WITH_DRAFT_MODEL, check_needs, check_vocabulary, needs_draft_model
+from .needs import (
+    LOSSLESS_METHOD,
+    LOSSLESS_METHOD_WITH_DRAFT_MODEL,
+    check_draft_precision,
+    check_needs,
+    check_planner,
+    check_vocabulary,
+    needs_draft_model,
+)
 from .request import StepEvent
 
 #: Text to continue, token ids, or the messages of a chat
@@ -74,8 +82,8 @@ class LLM:
         EngineConfig(**{name: n for name, n in wanted.items() if n is not None})  # refuse before loading
         if method != "auto":
             check_needs(method, draft_model is not None)
-        if planner != "auto":
-            registered(planner, "planner")
+        check_planner(planner, method)
+        check_draft_precision(draft_precision, draft_model)
         self.verifier = "coupled" if verifier == "auto" else verifier
         judge = make_verifier(self.verifier)
         how: dict[str, Any] = {"precision": precision, "threads": threads, "device": device, "progress": progress}
@@ -221,7 +229,7 @@ class LLM:
         try:
             for prompt, param, text in zip(asked, each, expected, strict=True):
                 ids.append(self._add(prompt, param, text))
-            with _bar(len(ids), progress) as advance:
+            with Bar(len(ids), progress) as advance:
                 while len(results) < len(ids):
                     self._pump()
                     for id in ids:
@@ -373,29 +381,3 @@ def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
         if isinstance(p, Mapping) or hasattr(p, "__index__") or not isinstance(p, Sequence):
             raise ParameterError(f"a prompt is text, token ids or messages, not {p!r}")
     return found  # type: ignore[return-value]
-
-
-class _bar:
-    """A progress bar over requests on stderr, or nothing. `with _bar(n, show) as advance: advance()`"""
-
-    def __init__(self, total: int, show: bool) -> None:
-        self._bar = None
-        if show:
-            from rich.console import Console
-            from rich.progress import Progress as RichProgress
-
-            self._bar = RichProgress(console=Console(stderr=True), transient=True)
-            self._task = self._bar.add_task("generating", total=total)
-
-    def __enter__(self) -> Any:
-        if self._bar is not None:
-            self._bar.start()
-        return self._advance
-
-    def _advance(self) -> None:
-        if self._bar is not None:
-            self._bar.advance(self._task)
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()

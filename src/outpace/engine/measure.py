@@ -62,11 +62,6 @@ def step_costs(decoder: Decoder, name: str, told: Told | None = None) -> StepCos
     return costs
 
 
-def forget(decoder: Decoder, name: str) -> None:
-    """Drop the stored table, so that it is measured anew."""
-    _path(decoder, name).unlink(missing_ok=True)
-
-
 def _path(decoder: Decoder, name: str) -> Path:
     threads = getattr(decoder, "threads", 0)
     what = (_FORMAT, _machine(), name, decoder.config.num_layers, decoder.config.hidden_size, decoder.config.vocab_size,

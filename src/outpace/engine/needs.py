@@ -39,6 +39,22 @@ def check_needs(spec: str, has_draft_model: bool) -> None:
         )
 
 
+def check_planner(planner: str, spec: str) -> None:
+    """Raises MethodError for a planner that does not exist or would have nothing to plan."""
+    if planner == "auto":
+        return
+    method(planner, "planner")
+    if spec == "plain":
+        raise MethodError(f"planner {planner!r} has nothing to plan with method 'plain': drop one")
+
+
+def check_draft_precision(precision: str, draft_model: object) -> None:
+    """Raises MethodError for a precision that no draft model would be loaded in."""
+    if precision != "auto" and not isinstance(draft_model, str):
+        why = "there is no draft model" if draft_model is None else "the draft model is loaded already"
+        raise MethodError(f"draft_precision={precision!r} has no use, as {why}: leave it out")
+
+
 def check_vocabulary(target: LoadedModel, draft: LoadedModel, spec: str) -> None:
     """A draft model's tokens must be the target's, unless the method translates them."""
     if spec != "auto" and not _names_any(spec, DRAFT_MODEL, OPTIONAL_DRAFT_MODEL):

@@ -16,9 +16,9 @@ from time import perf_counter
 
 from ..cache.pages import PagedKVCache
 from ..decoding.contracts import NOT_CACHED, Drafter, Observation, Verifier
-from ..decoding.drafters.merged import promise
 from ..decoding.outputs import StepOutputs, TargetOutputs
 from ..decoding.planners.planner import Planner, Room
+from ..decoding.tree import promise
 from ..models.batch import Span, Tree, pack
 from ..models.decoder import Decoder
 from ..types import Accepted, Draft

@@ -10,7 +10,7 @@ import numpy as np
 
 from ...types import NO_PARENT, Draft, FloatArray, IntArray
 from ..contracts import Drafter, Observation, Sequence
-from ..tree import DEFAULT_SCORE, merge, node_depths
+from ..tree import DEFAULT_SCORE, merge, node_depths, promise
 from .rates import judged_nodes
 from .worth import Worth
 
@@ -118,7 +118,7 @@ class Merged(Drafter):
         for sequence in sequences:
             self._asked[sequence.id] = []
         for index in range(len(self.drafters)):
-            promised = [promise(draft) for draft in merged]
+            promised = [promise(draft) if self.price > 0 and len(draft) else 0.0 for draft in merged]
             places = [i for i, n in enumerate(budgets) if n > 0 and self._pays(index, sequences[i], promised[i])]
             if places:
                 drafts, seconds = self._ask(index, [sequences[i] for i in places], [budgets[i] for i in places])
@@ -176,13 +176,3 @@ class Merged(Drafter):
         return [
             f"{drafter.name}: {worth.explain()}" for drafter, worth in zip(self.drafters, self.worths, strict=True)
         ] + [line for drafter in self.drafters for line in drafter.explain()]
-
-
-def promise(draft: Draft) -> float:
-    """Expected number of accepted tokens: the sum over nodes of the product of the scores down to each."""
-    if not len(draft):
-        return 0.0
-    reach: list[float] = []
-    for parent, score in zip(draft.parents.tolist(), _scores(draft).tolist(), strict=True):
-        reach.append(score * (reach[parent] if parent >= 0 else 1.0))
-    return sum(reach)

@@ -7,8 +7,9 @@ import numpy as np
 from ...registry import register
 from ...types import Draft
 from ..contracts import Drafter
+from ..tree import keep_best, reaches
 from .costs import StepCosts
-from .planner import Planner, Room, keep_best, reaches
+from .planner import Planner, Room
 
 _FADE, _SLOW = 0.9, 0.95  # of averages over steps
 _PEAK = 0.8  # of the rate that a step promises is taken as what steps will give

@@ -7,11 +7,8 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-
-from ...types import Draft, FloatArray
+from ...types import Draft
 from ..contracts import Drafter
-from ..tree import DEFAULT_SCORE, keep_nodes
 from .costs import StepCosts
 
 
@@ -77,29 +74,3 @@ def share_rows(available: int, caps: Seq[int]) -> list[int]:
         shares[i] = min(max(0, caps[i]), -(-left // (len(caps) - done)))
         left -= shares[i]
     return shares
-
-
-def reaches(draft: Draft) -> FloatArray:
-    """Estimated probability that each node is reached and accepted: the product of the scores down to it. [n]"""
-    reach = np.full(len(draft), DEFAULT_SCORE, dtype=np.float32) if draft.scores is None else draft.scores.copy()
-    np.minimum(reach, 1.0, out=reach)
-    for node, parent in enumerate(draft.parents.tolist()):
-        if parent >= 0:
-            reach[node] *= reach[parent]
-    return reach
-
-
-def keep_best(drafts: list[Draft], count: int, reach: list[FloatArray]) -> list[Draft]:
-    """The `count` nodes most likely to be accepted, over all drafts. No node outweighs its parent, so trees stay
-    trees."""
-    if count >= sum(map(len, drafts)):
-        return drafts
-    everything = np.concatenate(reach)
-    # Stable: of equal nodes the earlier, which is the parent, stays.
-    best = np.zeros(len(everything), dtype=np.bool_)
-    best[np.argsort(-everything, kind="stable")[:count]] = True
-    kept, start = [], 0
-    for draft in drafts:
-        kept.append(keep_nodes(draft, np.flatnonzero(best[start : start + len(draft)])))
-        start += len(draft)
-    return kept

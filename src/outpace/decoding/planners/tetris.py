@@ -5,7 +5,8 @@ from __future__ import annotations
 from ...registry import register
 from ...types import Draft
 from ..contracts import Drafter
-from .planner import Planner, Room, keep_best, reaches
+from ..tree import keep_best, reaches
+from .planner import Planner, Room
 
 
 @register(
