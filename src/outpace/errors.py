@@ -9,6 +9,7 @@
     │   ├── CorruptModel      damaged, truncated, wrong digest
     │   └── UnsupportedModel  unknown architecture, quantisation or file format
     ├── CapacityError         the request does not fit the KV cache or the context
+    │   └── QueueFull         too many requests wait already: try again later
     └── MethodError           a decoding method is unknown, or its needs are not met
 
 Every message says what was wrong, what is allowed and what to do. Broken invariants are assertions, not these.
@@ -49,6 +50,14 @@ class UnsupportedModel(ModelError):
 
 class CapacityError(OutpaceError):
     """The request does not fit into the KV cache or the model's context."""
+
+
+class QueueFull(CapacityError):
+    """Too many requests wait already. `retry_after_s`: when there should be room again, in seconds."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class MethodError(OutpaceError):

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,6 +92,37 @@ class SamplingParams:
             or self.frequency_penalty != 0
             or self.constraint is not None
         )
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOptions:
+    """How one request is served; nothing here changes which tokens it gets, unless `method` is not lossless.
+
+    owner      requests of two owners share no cached prefix, no drafter state and no turn in the queue
+    priority   lower ones start, and are kept running, before higher ones
+    method     drafts with this method instead of the engine's own; the engine must have been opened with it
+    max_draft  most draft nodes of a step; 0 is plain decoding
+    exactness  the weakest result that will do: a request that could only get less is refused
+    group      requests of one group have a long common beginning: the first reads it, the others wait for that
+
+    Raises ParameterError for a value out of range.
+    """
+
+    owner: str = ""
+    priority: int = 0
+    method: str | None = None
+    max_draft: int | None = None
+    exactness: Exactness | None = None
+    group: str | None = None
+
+    def __post_init__(self) -> None:
+        if not -100 <= self.priority <= 100:
+            raise ParameterError(f"priority={self.priority!r} is out of range: it must be from -100 to 100")
+        if self.max_draft is not None and not 0 <= self.max_draft <= 4096:
+            raise ParameterError(f"max_draft={self.max_draft!r} is out of range: it must be from 0 to 4096")
+        if self.exactness is not None and self.exactness not in get_args(Exactness):
+            allowed = ", ".join(get_args(Exactness))
+            raise ParameterError(f"exactness={self.exactness!r} is unknown: it must be one of {allowed}")
 
 
 def _number(low: float, high: float) -> Callable[[Any], bool]:

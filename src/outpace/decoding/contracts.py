@@ -38,6 +38,7 @@ class Sequence:
     params: SamplingParams
     prediction: list[int] = field(default_factory=list)  # what the caller expects the output to be, or much of it
     kv: int = NOT_CACHED  # its handle in the target's KV cache, which holds all of `tokens` but the last
+    owner: str = ""  # whose it is: what drafters learn from one owner's text never reaches another
     matcher: Matcher | None = None  # of its grammar, if `params` have one; `history` moves it
     _history: History | None = field(default=None, init=False, repr=False)
 
