@@ -1,0 +1,188 @@
+"""What the scheduler and whoever executes its plans tell each other. Plain data: no tensors, no decoder.
+
+tokens of a job     prompt_tokens | generated              (the last one is not in the cache while it decodes)
+places in the cache `read` while the prompt is read, then prompt_tokens + generated - 1
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, Protocol
+
+from ..errors import ParameterError
+
+Way = Literal["swap", "recompute"]
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """What may run and wait. Rows are what a target step computes. Raises ParameterError for a value out of range.
+
+    num_pages     pages of the KV cache, of `page_size` tokens each
+    max_position  tokens of the model's context
+    max_batch     jobs that run at once, reading or decoding
+    max_rows      rows of one decoding sequence in a step: its last token and its draft
+    max_step_rows rows of all decoding sequences in a step; a sequence always has one
+    prefill_rows  prompt rows of a step
+    max_queue     jobs that wait; one more is refused with QueueFull. None: no limit
+    step_s        seconds that a step may take while somebody decodes. None: the rows alone count
+    least_chunk   prompt rows that a step has in any case, so that reading goes on whatever `step_s` is
+    draft_share   of the rows beside the decoding sequences' own, what drafts get while prompts are read
+    ageing_s      seconds without a start that raise the priority of an owner's waiting jobs by one. None: never
+    headroom      tokens that every running job must have room for beside the one that starts
+    swap_pages    most pages on the host at once. 0: what is preempted is read again
+    swap_least    pages below which a preempted job is read again all the same
+    shortest_first among an owner's jobs of one priority those of the shortest predicted output start first
+    """
+
+    num_pages: int
+    page_size: int
+    max_position: int
+    max_batch: int = 8
+    max_rows: int = 16
+    max_step_rows: int = 32
+    prefill_rows: int = 512
+    max_queue: int | None = None
+    step_s: float | None = None
+    least_chunk: int = 16
+    draft_share: float = 0.25
+    ageing_s: float | None = 10.0
+    headroom: int = 32
+    swap_pages: int = 0
+    swap_least: int = 8
+    shortest_first: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("num_pages", "page_size", "max_position", "max_batch", "max_rows", "max_step_rows"):
+            self._check(name, getattr(self, name) >= 1, "at least 1")
+        self._check("prefill_rows", self.prefill_rows >= 1, "at least 1")
+        self._check("least_chunk", self.least_chunk >= 1, "at least 1")
+        self._check("max_queue", self.max_queue is None or self.max_queue >= 1, "at least 1, or None (no limit)")
+        self._check("draft_share", 0 <= self.draft_share <= 1, "from 0 to 1")
+        for name in ("step_s", "ageing_s"):
+            value = getattr(self, name)
+            self._check(name, value is None or 0 < value < math.inf, "above 0, or None")
+        for name in ("headroom", "swap_pages", "swap_least"):
+            self._check(name, getattr(self, name) >= 0, "0 or more")
+
+    def _check(self, name: str, holds: bool, allowed: str) -> None:
+        if not holds:
+            raise ParameterError(f"{name}={getattr(self, name)!r} is out of range: it must be {allowed}")
+
+    def pages(self, tokens: int) -> int:
+        """Pages that so many places take."""
+        return -(-tokens // self.page_size)
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A request as the scheduler sees it. What follows `arrived` is the scheduler's own."""
+
+    id: int
+    prompt_tokens: int
+    max_tokens: int
+    owner: str = ""
+    priority: int = 0  # lower ones first
+    group: str | None = None
+    max_draft: int | None = None  # most draft rows of a step; None: as the limits say
+    arrived: float | None = None  # None: when it is added, by the scheduler's clock
+
+    order: int = field(default=-1, init=False)  # of arrival
+    level: int = field(default=0, init=False)  # the priority, raised by waiting; what it started with is kept
+    target: int = field(default=0, init=False)  # tokens to read before it decodes (again)
+    read: int = field(default=0, init=False)  # of these
+    generated: int = field(default=0, init=False)
+    predicted: int | None = field(default=None, init=False)  # tokens of output in all
+    running: bool = field(default=False, init=False)
+    began: float | None = field(default=None, init=False)  # its first start
+    preempted: int = field(default=0, init=False)  # so often
+    swapped: bool = field(default=False, init=False)  # its pages are on the host
+    fresh: bool = field(default=False, init=False)  # must start without cached pages
+
+    @property
+    def decoding(self) -> bool:
+        return self.running and self.read == self.target
+
+    @property
+    def remaining(self) -> int:
+        return self.max_tokens - self.generated
+
+    @property
+    def context(self) -> int:
+        """Places in the cache, or on the host."""
+        return self.prompt_tokens + self.generated - 1 if self.read == self.target else self.read
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Who keeps running: the smallest first."""
+        return self.level, self.order
+
+
+class Memory(Protocol):
+    """The engine's KV cache, or a simulator's counters."""
+
+    @property
+    def available_pages(self) -> int:
+        """Pages that are free, or that the prefix cache alone holds and would give up."""
+
+    def shared_pages(self, id: int) -> int:
+        """Of a waiting job's prompt: pages in the prefix cache that running jobs hold as well. Starting the job takes
+        none of the available pages for them; 0 is a safe answer."""
+
+    def pages_needed(self, id: int, rows: int) -> int:
+        """Available pages that `rows` more rows of a running job take, a copy of a shared last page included."""
+
+    def pages_held(self, id: int) -> int:
+        """Available pages that preempting a running job would make; at most those, not fewer."""
+
+
+class Start(NamedTuple):
+    """A job that starts now. `swapped`: its pages come back from the host; else it is read from its first token that
+    is not cached. `cached`: whether it may use the prefix cache."""
+
+    id: int
+    swapped: bool
+    cached: bool
+
+
+class Preempt(NamedTuple):
+    """A running job that gives its pages back before the step runs."""
+
+    id: int
+    how: Way
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """One step. Every id runs; pages for all rows that it allows are there once `preempt` was carried out."""
+
+    preempt: list[Preempt] = field(default_factory=list)
+    decoding: list[int] = field(default_factory=list)
+    chunks: list[tuple[int, int]] = field(default_factory=list)  # (id, prompt rows)
+    draft_rows: int = 0  # of all sequences together
+    caps: dict[int, int] = field(default_factory=dict)  # most draft rows of each decoding sequence
+
+    @property
+    def empty(self) -> bool:
+        """No rows. With `preempt` it is still to be carried out, and the next plan has rows."""
+        return not self.decoding and not self.chunks
+
+
+@dataclass(slots=True)
+class SchedulerStats:
+    """Counts since the start; seconds by the scheduler's clock."""
+
+    waiting: int = 0  # now
+    running: int = 0  # now
+    started: int = 0  # first starts
+    finished: int = 0  # cancelled ones included
+    refused: int = 0  # because the queue was full
+    swapped: int = 0  # preempted, by way
+    recomputed: int = 0
+    mispredicted: int = 0  # outputs longer than predicted
+    read_tokens: int = 0
+    reread_tokens: int = 0  # of these, read before and lost by preemption
+    generated_tokens: int = 0
+    queue_s: float = 0.0  # from arrival to first start, summed over `started`
+    longest_queue_s: float = 0.0

@@ -1,0 +1,450 @@
+"""Who runs, with how many rows, and who gives way. Pure Python, no tensors: a simulator runs it with its own clock.
+
+One step, as the engine drives it:
+
+    for start in scheduler.admit():          # who starts or comes back
+        scheduler.started(start.id, places)  # after the prefix cache was asked, or the pages came back
+    plan = scheduler.plan()                  # carry out plan.preempt first, then run the rows
+    scheduler.prefilled(id, rows)            # each chunk; the last one of a prompt brings a token as well
+    scheduler.advanced(id, tokens)           # each sequence that got tokens
+    scheduler.finished(id)                   # over or cancelled, at any time between plans
+
+Continuous batching after Orca (Yu et al., OSDI 2022); decodes in every step and prompts in chunks that fill it after
+Sarathi-Serve (Agrawal et al., 2024, https://arxiv.org/abs/2403.02310, algorithm 3); pages on demand and preemption
+after PagedAttention (Kwon et al., 2023, https://arxiv.org/abs/2309.06180, section 4.5); predicted lengths after S3
+(Jin et al., 2023, https://arxiv.org/abs/2306.06000, section 3).
+
+Nobody starves. Running jobs are ranked by (level, arrival); only worse ranked ones give way, so the first always gets
+its rows. A level sinks by waiting and never rises again, down to a floor: the order settles and the first finishes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import replace
+from time import monotonic
+
+from ..errors import CapacityError, ParameterError, QueueFull
+from .fairness import Line, Served
+from .jobs import Job, Memory, Preempt, SchedulerLimits, SchedulerStats, Start, StepPlan
+
+_FINISHES = 32  # the last ones, from which the rate of finishing is taken
+
+StepSeconds = Callable[[int, float], float]  # of so many rows behind so many cached tokens; more rows never take less
+Predict = Callable[[Job], int]  # tokens of output; what is out of range is brought into it
+
+
+class Scheduler:
+    """Decides; whoever owns it executes. Not thread-safe. Ids are never used twice."""
+
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        memory: Memory,
+        clock: Callable[[], float] = monotonic,
+        step_seconds: StepSeconds | None = None,
+        predict: Predict | None = None,
+    ) -> None:
+        if limits.shortest_first and predict is None:
+            raise ParameterError("shortest_first needs predicted lengths: give `predict`, or leave shortest_first out")
+        if limits.step_s is not None and step_seconds is None:
+            raise ParameterError("step_s needs measured step times: give `step_seconds`, or leave step_s out")
+        self.limits, self.memory = limits, memory
+        self._clock, self._step_seconds, self._predict = clock, step_seconds, predict
+        self._served = Served()
+        self._line = Line(self._served, limits.ageing_s, limits.shortest_first)
+        self._jobs: dict[int, Job] = {}
+        self._running: dict[int, Job] = {}
+        self._starting: set[int] = set()  # admitted, not yet reported as started
+        self._leaders: dict[tuple[str, str], int] = {}  # of a group: the job that reads its beginning
+        self._read_groups: set[tuple[str, str]] = set()
+        self._members: Counter[tuple[str, str]] = Counter()
+        self._host_pages = 0  # that swapped jobs take
+        self._freed = 0  # pages that this plan's victims give back; together they may be more
+        self._next_order = 0
+        self._finishes: deque[float] = deque(maxlen=_FINISHES)
+        self._counts = SchedulerStats()
+
+    # -- jobs come and go --------------------------------------------------------------------------------------
+
+    def check(self, prompt_tokens: int, max_tokens: int) -> None:
+        """Raises CapacityError when such a job could never run."""
+        limits, total = self.limits, prompt_tokens + max_tokens
+        if total > limits.max_position:
+            room = limits.max_position - prompt_tokens
+            advice = f"use max_tokens of at most {room}" if room > 0 else "shorten the prompt"
+            raise CapacityError(
+                f"{prompt_tokens} prompt tokens and max_tokens={max_tokens} make {total}, but the model's context "
+                f"is {limits.max_position} tokens: {advice}"
+            )
+        if limits.pages(total) > limits.num_pages:
+            raise CapacityError(
+                f"{prompt_tokens} prompt tokens and max_tokens={max_tokens} make {total}, but the KV cache holds "
+                f"{limits.num_pages * limits.page_size} tokens: lower max_tokens, shorten the prompt or raise kv_tokens"
+            )
+
+    def add(self, job: Job) -> None:
+        """Queue a job. Raises CapacityError when it could never run, QueueFull when too many wait already."""
+        self.check(job.prompt_tokens, job.max_tokens)
+        assert job.id not in self._jobs and job.prompt_tokens >= 1 and job.max_tokens >= 1
+        waiting, most = len(self._line), self.limits.max_queue
+        if most is not None and waiting >= most:
+            self._counts.refused += 1
+            seconds = self.retry_after_s()
+            raise QueueFull(
+                f"{waiting} requests wait already and at most {most} may: try again in {seconds:.0f} s", seconds
+            )
+        job.arrived = self._clock() if job.arrived is None else job.arrived
+        job.order, self._next_order = self._next_order, self._next_order + 1
+        job.level, job.target = job.priority, job.prompt_tokens
+        if self._predict is not None:
+            job.predicted = min(max(int(self._predict(job)), 1), job.max_tokens)
+        self._jobs[job.id] = job
+        self._served.enter(job.owner)
+        if job.group is not None:
+            self._members[job.owner, job.group] += 1
+        self._line.add(job)
+
+    def retry_after_s(self) -> float:
+        """Seconds until a place in the queue should be free, by the rate at which jobs finish; at least 1."""
+        now, gaps = self._clock(), max(len(self._finishes) - 1, 1)
+        if len(self._finishes) > 1:
+            began = self._finishes[0]  # to now: a rate that has fallen is seen before the next one finishes
+        else:
+            began = min((j.began for j in self._running.values() if j.began is not None), default=now)
+        return max(1.0, (now - began) / gaps)
+
+    def finished(self, id: int) -> None:
+        """The job is over or cancelled, running or waiting. An unknown id is one that was over already."""
+        job = self._jobs.pop(id, None)
+        if job is None:
+            return
+        if job.running:
+            del self._running[id]
+            self._starting.discard(id)
+            self._finishes.append(self._clock())
+        else:
+            self._line.remove(job)
+            self._host_pages -= self.limits.pages(job.context) if job.swapped else 0
+        job.running = False
+        self._lead_ends(job, False)
+        if job.group is not None:
+            key = job.owner, job.group
+            self._members[key] -= 1
+            if not self._members[key]:
+                del self._members[key]
+                self._read_groups.discard(key)
+        self._served.leave(job.owner)
+        self._counts.finished += 1
+
+    # -- starts ------------------------------------------------------------------------------------------------
+
+    def admit(self) -> list[Start]:
+        """Jobs that start or come back now, in order of their turn; they run from here on. Each is then reported by
+        `started`. Nobody overtakes whose turn it is: a large job would starve."""
+        starts: list[Start] = []
+        available = self.memory.available_pages
+        while len(self._running) < self.limits.max_batch:
+            turn = self._line.first(self._clock(), self._held())
+            if turn is None:
+                break
+            job, level = turn
+            need = self._start_pages(job)
+            if need + self._future_pages() > available:
+                assert self._running, "nothing runs and a job that fits does not start: pages are lost"
+                break
+            available -= need
+            starts.append(Start(job.id, job.swapped, not job.fresh))
+            self._begin(job, level)
+        return starts
+
+    def _start_pages(self, job: Job) -> int:
+        """Available pages for a waiting job: what it reads or brings back, and what it should have room to write."""
+        known = max(job.target, job.context + 1)
+        shared = 0 if job.swapped or job.fresh else self.memory.shared_pages(job.id)
+        return max(self.limits.pages(known + self._headroom(job)) - shared, 0)
+
+    def _headroom(self, job: Job) -> int:
+        """Tokens a job should have room to write: as many as it is predicted to, or a few, which is enough for it not
+        to be preempted at once."""
+        ahead = self.limits.headroom if job.predicted is None else job.predicted - job.generated
+        return min(max(ahead, 1), job.remaining) - 1  # the last token is never written
+
+    def _future_pages(self) -> int:
+        """Pages that running jobs are still to get before anybody else starts. Those that start now are counted
+        already."""
+        return sum(
+            self.memory.pages_needed(job.id, self._unread(job) + self._headroom(job) + job.decoding)
+            for job in self._running.values()
+            if job.id not in self._starting
+        )
+
+    def _unread(self, job: Job) -> int:
+        return job.target - job.read
+
+    def _held(self) -> set[tuple[str, str]]:
+        """Groups whose common beginning is being read."""
+        return set(self._leaders)
+
+    def _begin(self, job: Job, level: int) -> None:
+        now = self._clock()
+        self._line.start(job, now)
+        job.level, job.running = level, True
+        self._running[job.id] = job
+        self._starting.add(job.id)
+        if job.group is not None and (key := (job.owner, job.group)) not in self._read_groups:
+            self._leaders[key] = job.id
+        if job.began is None:
+            assert job.arrived is not None
+            job.began = now
+            waited = max(now - job.arrived, 0.0)
+            self._counts.started += 1
+            self._counts.queue_s += waited
+            self._counts.longest_queue_s = max(self._counts.longest_queue_s, waited)
+            self._served.charge(job.owner, prompt=job.prompt_tokens)  # now: several starts of a step see each other
+
+    def started(self, id: int, places: int) -> None:
+        """The job has `places` in the cache: those found in the prefix cache, or those that came back."""
+        job = self._running[id]
+        self._starting.remove(id)
+        if job.swapped:
+            assert places == job.context, f"job {id} came back with {places} places instead of {job.context}"
+            self._host_pages -= self.limits.pages(job.context)
+            job.swapped = False
+            return
+        assert 0 <= places < job.target and not (job.fresh and places), "the last token must be run for its logits"
+        job.read = places
+        if not job.preempted:
+            self._served.charge(job.owner, prompt=-places)  # what was cached costs nothing
+
+    # -- a step ------------------------------------------------------------------------------------------------
+
+    def plan(self) -> StepPlan:
+        """The next step. Jobs in `preempt` wait again from here on."""
+        assert not self._starting, "every job from admit() must be reported by started()"
+        plan = StepPlan()
+        self._freed = 0
+        self._make_way(plan)
+        self._check_predictions(plan)
+        spare = self._decodes(plan)
+        rows, drafts = self._rows(plan)
+        spare = self._chunks(plan, rows, spare)
+        self._drafts(plan, drafts, spare)
+        return plan
+
+    def _ranked(self) -> list[Job]:
+        return sorted(self._running.values(), key=lambda job: job.rank)
+
+    def _make_way(self, plan: StepPlan) -> None:
+        """If a job of higher priority waits and would start in place of lower ones that run, those give way."""
+        turn = self._line.first(self._clock(), self._held())
+        if turn is None or not self._running:
+            return
+        job, level = turn
+        victims = [v for v in reversed(self._ranked()) if v.level > level]
+        available, need = self.memory.available_pages, self._start_pages(job)
+        future, running = self._future_pages(), len(self._running)
+        for n in range(len(victims) + 1):
+            if running < self.limits.max_batch and need + future <= available:
+                for v in victims[:n]:
+                    self._preempt(v, plan)
+                return
+            if n < len(victims):
+                v = victims[n]
+                available += self.memory.pages_held(v.id)
+                future -= self.memory.pages_needed(v.id, self._unread(v) + self._headroom(v) + v.decoding)
+                running -= 1
+
+    def _check_predictions(self, plan: StepPlan) -> None:
+        """A prediction that has run out is doubled; if that has no room beside the others, the job gives way."""
+        for job in self._ranked()[::-1]:
+            if job.predicted is None or job.generated < job.predicted or not job.decoding:
+                continue
+            self._counts.mispredicted += 1
+            job.predicted = min(max(2 * job.predicted, job.generated + 1), job.max_tokens)
+            first = job is self._ranked()[0]
+            if not first and self._future_pages() > self._available:
+                self._preempt(job, plan)
+
+    def _decodes(self, plan: StepPlan) -> int:
+        """Every decoding job gets its row; while pages lack, the worst ranked job gives way. Returns the pages left."""
+        while True:
+            ranked = self._ranked()
+            decoding = [job for job in ranked if job.decoding]
+            need = sum(self.memory.pages_needed(job.id, 1) for job in decoding)
+            spare = self._available - need
+            if spare >= 0:
+                plan.decoding = [job.id for job in decoding]
+                return spare
+            if len(ranked) > 1:
+                self._preempt(ranked[-1], plan)
+            elif plan.preempt:  # what those hold together is known once they are gone
+                return 0
+            else:
+                self._start_over(ranked[0], plan)
+
+    @property
+    def _available(self) -> int:
+        return self.memory.available_pages + self._freed
+
+    def _rows(self, plan: StepPlan) -> tuple[int, int]:
+        """Rows for prompts and for drafts. Drafts get what prompts leave, and at least their share."""
+        limits, decoding = self.limits, len(plan.decoding)
+        drafts = min(max(limits.max_step_rows - decoding, 0), sum(self._cap(self._jobs[id]) for id in plan.decoding))
+        unread = min(sum(self._unread(job) for job in self._running.values()), limits.prefill_rows)
+        if not decoding:
+            return unread, 0
+        spare = min(drafts + unread, max(drafts, limits.prefill_rows))
+        if limits.step_s is not None:
+            spare = max(self._rows_within(limits.step_s, decoding + spare) - decoding, 0)
+        drafts = min(drafts, max(int(limits.draft_share * spare), spare - unread))
+        return min(unread, max(spare - drafts, limits.least_chunk)), drafts
+
+    def _rows_within(self, seconds: float, most: int) -> int:
+        """The largest number of rows, at most `most`, of a step that takes no longer; 0 if one row does."""
+        assert self._step_seconds is not None
+        jobs = self._running.values()
+        context = sum(job.context for job in jobs) / len(jobs)
+        low, high = 0, most
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self._step_seconds(middle, context) <= seconds:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def _chunks(self, plan: StepPlan, rows: int, spare: int) -> int:
+        """Deal prompt rows out by rank, as far as pages go. If nobody runs otherwise, the worst ranked give way for the
+        first. Returns the pages left."""
+        for job in self._ranked():
+            n = min(self._unread(job), rows)
+            while n and self.memory.pages_needed(job.id, n) > spare:
+                n -= 1
+            if n:
+                plan.chunks.append((job.id, n))
+                rows -= n
+                spare -= self.memory.pages_needed(job.id, n)
+        first = min(self._running.values(), key=lambda job: job.rank, default=None)
+        if first is not None and not first.decoding and not any(id == first.id for id, _ in plan.chunks):
+            self._help(first, plan)
+        return spare
+
+    def _help(self, first: Job, plan: StepPlan) -> None:
+        """The first ranked job reads and has no page: the worst ranked gives way, from the next step on."""
+        if len(self._running) > 1:
+            last = self._ranked()[-1]
+            plan.decoding = [id for id in plan.decoding if id != last.id]
+            plan.chunks = [(id, n) for id, n in plan.chunks if id != last.id]
+            self._preempt(last, plan)
+        elif not plan.preempt:
+            self._start_over(first, plan)
+
+    def _cap(self, job: Job) -> int:
+        """Most draft rows of a decoding job: no more than could still be emitted."""
+        most = self.limits.max_rows - 1
+        return max(min(job.remaining - 1, most if job.max_draft is None else min(job.max_draft, most)), 0)
+
+    def _drafts(self, plan: StepPlan, rows: int, spare: int) -> None:
+        """Caps by rank, as far as pages go: what the drafts of all may need is there."""
+        plan.draft_rows = rows
+        for id in plan.decoding:
+            cap = min(self._cap(self._jobs[id]), rows)
+            base = self.memory.pages_needed(id, 1)
+            while cap and self.memory.pages_needed(id, 1 + cap) - base > spare:
+                cap -= 1
+            plan.caps[id] = cap
+            spare -= self.memory.pages_needed(id, 1 + cap) - base
+        plan.draft_rows = min(rows, sum(plan.caps.values()))
+
+    # -- giving way --------------------------------------------------------------------------------------------
+
+    def _preempt(self, job: Job, plan: StepPlan, fresh: bool = False) -> None:
+        """Back to the line. Swapped if that is offered, there is room on the host, and it pays."""
+        limits, pages = self.limits, self.limits.pages(job.context)
+        swap = limits.swap_least <= pages <= limits.swap_pages - self._host_pages and job.context > 0 and not fresh
+        self._freed += self.memory.pages_held(job.id)
+        plan.preempt.append(Preempt(job.id, "swap" if swap else "recompute"))
+        if swap:
+            self._counts.swapped += 1
+            self._host_pages += pages
+        else:
+            self._counts.recomputed += 1
+            job.target, job.read = job.prompt_tokens + job.generated, 0
+        job.swapped, job.fresh, job.running = swap, fresh, False
+        job.preempted += 1
+        del self._running[job.id]
+        self._lead_ends(job, False)
+        self._line.add(job)
+
+    def _start_over(self, job: Job, plan: StepPlan) -> None:
+        """Alone and without a page: a cached page that it shares, and would have to copy, is in its way."""
+        assert not job.fresh, f"job {job.id} runs alone and has no page for a row: pages are lost"
+        self._preempt(job, plan, fresh=True)
+
+    def _lead_ends(self, job: Job, read: bool) -> None:
+        if job.group is None:
+            return
+        key = job.owner, job.group
+        if read:
+            self._read_groups.add(key)
+        if self._leaders.get(key) == job.id:
+            del self._leaders[key]
+
+    # -- reports -----------------------------------------------------------------------------------------------
+
+    def prefilled(self, id: int, rows: int) -> None:
+        """`rows` prompt rows of the job were computed."""
+        job = self._running[id]
+        job.read += rows
+        assert rows >= 1 and job.read <= job.target
+        self._counts.read_tokens += rows
+        self._counts.reread_tokens += rows if job.preempted else 0
+        if job.decoding:
+            self._lead_ends(job, True)
+
+    def advanced(self, id: int, tokens: int) -> None:
+        """The job's output grew by `tokens`."""
+        job = self._running[id]
+        job.generated += tokens
+        assert tokens >= 1 and job.decoding and job.remaining >= 0
+        self._counts.generated_tokens += tokens
+        self._served.charge(job.owner, output=tokens)
+
+    @property
+    def idle(self) -> bool:
+        return not self._jobs
+
+    @property
+    def stats(self) -> SchedulerStats:
+        """A copy."""
+        return replace(self._counts, waiting=len(self._line), running=len(self._running))
+
+    def served(self, owner: str) -> float:
+        """Weighted tokens that the owner was served, what idleness was lifted over included."""
+        return self._served.tokens.get(owner, 0.0)
+
+    def job(self, id: int) -> Job:
+        """To look at. KeyError when it is over."""
+        return self._jobs[id]
+
+    def check_integrity(self) -> None:
+        """AssertionError if the books contradict each other."""
+        waiting = {job.id: job for job in self._line}
+        assert not waiting.keys() & self._running.keys() and waiting.keys() | self._running.keys() == self._jobs.keys()
+        assert len(waiting) == len(self._line) and len(self._running) <= self.limits.max_batch
+        assert self._starting <= self._running.keys()
+        for id, job in self._jobs.items():
+            assert job.running == (id in self._running)
+            assert 0 <= job.read <= job.target <= job.prompt_tokens + job.generated and job.remaining >= 0
+            assert job.running or job.swapped or job.read == 0
+            assert job.level <= job.priority
+        host = sum(self.limits.pages(job.context) for job in self._jobs.values() if job.swapped)
+        assert host == self._host_pages <= self.limits.swap_pages
+        self._served.check_integrity(Counter(job.owner for job in self._jobs.values()))
+        members = Counter((job.owner, job.group) for job in self._jobs.values() if job.group is not None)
+        assert members == self._members and self._read_groups <= members.keys()
+        for key, id in self._leaders.items():
+            leader = self._running[id]
+            assert (leader.owner, leader.group) == key and not leader.decoding
