@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from outpace.cache.storage import PAGE_SIZE, KVStorage
+from outpace.cache.storage import PAGE_SIZE, KVStorage, PageBlob
 from outpace.decoding.contracts import Drafter, Observation, Sequence
 from outpace.decoding.outputs import TargetOutputs
 from outpace.decoding.sampling import History, sample
@@ -52,6 +52,13 @@ class SlotStorage(KVStorage):
     def move(self, source: NDArray[np.int64], target: NDArray[np.int64]) -> None:
         for array in (self.tokens, self.positions):
             array[target] = array[source]
+
+    def read_pages(self, pages: NDArray[np.int64]) -> PageBlob:
+        return tuple(array.reshape(1, -1, PAGE_SIZE)[:, pages] for array in (self.tokens, self.positions))
+
+    def write_pages(self, blob: PageBlob, pages: NDArray[np.int64]) -> None:
+        for array, part in zip((self.tokens, self.positions), blob, strict=True):
+            array.reshape(1, -1, PAGE_SIZE)[:, pages] = part
 
 
 class FakeDecoder(Decoder):

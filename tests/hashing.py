@@ -41,6 +41,12 @@ class HashStorage(KVStorage):
     def move(self, source: np.ndarray, target: np.ndarray) -> None:
         self.slots[target] = self.slots[source].copy()
 
+    def read_pages(self, pages: np.ndarray) -> tuple[Any, ...]:
+        return (self.slots.reshape(1, self.num_pages, PAGE_SIZE, 2)[:, pages],)
+
+    def write_pages(self, blob: tuple[Any, ...], pages: np.ndarray) -> None:
+        self.slots.reshape(1, self.num_pages, PAGE_SIZE, 2)[:, pages] = blob[0]
+
 
 class HashDecoder(Decoder):
     """`eos_after`: from that position on the end-of-text token is by far the likeliest. Only the first `speakable`

@@ -21,7 +21,7 @@ class ArrayStorage(KVStorage):
     def __init__(self, num_pages: int) -> None:
         self.num_pages, self.bytes_per_page = num_pages, 100
         self.values = np.full(num_pages * PAGE_SIZE, -1)
-        self.copied = self.moved = 0
+        self.copied = self.moved = self.read = 0
 
     def copy_pages(self, source, target):
         pages = self.values.reshape(-1, PAGE_SIZE)
@@ -32,6 +32,14 @@ class ArrayStorage(KVStorage):
     def move(self, source, target):
         self.values[target] = self.values[source]
         self.moved += len(source)
+
+    def read_pages(self, pages):
+        self.read += len(pages)
+        return (self.values.reshape(1, -1, PAGE_SIZE)[:, pages],)
+
+    def write_pages(self, blob, pages):
+        assert len(set(pages)) == len(pages)
+        self.values.reshape(1, -1, PAGE_SIZE)[:, pages] = blob[0]
 
 
 class Modelled(RuleBasedStateMachine):

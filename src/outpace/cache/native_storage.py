@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .storage import PAGE_SIZE, KVStorage
+from .storage import PAGE_SIZE, KVStorage, PageBlob
 
 
 def _zeros(shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
@@ -48,6 +48,12 @@ class NativeStorage(KVStorage):
         fp, fl = np.divmod(from_lane, self.pair)
         tp, tl = np.divmod(to_lane, self.pair)
         self.values[:, to_page, :, tp, :, tl] = self.values[:, from_page, :, fp, :, fl]
+
+    def read_pages(self, pages: NDArray[np.int64]) -> PageBlob:
+        return self.keys[:, pages], self.values[:, pages]
+
+    def write_pages(self, blob: PageBlob, pages: NDArray[np.int64]) -> None:
+        self.keys[:, pages], self.values[:, pages] = blob
 
     def page_means(self, layer: int, pages: NDArray[np.integer]) -> NDArray[np.float32]:
         """Mean of the keys of whole pages. [P] -> f32[P, Hkv, C]"""

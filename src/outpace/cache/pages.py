@@ -7,34 +7,47 @@ rollback makes one step provisional, so that a draft tree costs nothing when it 
     pages      page 7        | page 2 ...      |          page 5
                 committed tokens               | provisional region (offsets 0..n-1)
 
-Committed places are contiguous. A page may belong to several sequences after `fork`; only the one that holds
-the place `length` is ever written, so only that one is copied, when a reservation first needs it. Numbers are
-moved by the storage alone.
+Committed places are contiguous. A page may belong to several sequences after `fork` or `adopt`, and to the prefix tree
+(`prefix.py`) or to swapped-out sequences (`swap.py`); only the one that holds the place `length` is ever written, so
+only that one is copied, when a reservation first needs it. Numbers are moved by the storage alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CapacityError
 from .storage import PAGE_SIZE, KVStorage
+from .swap import AWAY, HostPages, Swapped
 
-__all__ = ["PAGE_SIZE", "PagedKVCache"]
+__all__ = ["PAGE_SIZE", "PagedKVCache", "Reclaimer"]
 
 _CLOSED = -1
 Path = Sequence[int] | NDArray[np.integer]
 
 
+class Reclaimer(Protocol):
+    """Who retains pages that no sequence uses, until they are needed: the prefix tree."""
+
+    def evict(self, pages: int) -> int:
+        """Drop so many pages that only it holds, or all there are; returns how many are free now."""
+
+    def surrender(self, page: int) -> None:
+        """Drop this page: the sequence that uses it too goes on to write it."""
+
+
 class _State:
     """One sequence. `table` and `slots` mirror `pages` as arrays, with room to grow."""
 
-    __slots__ = ("length", "pages", "reserved", "slots", "table")
+    __slots__ = ("host", "length", "pages", "reserved", "slots", "table")
 
     def __init__(self, room: int) -> None:
         self.length = 0
+        self.host: HostPages | None = None  # copies of complete pages, since it was out of the cache
         self.reserved = _CLOSED  # places of the open reservation
         self.pages: list[int] = []
         self.table = np.zeros(room, dtype=np.int32)  # [room]
@@ -54,7 +67,11 @@ class PagedKVCache:
         n = storage.num_pages
         self.storage = storage
         self._free = list(range(n - 1, -1, -1))  # a stack: the page freed last is used first, still in cache
-        self._references = [0] * n
+        self._references = [0] * n  # of sequences, and those retained
+        self._retained = [0] * n  # of these, by the reclaimer and by swapped-out sequences
+        self._idle = 0  # pages with no other references than those
+        self._swapped: list[Swapped] = []
+        self.reclaimer: Reclaimer | None = None
         self._lanes = np.arange(n * PAGE_SIZE, dtype=np.int64).reshape(n, PAGE_SIZE)  # slots of each page
         self._sequences: dict[int, _State] = {}
         self._next = 0
@@ -71,9 +88,8 @@ class PagedKVCache:
         """A new sequence with the same committed tokens. Pages are shared; the first to write copies."""
         s = self._sequences[seq]
         assert s.reserved == _CLOSED, f"sequence {seq} has an open reservation and cannot be forked"
-        references = self._references
         for page in s.pages:
-            references[page] += 1
+            self._use(page)
         twin, self._next = self._next, self._next + 1
         t = self._sequences[twin] = _State(0)
         t.length, t.pages, t.table, t.slots = s.length, s.pages.copy(), s.table.copy(), s.slots.copy()
@@ -90,31 +106,25 @@ class PagedKVCache:
         """Make the provisional region `n` places long; returns their slots [n].
 
         `n` is the whole region, not an increment: with a reservation open the region grows to `n` places and
-        keeps what is written in them (a smaller `n` cuts its end). Copies a shared last page. Raises
-        CapacityError when there are too few free pages; nothing is changed then.
+        keeps what is written in them (a smaller `n` cuts its end). Copies a shared last page. When free pages do
+        not suffice, pages that no sequence uses are reclaimed; raises CapacityError when these do not either, and
+        nothing is changed then.
         """
         assert n >= 0, f"cannot reserve {n} places"
         s = self._sequences[seq]
-        length, pages, free = s.length, s.pages, self._free
+        length, pages = s.length, s.pages
         end = length + n
         have, want = len(pages), (end + PAGE_SIZE - 1) // PAGE_SIZE
         first = length // PAGE_SIZE
-        shared = n > 0 and first < have and self._references[pages[first]] > 1
-        if want > have or shared:
-            missing = want - have + shared - len(free)
-            if missing > 0:
-                raise CapacityError(
-                    f"the KV cache is full: {n} more tokens of a sequence of {length} need {missing} pages "
-                    f"more than the {len(free)} that are free of {len(self._references)} ({PAGE_SIZE} tokens "
-                    "each); use a larger cache, fewer sequences at once, or shorter ones"
-                )
+        writes = n > 0 and first < have
+        if want > have or (writes and self._references[pages[first]] > 1):
+            self._make_room(s, n)
             if want * PAGE_SIZE > len(s.slots):
                 _grow(s, want)
-            if shared:
+            if writes and self._references[pages[first]] > 1:
                 self._unshare(s, first)
             for i in range(have, want):
-                page = free.pop()
-                self._references[page] = 1
+                page = self._take()
                 pages.append(page)
                 s.table[i] = page
                 s.slots[i * PAGE_SIZE : (i + 1) * PAGE_SIZE] = self._lanes[page]
@@ -152,6 +162,8 @@ class PagedKVCache:
         assert s.reserved == _CLOSED, f"sequence {seq} has an open reservation and cannot be truncated"
         assert 0 <= length <= s.length, f"cannot truncate {s.length} places to {length}"
         s.length = length
+        if s.host is not None:
+            s.host.keep(length // PAGE_SIZE)
         self._release(s, (length + PAGE_SIZE - 1) // PAGE_SIZE)
 
     def reopen(self, seq: int, n: int) -> None:
@@ -165,6 +177,93 @@ class PagedKVCache:
         assert all(self._references[page] == 1 for page in s.pages[first:]) or not n, f"sequence {seq} shares its end"
         s.length -= n
         s.reserved = n
+        if s.host is not None:
+            s.host.keep(s.length // PAGE_SIZE)
+
+    # -- pages that outlive their sequence -----------------------------------------------------------------
+
+    def share(self, seq: int, length: int) -> list[int]:
+        """Pages of the first `length` committed places. The last may be partly used, but not while a reservation is
+        open, whose places it would hold too.
+        """
+        s = self._sequences[seq]
+        assert 0 <= length <= s.length, f"cannot share {length} of {s.length} places"
+        assert not (length % PAGE_SIZE and s.reserved > 0), f"sequence {seq} has provisional places in its last page"
+        return s.pages[: (length + PAGE_SIZE - 1) // PAGE_SIZE]
+
+    def adopt(self, seq: int, pages: Sequence[int], length: int) -> None:
+        """Let the empty sequence `seq` begin with these pages, which somebody holds, and `length` committed places."""
+        s = self._sequences[seq]
+        assert not s.pages and s.reserved == _CLOSED, f"sequence {seq} is not empty"
+        assert len(pages) == (length + PAGE_SIZE - 1) // PAGE_SIZE, f"{len(pages)} pages for {length} places"
+        for page in pages:
+            self._use(page)
+        self._fill(s, list(pages), length)
+
+    def retain(self, pages: Iterable[int]) -> None:
+        """Hold pages of sequences for the reclaimer, one reference each."""
+        assert self.reclaimer is not None, "pages that nobody gives back cannot be retained"
+        for page in pages:
+            self._retain(page)
+
+    def drop(self, pages: Iterable[int]) -> None:
+        """Give references of `retain` back; pages without any other are free."""
+        for page in pages:
+            self._drop(page)
+
+    def swap_out(self, seq: int) -> Swapped:
+        """Take a sequence out of the cache; its handle ends. Only pages that nobody shares leave, and of these only
+        what earlier calls have not copied; the others stay, until their place is needed.
+        """
+        s = self._sequences[seq]
+        assert s.reserved == _CLOSED, f"sequence {seq} has an open reservation and cannot be swapped out"
+        references, host = self._references, s.host if s.host is not None else HostPages()
+        leaving = [i for i, page in enumerate(s.pages) if references[page] == 1]
+        known = host.indices
+        host.read(self.storage, s.pages, [i for i in leaving if i not in known])
+        for page in s.pages:
+            if references[page] > 1:
+                self._retain(page)
+        swapped = Swapped(s.length, s.pages.copy(), host)
+        for i in leaving:
+            swapped.pages[i] = AWAY
+        self._swapped.append(swapped)
+        self.free(seq)
+        return swapped
+
+    def swap_in(self, swapped: Swapped) -> int:
+        """Bring a sequence back, under a new handle. Raises CapacityError, and changes nothing, without room."""
+        needed = self.swap_in_pages(swapped)
+        if needed > self.available_pages:
+            raise CapacityError(
+                f"the KV cache is full: a sequence of {swapped.length} tokens needs {needed} pages to return and "
+                f"{self.available_pages} are free of {len(self._references)}; end others first"
+            )
+        self._swapped.remove(swapped)
+        for page in swapped.held:
+            self._use(page)
+            self._drop(page)
+        away = swapped.away
+        self._reclaim(len(away) - len(self._free))
+        pages = swapped.pages.copy()
+        for i in away:
+            pages[i] = self._take()
+        swapped.host.write(self.storage, {i: pages[i] for i in away})
+        swapped.host.keep(swapped.length // PAGE_SIZE)  # the last page will be written
+        seq = self.new()
+        s = self._sequences[seq]
+        s.host = swapped.host
+        self._fill(s, pages, swapped.length)
+        return seq
+
+    def discard(self, swapped: Swapped) -> None:
+        """Forget a sequence that is out of the cache."""
+        self._swapped.remove(swapped)
+        self.drop(swapped.held)
+
+    def swap_in_pages(self, swapped: Swapped) -> int:
+        """How many fewer pages are available once it is back."""
+        return len(swapped.away) + sum(self.is_idle(page) for page in swapped.held)
 
     # -- questions -----------------------------------------------------------------------------------------
 
@@ -192,15 +291,29 @@ class PagedKVCache:
         return out
 
     def pages_needed(self, seq: int, n: int) -> int:
-        """Free pages that `reserve(seq, n)` would take."""
-        s = self._sequences[seq]
-        first, have = s.length // PAGE_SIZE, len(s.pages)
-        shared = n > 0 and first < have and self._references[s.pages[first]] > 1
-        return max((s.length + n + PAGE_SIZE - 1) // PAGE_SIZE - have, 0) + shared
+        """Free or reclaimed pages that `reserve(seq, n)` would take."""
+        return self._need(self._sequences[seq], n)[0]
+
+    def pages_held(self, seq: int) -> int:
+        """Pages that would be available if this sequence ended."""
+        return sum(self._references[p] - self._retained[p] == 1 for p in self._sequences[seq].pages)
+
+    def references(self, page: int) -> int:
+        """Who holds a page: sequences, the reclaimer, swapped-out sequences."""
+        return self._references[page]
+
+    def is_idle(self, page: int) -> bool:
+        """Held, but by no sequence in the cache."""
+        return 0 < self._retained[page] == self._references[page]
 
     @property
     def free_pages(self) -> int:
         return len(self._free)
+
+    @property
+    def available_pages(self) -> int:
+        """Free, or used by no sequence, so that `reserve` may reclaim them."""
+        return len(self._free) + self._idle
 
     @property
     def bytes_used(self) -> int:
@@ -213,7 +326,7 @@ class PagedKVCache:
 
     def check_integrity(self) -> None:
         """Count everything anew and compare; AssertionError on a difference. Linear in pages."""
-        counted = [0] * len(self._references)
+        counted, retained = self._retained.copy(), self._retained
         for seq, s in self._sequences.items():
             places = s.length + max(s.reserved, 0)
             assert s.length >= 0 and s.reserved >= _CLOSED, f"sequence {seq}: {s.length}, {s.reserved}"
@@ -227,27 +340,125 @@ class PagedKVCache:
             if s.reserved > 0:
                 for page in s.pages[s.length // PAGE_SIZE :]:
                     assert self._references[page] == 1, f"sequence {seq}: provisional page {page} is shared"
+        for swapped in self._swapped:
+            assert len(swapped.pages) == (swapped.length + PAGE_SIZE - 1) // PAGE_SIZE, "a swapped page is lost"
+            assert set(swapped.away) <= swapped.host.indices, "a page is neither here nor there"
+            assert all(retained[page] for page in swapped.held), "a swapped-out sequence has lost a page"
         assert counted == self._references, "reference counts do not add up"
+        idle = sum(r > 0 and r == n for r, n in zip(retained, self._references, strict=True))
+        assert idle == self._idle, f"{idle} pages are idle, not {self._idle}"
         assert len(set(self._free)) == len(self._free), "a page is free twice"
         assert set(self._free) == {p for p, c in enumerate(counted) if c == 0}, "a page is lost or in use and free"
 
     # -- inside --------------------------------------------------------------------------------------------
 
+    def _use(self, page: int) -> None:
+        """One more sequence uses a page that somebody holds."""
+        assert self._references[page] > 0, f"page {page} is free"
+        self._idle -= self.is_idle(page)
+        self._references[page] += 1
+
+    def _take(self) -> int:
+        """A free page, for one sequence."""
+        page = self._free.pop()
+        self._references[page] = 1
+        return page
+
+    def _leave(self, page: int) -> None:
+        """One sequence less uses a page."""
+        self._references[page] -= 1
+        if not self._references[page]:
+            self._free.append(page)
+        elif self.is_idle(page):
+            self._idle += 1
+
+    def _retain(self, page: int) -> None:
+        assert self._references[page] > 0, f"page {page} is free"
+        self._references[page] += 1
+        self._retained[page] += 1
+
+    def _drop(self, page: int) -> None:
+        assert self._retained[page] > 0, f"page {page} is not retained"
+        if self._references[page] == 1:  # the last holder is this one
+            self._idle -= 1
+            self._free.append(page)
+        self._references[page] -= 1
+        self._retained[page] -= 1
+
     def _release(self, s: _State, keep: int) -> None:
         """Give back the pages from index `keep` on."""
-        pages, references = s.pages, self._references
-        while len(pages) > keep:
-            page = pages.pop()
-            references[page] -= 1
-            if not references[page]:
-                self._free.append(page)
+        while len(s.pages) > keep:
+            self._leave(s.pages.pop())
+
+    def _fill(self, s: _State, pages: list[int], length: int) -> None:
+        """Make these the pages of an empty sequence."""
+        if len(pages) > len(s.table):
+            _grow(s, len(pages))
+        s.pages, s.length = pages, length
+        s.table[: len(pages)] = pages
+        s.slots[: len(pages) * PAGE_SIZE] = self._lanes[pages].ravel()
+
+    def _need(self, s: _State, n: int) -> tuple[int, bool]:
+        """Pages that reserving `n` places takes, and whether the shared last one is then taken over, not copied: where
+        only the reclaimer shares it and there is no page for a copy."""
+        first, have = s.length // PAGE_SIZE, len(s.pages)
+        more = max((s.length + n + PAGE_SIZE - 1) // PAGE_SIZE - have, 0)
+        if n == 0 or first >= have or self._references[s.pages[first]] == 1:
+            return more, False
+        page = s.pages[first]
+        if self._references[page] == self._retained[page] + 1 and more + 1 > self.available_pages:
+            return more, True
+        return more + 1, False
+
+    def _make_room(self, s: _State, n: int) -> None:
+        """See to it that as many pages are free as reserving `n` places takes."""
+        need, take_over = self._need(s, n)
+        if need > self.available_pages:
+            raise CapacityError(
+                f"the KV cache is full: {n} more tokens of a sequence of {s.length} need "
+                f"{need - self.available_pages} pages more than the {self.available_pages} that are free of "
+                f"{len(self._references)} ({PAGE_SIZE} tokens each); use a larger cache, fewer sequences at once, or "
+                "shorter ones"
+            )
+        if take_over:
+            page = s.pages[s.length // PAGE_SIZE]
+            for swapped in self._swapped:
+                if page in swapped.pages:
+                    self._spill(swapped)
+            if self._references[page] > 1 and self.reclaimer is not None:
+                self.reclaimer.surrender(page)
+        self._reclaim(need - len(self._free))
+
+    def _reclaim(self, pages: int) -> None:
+        """Free so many pages of those that are idle. The reclaimer's go first; what sequences outside the cache have
+        kept in it follows them out when it must."""
+        if pages <= 0:
+            return
+        freed = self.reclaimer.evict(pages) if self.reclaimer is not None else 0
+        for swapped in self._swapped:
+            if freed >= pages:
+                return
+            before = len(self._free)
+            self._spill(swapped)
+            freed += len(self._free) - before
+            if freed < pages and self.reclaimer is not None:
+                freed += self.reclaimer.evict(pages - freed)
+        assert freed >= pages, f"{pages - freed} idle pages could not be reclaimed"
+
+    def _spill(self, swapped: Swapped) -> None:
+        """Copy out what a swapped-out sequence still holds in the cache."""
+        here = [i for i, page in enumerate(swapped.pages) if page != AWAY]
+        known = swapped.host.indices
+        swapped.host.read(self.storage, swapped.pages, [i for i in here if i not in known])
+        for i in here:
+            self._drop(swapped.pages[i])
+            swapped.pages[i] = AWAY
 
     def _unshare(self, s: _State, index: int) -> None:
         """Replace a shared page by an own copy."""
-        old, page = s.pages[index], self._free.pop()
-        self._references[old] -= 1
-        self._references[page] = 1
+        old, page = s.pages[index], self._take()
         self.storage.copy_pages(np.array([old]), np.array([page]))
+        self._leave(old)
         s.pages[index] = page
         s.table[index] = page
         s.slots[index * PAGE_SIZE : (index + 1) * PAGE_SIZE] = self._lanes[page]

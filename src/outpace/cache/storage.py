@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..models.batch import PAGE_SIZE
 
-__all__ = ["PAGE_SIZE", "KVStorage"]
+__all__ = ["PAGE_SIZE", "KVStorage", "PageBlob"]
+
+#: Contents of P pages in the host's memory: arrays [L, P, ...] of the storage's own layout.
+PageBlob = tuple[Any, ...]
 
 
 class KVStorage(ABC):
     """Keys and values of `num_pages` pages of PAGE_SIZE tokens, for all layers.
 
-    Only decoders read and write the numbers inside; only the paged cache calls `copy_pages` and `move`. A *slot* is
-    `page * PAGE_SIZE + lane`. Both calls mutate in place, keep no reference to their arguments and raise nothing
-    for slots in range.
+    Only decoders read and write the numbers inside; only the paged cache calls the methods below. A *slot* is
+    `page * PAGE_SIZE + lane`. They mutate in place, keep no reference to their arguments and raise nothing for pages
+    and slots in range.
     """
 
     num_pages: int
@@ -30,3 +34,11 @@ class KVStorage(ABC):
     @abstractmethod
     def move(self, source: NDArray[np.int64], target: NDArray[np.int64]) -> None:
         """Copy single slots, `source[i]` to `target[i]`, as if all were read before any is written."""
+
+    @abstractmethod
+    def read_pages(self, pages: NDArray[np.int64]) -> PageBlob:
+        """A copy of whole pages in the host's memory."""
+
+    @abstractmethod
+    def write_pages(self, blob: PageBlob, pages: NDArray[np.int64]) -> None:
+        """Put what `read_pages` gave into as many pages, which may be others. Pages differ from each other."""

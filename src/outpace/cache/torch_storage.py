@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .storage import PAGE_SIZE, KVStorage
+from .storage import PAGE_SIZE, KVStorage, PageBlob
 
 
 class TorchStorage(KVStorage):
@@ -36,6 +36,14 @@ class TorchStorage(KVStorage):
     def move(self, source: NDArray[np.int64], target: NDArray[np.int64]) -> None:
         self._copy(self.k_slots, source, target)
         self._copy(self.v_slots, source, target)
+
+    def read_pages(self, pages: NDArray[np.int64]) -> PageBlob:
+        index = torch.from_numpy(pages).to(self.k.device)
+        return self.k[:, index].cpu(), self.v[:, index].cpu()
+
+    def write_pages(self, blob: PageBlob, pages: NDArray[np.int64]) -> None:
+        index = torch.from_numpy(pages).to(self.k.device)
+        self.k[:, index], self.v[:, index] = (part.to(self.k.device) for part in blob)
 
     @staticmethod
     def _copy(x: torch.Tensor, source: NDArray[np.int64], target: NDArray[np.int64]) -> None:
