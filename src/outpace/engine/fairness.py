@@ -1,22 +1,23 @@
-"""Whose turn it is: priority raised by waiting, then the owner who was served least, then who came first.
+"""Whose turn it is: priority raised by waiting, then the owner who was served least, then who came first. Of a group
+only one reads the common beginning.
 
-Virtual token counters after Sheng et al., Fairness in Serving Large Language Models, OSDI 2024, algorithm 2
+Virtual token counters after Sheng et al., Fairness in Serving Large Language Models, OSDI 2024
 (https://arxiv.org/abs/2401.00588). Within an owner's jobs of one priority nobody overtakes, so only the first of
 each such class is ever looked at. A class ages from its last start: an owner with a thousand old jobs that are
-served in turn gains nothing over one whose first job is new, while a class that gets no turn at all is raised until
-it does.
+served in turn gains nothing over one whose first job is new, while a class that gets no turn is raised until it does.
+What was preempted ages by its own waiting since. Ageing ends at the best priority that anybody has: from there on
+turns are fair, and among equals nothing ages at all.
 """
 
 from __future__ import annotations
 
 from bisect import insort
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from .jobs import Job
 
-PROMPT_WEIGHT, OUTPUT_WEIGHT = 1, 2  # of a token: what it costs, as in the paper (section 4.1)
-TOP = -101  # ageing goes no further: above every priority, and finite, so that the order settles
+PROMPT_WEIGHT, OUTPUT_WEIGHT = 1, 2  # of a token: what it costs, as in the paper
 
 
 class Served:
@@ -65,35 +66,40 @@ class Line:
         for jobs in self._classes.values():
             yield from jobs
 
-    def add(self, job: Job) -> None:
+    def add(self, job: Job, now: float) -> None:
+        job.since = now
         insort(self._classes.setdefault((job.owner, job.priority), []), job, key=self._within)
 
     def _within(self, job: Job) -> tuple[int, int]:
         length = job.predicted if self._shortest_first and job.predicted is not None else 0
         return length, job.order
 
-    def first(self, now: float, held: set[tuple[str, str]]) -> tuple[Job, int] | None:
-        """Whose turn it is, and its priority as raised by now. `held`: groups that wait for their first."""
-        best: tuple[int, float, int] | None = None
-        chosen = None
+    def first(self, now: float, best: int, held: set[tuple[str, str]]) -> tuple[Job, int] | None:
+        """Whose turn it is, and its priority as raised by now. `best`: the best priority among those that run.
+        `held`: groups that wait for their first."""
+        best = min([best, *(priority for _, priority in self._classes)])
+        turns = []
         for name, jobs in self._classes.items():
             job = next((j for j in jobs if j.group is None or (j.owner, j.group) not in held), None)
-            if job is None:
-                continue
-            key = (self._level(name, job, now), self._served.tokens[job.owner], job.order)
-            if best is None or key < best:
-                best, chosen = key, job
-        return None if best is None or chosen is None else (chosen, best[0])
+            if job is not None:
+                turns.append((self._level(name, job, now, best), self._served.tokens[job.owner], job.order, job))
+        if not turns:
+            return None
+        level, _, _, job = min(turns, key=lambda turn: turn[:3])
+        return job, level
 
-    def _level(self, name: tuple[str, int], job: Job, now: float) -> int:
-        assert job.arrived is not None
+    def _level(self, name: tuple[str, int], job: Job, now: float, best: int) -> int:
         if self._ageing_s is None:
-            return min(job.level, job.priority)
-        waited = now - max(job.arrived, self._last_start.get(name, job.arrived))
-        return min(job.level, max(job.priority - max(int(waited / self._ageing_s), 0), TOP))
+            return job.level
+        if job.preempted:
+            waited = job.waited + now - job.since
+        else:
+            waited = now - max(job.since, self._last_start.get(name, job.since))
+        return min(job.level, max(job.priority - max(int(waited / self._ageing_s), 0), best))
 
     def start(self, job: Job, now: float) -> None:
         self._last_start[job.owner, job.priority] = now
+        job.waited += max(now - job.since, 0.0) if job.preempted else 0.0
         self.remove(job)
 
     def remove(self, job: Job) -> None:
@@ -103,3 +109,55 @@ class Line:
             del self._classes[name]
             if len(self._last_start) > 4096:  # of owners long gone
                 self._last_start = {n: at for n, at in self._last_start.items() if n in self._classes}
+
+
+class Groups:
+    """Jobs of one owner with a common beginning: the first reads it, the others wait until it is in the prefix cache
+    rather than read it as well (after BatchLLM, Zheng et al., 2024, https://arxiv.org/abs/2412.03594)."""
+
+    def __init__(self) -> None:
+        self._leaders: dict[tuple[str, str], int] = {}  # who reads
+        self._readable: set[tuple[str, str]] = set()
+        self._members: Counter[tuple[str, str]] = Counter()
+
+    @property
+    def held(self) -> set[tuple[str, str]]:
+        """Groups whose beginning is being read."""
+        return set(self._leaders)
+
+    def enter(self, job: Job) -> None:
+        if job.group is not None:
+            self._members[job.owner, job.group] += 1
+
+    def start(self, job: Job) -> None:
+        if job.group is not None and (job.owner, job.group) not in self._readable:
+            self._leaders[job.owner, job.group] = job.id
+
+    def read(self, job: Job) -> None:
+        """The job has read its prompt."""
+        if job.group is not None:
+            self._readable.add((job.owner, job.group))
+            self.stop(job)
+
+    def stop(self, job: Job) -> None:
+        """The job reads no longer; if its group is not readable the next one may start."""
+        if job.group is not None and self._leaders.get((job.owner, job.group)) == job.id:
+            del self._leaders[job.owner, job.group]
+
+    def leave(self, job: Job) -> None:
+        self.stop(job)
+        if job.group is None:
+            return
+        name = job.owner, job.group
+        self._members[name] -= 1
+        if not self._members[name]:
+            del self._members[name]
+            self._readable.discard(name)
+
+    def check_integrity(self, jobs: Mapping[int, Job]) -> None:
+        members = Counter((job.owner, job.group) for job in jobs.values() if job.group is not None)
+        assert members == self._members and self._readable <= members.keys()
+        for name, id in self._leaders.items():
+            job = jobs[id]
+            assert (job.owner, job.group) == name and job.running and not job.decoding
+            assert name not in self._readable

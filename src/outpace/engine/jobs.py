@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
-from ..errors import ParameterError
+from ..errors import CapacityError, ParameterError
 
 Way = Literal["swap", "recompute"]
 
@@ -29,7 +29,8 @@ class SchedulerLimits:
     step_s        seconds that a step may take while somebody decodes. None: the rows alone count
     least_chunk   prompt rows that a step has in any case, so that reading goes on whatever `step_s` is
     draft_share   of the rows beside the decoding sequences' own, what drafts get while prompts are read
-    ageing_s      seconds without a start that raise the priority of an owner's waiting jobs by one. None: never
+    ageing_s      seconds without a start that raise the priority of an owner's waiting jobs by one, up to the best
+                  that anybody has. None: never
     headroom      tokens that every running job must have room for beside the one that starts
     swap_pages    most pages on the host at once. 0: what is preempted is read again
     swap_least    pages below which a preempted job is read again all the same
@@ -74,6 +75,22 @@ class SchedulerLimits:
         """Pages that so many places take."""
         return -(-tokens // self.page_size)
 
+    def check(self, prompt_tokens: int, max_tokens: int) -> None:
+        """Raises CapacityError when such a job could never run."""
+        total = prompt_tokens + max_tokens
+        if total > self.max_position:
+            room = self.max_position - prompt_tokens
+            advice = f"use max_tokens of at most {room}" if room > 0 else "shorten the prompt"
+            raise CapacityError(
+                f"{prompt_tokens} prompt tokens and max_tokens={max_tokens} make {total}, but the model's context "
+                f"is {self.max_position} tokens: {advice}"
+            )
+        if self.pages(total) > self.num_pages:
+            raise CapacityError(
+                f"{prompt_tokens} prompt tokens and max_tokens={max_tokens} make {total}, but the KV cache holds "
+                f"{self.num_pages * self.page_size} tokens: lower max_tokens, shorten the prompt or raise kv_tokens"
+            )
+
 
 @dataclass(slots=True, eq=False)
 class Job:
@@ -97,6 +114,8 @@ class Job:
     running: bool = field(default=False, init=False)
     began: float | None = field(default=None, init=False)  # its first start
     preempted: int = field(default=0, init=False)  # so often
+    since: float = field(default=0.0, init=False)  # when it last joined the line
+    waited: float = field(default=0.0, init=False)  # after preemptions, in seconds
     swapped: bool = field(default=False, init=False)  # its pages are on the host
     fresh: bool = field(default=False, init=False)  # must start without cached pages
 
@@ -134,7 +153,7 @@ class Memory(Protocol):
         """Available pages that `rows` more rows of a running job take, a copy of a shared last page included."""
 
     def pages_held(self, id: int) -> int:
-        """Available pages that preempting a running job would make; at most those, not fewer."""
+        """Available pages that preempting a running job makes; where it is not sure, the fewest."""
 
 
 class Start(NamedTuple):
@@ -182,7 +201,7 @@ class SchedulerStats:
     recomputed: int = 0
     mispredicted: int = 0  # outputs longer than predicted
     read_tokens: int = 0
-    reread_tokens: int = 0  # of these, read before and lost by preemption
+    reread_tokens: int = 0  # of these, by jobs that had been preempted
     generated_tokens: int = 0
     queue_s: float = 0.0  # from arrival to first start, summed over `started`
     longest_queue_s: float = 0.0

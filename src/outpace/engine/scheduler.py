@@ -12,10 +12,10 @@ One step, as the engine drives it:
 Continuous batching after Orca (Yu et al., OSDI 2022); decodes in every step and prompts in chunks that fill it after
 Sarathi-Serve (Agrawal et al., 2024, https://arxiv.org/abs/2403.02310, algorithm 3); pages on demand and preemption
 after PagedAttention (Kwon et al., 2023, https://arxiv.org/abs/2309.06180, section 4.5); predicted lengths after S3
-(Jin et al., 2023, https://arxiv.org/abs/2306.06000, section 3).
+(Jin et al., 2023, https://arxiv.org/abs/2306.06000).
 
 Nobody starves. Running jobs are ranked by (level, arrival); only worse ranked ones give way, so the first always gets
-its rows. A level sinks by waiting and never rises again, down to a floor: the order settles and the first finishes.
+its rows. A level sinks by waiting, never rises again and has a floor, so the order settles and the first finishes.
 """
 
 from __future__ import annotations
@@ -25,14 +25,24 @@ from collections.abc import Callable
 from dataclasses import replace
 from time import monotonic
 
-from ..errors import CapacityError, ParameterError, QueueFull
-from .fairness import Line, Served
+from ..errors import ParameterError, QueueFull
+from .fairness import Groups, Line, Served
 from .jobs import Job, Memory, Preempt, SchedulerLimits, SchedulerStats, Start, StepPlan
 
+WORST = 2**31  # of priorities: nobody's
 _FINISHES = 32  # the last ones, from which the rate of finishing is taken
 
 StepSeconds = Callable[[int, float], float]  # of so many rows behind so many cached tokens; more rows never take less
 Predict = Callable[[Job], int]  # tokens of output; what is out of range is brought into it
+
+
+def largest(most: int, holds: Callable[[int], bool]) -> int:
+    """The largest of 1 to `most` for which `holds`, which does for all below one for which it does; 0 if for none."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle - 1)
+    return low
 
 
 class Scheduler:
@@ -57,9 +67,7 @@ class Scheduler:
         self._jobs: dict[int, Job] = {}
         self._running: dict[int, Job] = {}
         self._starting: set[int] = set()  # admitted, not yet reported as started
-        self._leaders: dict[tuple[str, str], int] = {}  # of a group: the job that reads its beginning
-        self._read_groups: set[tuple[str, str]] = set()
-        self._members: Counter[tuple[str, str]] = Counter()
+        self._groups = Groups()
         self._host_pages = 0  # that swapped jobs take
         self._freed = 0  # pages that this plan's victims give back; together they may be more
         self._next_order = 0
@@ -70,19 +78,7 @@ class Scheduler:
 
     def check(self, prompt_tokens: int, max_tokens: int) -> None:
         """Raises CapacityError when such a job could never run."""
-        limits, total = self.limits, prompt_tokens + max_tokens
-        if total > limits.max_position:
-            room = limits.max_position - prompt_tokens
-            advice = f"use max_tokens of at most {room}" if room > 0 else "shorten the prompt"
-            raise CapacityError(
-                f"{prompt_tokens} prompt tokens and max_tokens={max_tokens} make {total}, but the model's context "
-                f"is {limits.max_position} tokens: {advice}"
-            )
-        if limits.pages(total) > limits.num_pages:
-            raise CapacityError(
-                f"{prompt_tokens} prompt tokens and max_tokens={max_tokens} make {total}, but the KV cache holds "
-                f"{limits.num_pages * limits.page_size} tokens: lower max_tokens, shorten the prompt or raise kv_tokens"
-            )
+        self.limits.check(prompt_tokens, max_tokens)
 
     def add(self, job: Job) -> None:
         """Queue a job. Raises CapacityError when it could never run, QueueFull when too many wait already."""
@@ -102,9 +98,8 @@ class Scheduler:
             job.predicted = min(max(int(self._predict(job)), 1), job.max_tokens)
         self._jobs[job.id] = job
         self._served.enter(job.owner)
-        if job.group is not None:
-            self._members[job.owner, job.group] += 1
-        self._line.add(job)
+        self._groups.enter(job)
+        self._line.add(job, job.arrived)
 
     def retry_after_s(self) -> float:
         """Seconds until a place in the queue should be free, by the rate at which jobs finish; at least 1."""
@@ -126,15 +121,9 @@ class Scheduler:
             self._finishes.append(self._clock())
         else:
             self._line.remove(job)
-            self._host_pages -= self.limits.pages(job.context) if job.swapped else 0
+        self._host_pages -= self.limits.pages(job.context) if job.swapped else 0
         job.running = False
-        self._lead_ends(job, False)
-        if job.group is not None:
-            key = job.owner, job.group
-            self._members[key] -= 1
-            if not self._members[key]:
-                del self._members[key]
-                self._read_groups.discard(key)
+        self._groups.leave(job)
         self._served.leave(job.owner)
         self._counts.finished += 1
 
@@ -146,7 +135,7 @@ class Scheduler:
         starts: list[Start] = []
         available = self.memory.available_pages
         while len(self._running) < self.limits.max_batch:
-            turn = self._line.first(self._clock(), self._held())
+            turn = self._turn()
             if turn is None:
                 break
             job, level = turn
@@ -158,6 +147,11 @@ class Scheduler:
             starts.append(Start(job.id, job.swapped, not job.fresh))
             self._begin(job, level)
         return starts
+
+    def _turn(self) -> tuple[Job, int] | None:
+        """Who starts next, and at which level."""
+        best = min((job.priority for job in self._running.values()), default=WORST)
+        return self._line.first(self._clock(), best, self._groups.held)
 
     def _start_pages(self, job: Job) -> int:
         """Available pages for a waiting job: what it reads or brings back, and what it should have room to write."""
@@ -183,18 +177,13 @@ class Scheduler:
     def _unread(self, job: Job) -> int:
         return job.target - job.read
 
-    def _held(self) -> set[tuple[str, str]]:
-        """Groups whose common beginning is being read."""
-        return set(self._leaders)
-
     def _begin(self, job: Job, level: int) -> None:
         now = self._clock()
         self._line.start(job, now)
         job.level, job.running = level, True
         self._running[job.id] = job
         self._starting.add(job.id)
-        if job.group is not None and (key := (job.owner, job.group)) not in self._read_groups:
-            self._leaders[key] = job.id
+        self._groups.start(job)
         if job.began is None:
             assert job.arrived is not None
             job.began = now
@@ -237,12 +226,13 @@ class Scheduler:
         return sorted(self._running.values(), key=lambda job: job.rank)
 
     def _make_way(self, plan: StepPlan) -> None:
-        """If a job of higher priority waits and would start in place of lower ones that run, those give way."""
-        turn = self._line.first(self._clock(), self._held())
+        """If a job of higher priority waits and would start in place of lower ones that run, those give way. Ageing
+        alone displaces nobody, and whoever has aged as far is not displaced: that would only read prompts again."""
+        turn = self._turn()
         if turn is None or not self._running:
             return
         job, level = turn
-        victims = [v for v in reversed(self._ranked()) if v.level > level]
+        victims = [v for v in reversed(self._ranked()) if v.level > level and v.priority > job.priority]
         available, need = self.memory.available_pages, self._start_pages(job)
         future, running = self._future_pages(), len(self._running)
         for n in range(len(victims) + 1):
@@ -303,25 +293,16 @@ class Scheduler:
 
     def _rows_within(self, seconds: float, most: int) -> int:
         """The largest number of rows, at most `most`, of a step that takes no longer; 0 if one row does."""
-        assert self._step_seconds is not None
-        jobs = self._running.values()
+        step_seconds, jobs = self._step_seconds, self._running.values()
+        assert step_seconds is not None
         context = sum(job.context for job in jobs) / len(jobs)
-        low, high = 0, most
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self._step_seconds(middle, context) <= seconds:
-                low = middle
-            else:
-                high = middle - 1
-        return low
+        return largest(most, lambda rows: step_seconds(rows, context) <= seconds)
 
     def _chunks(self, plan: StepPlan, rows: int, spare: int) -> int:
         """Deal prompt rows out by rank, as far as pages go. If nobody runs otherwise, the worst ranked give way for the
         first. Returns the pages left."""
         for job in self._ranked():
-            n = min(self._unread(job), rows)
-            while n and self.memory.pages_needed(job.id, n) > spare:
-                n -= 1
+            n = self._rows_in(job.id, min(self._unread(job), rows), spare)
             if n:
                 plan.chunks.append((job.id, n))
                 rows -= n
@@ -341,6 +322,10 @@ class Scheduler:
         elif not plan.preempt:
             self._start_over(first, plan)
 
+    def _rows_in(self, id: int, most: int, pages: int) -> int:
+        """The largest number of rows, at most `most`, of a running job that so many pages hold."""
+        return largest(most, lambda rows: self.memory.pages_needed(id, rows) <= pages)
+
     def _cap(self, job: Job) -> int:
         """Most draft rows of a decoding job: no more than could still be emitted."""
         most = self.limits.max_rows - 1
@@ -350,12 +335,9 @@ class Scheduler:
         """Caps by rank, as far as pages go: what the drafts of all may need is there."""
         plan.draft_rows = rows
         for id in plan.decoding:
-            cap = min(self._cap(self._jobs[id]), rows)
-            base = self.memory.pages_needed(id, 1)
-            while cap and self.memory.pages_needed(id, 1 + cap) - base > spare:
-                cap -= 1
-            plan.caps[id] = cap
-            spare -= self.memory.pages_needed(id, 1 + cap) - base
+            own = self.memory.pages_needed(id, 1)  # taken off already
+            plan.caps[id] = self._rows_in(id, 1 + min(self._cap(self._jobs[id]), rows), spare + own) - 1
+            spare -= self.memory.pages_needed(id, 1 + plan.caps[id]) - own
         plan.draft_rows = min(rows, sum(plan.caps.values()))
 
     # -- giving way --------------------------------------------------------------------------------------------
@@ -375,22 +357,13 @@ class Scheduler:
         job.swapped, job.fresh, job.running = swap, fresh, False
         job.preempted += 1
         del self._running[job.id]
-        self._lead_ends(job, False)
-        self._line.add(job)
+        self._groups.stop(job)
+        self._line.add(job, self._clock())
 
     def _start_over(self, job: Job, plan: StepPlan) -> None:
         """Alone and without a page: a cached page that it shares, and would have to copy, is in its way."""
         assert not job.fresh, f"job {job.id} runs alone and has no page for a row: pages are lost"
         self._preempt(job, plan, fresh=True)
-
-    def _lead_ends(self, job: Job, read: bool) -> None:
-        if job.group is None:
-            return
-        key = job.owner, job.group
-        if read:
-            self._read_groups.add(key)
-        if self._leaders.get(key) == job.id:
-            del self._leaders[key]
 
     # -- reports -----------------------------------------------------------------------------------------------
 
@@ -402,7 +375,7 @@ class Scheduler:
         self._counts.read_tokens += rows
         self._counts.reread_tokens += rows if job.preempted else 0
         if job.decoding:
-            self._lead_ends(job, True)
+            self._groups.read(job)
 
     def advanced(self, id: int, tokens: int) -> None:
         """The job's output grew by `tokens`."""
@@ -443,8 +416,4 @@ class Scheduler:
         host = sum(self.limits.pages(job.context) for job in self._jobs.values() if job.swapped)
         assert host == self._host_pages <= self.limits.swap_pages
         self._served.check_integrity(Counter(job.owner for job in self._jobs.values()))
-        members = Counter((job.owner, job.group) for job in self._jobs.values() if job.group is not None)
-        assert members == self._members and self._read_groups <= members.keys()
-        for key, id in self._leaders.items():
-            leader = self._running[id]
-            assert (leader.owner, leader.group) == key and not leader.decoding
+        self._groups.check_integrity(self._jobs)
