@@ -137,8 +137,12 @@ class Simulator:
                 self.begun.append(job.id)
                 self.scheduler.started(job.id, self.memory.begin(job, start.cached))
         before = {id: self.memory.length[id] for id in self.memory.pages}
+        first = min(map(self.scheduler.job, before), key=lambda job: job.rank, default=None)
+        better = [j for j in self.scheduler.waiting() if first is not None and j.priority < first.priority]
         plan = self.scheduler.plan()
         self.scheduler.check_integrity()
+        if first is not None and not first.running:
+            assert better or len(before) == 1, "the first gives way to nobody but a higher priority"
         for id, how in plan.preempt:
             if how == "swap":
                 self.host[id] = before[id]

@@ -402,6 +402,10 @@ class Scheduler:
         """To look at. KeyError when it is over."""
         return self._jobs[id]
 
+    def waiting(self) -> list[Job]:
+        """To look at, in no order."""
+        return list(self._line)
+
     def check_integrity(self) -> None:
         """AssertionError if the books contradict each other."""
         waiting = {job.id: job for job in self._line}
