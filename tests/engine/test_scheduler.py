@@ -288,6 +288,15 @@ def test_equals_are_never_displaced() -> None:
     assert simulator.done == [0, 1] and not any(p.preempt for p in simulator.plans)
 
 
+def test_who_aged_does_not_displace_its_equals() -> None:
+    simulator = Simulator(limits(max_batch=2, ageing_s=0.01), step_seconds=lambda rows, context: 1.0)
+    simulator.add(Job(0, 4, 30, priority=3, max_draft=0))
+    simulator.add(Job(1, 4, 30, priority=0, max_draft=0))
+    simulator.add(Job(2, 4, 5, priority=3))
+    simulator.run()
+    assert sorted(simulator.done[:2]) == [0, 1] and not any(p.preempt for p in simulator.plans)
+
+
 def test_waiting_raises_the_priority() -> None:
     """A stream of high-priority jobs that never ends; one of low priority that is not displaced once its time came."""
 
