@@ -18,6 +18,7 @@ from ..errors import OutpaceError, ParameterError
 COMMANDS = {
     "run": ("outpace.cli.run:run", "Answer one prompt."),
     "chat": ("outpace.cli.chat:chat", "Talk to a model in the terminal."),
+    "serve": ("outpace.cli.serve:serve", "Serve a model over HTTP, as OpenAI's API."),
     "suggest": ("outpace.cli.suggest:suggest", "Continue a text in several ways at once."),
     "methods": ("outpace.cli.methods:methods", "List the decoding methods."),
     "models": ("outpace.cli.models:models", "List, fetch and remove models."),

@@ -51,6 +51,15 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._template is not None
 
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the chat template has a place for tools."""
+        return self.template_has("tools")
+
+    def template_has(self, text: str) -> bool:
+        """Whether a text stands in the chat template."""
+        return self._template is not None and text in self._template
+
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Ids of `text` alone. `special`: control tokens written out in it become their ids (trusted text only)."""
         return self._encode(text, special).ids

@@ -1,0 +1,128 @@
+"""`outpace serve`: an OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import ParameterError
+from .common import model_options, open_llm, say
+
+if TYPE_CHECKING:
+    from ..engine.llm import LLM
+
+NEEDED = ("fastapi", "uvicorn", "pydantic", "prometheus_client")  # the extra `serve`
+
+
+@click.command(short_help="Serve a model over HTTP, as OpenAI's API.")
+@model_options
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0: all.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any that is free.")
+@click.option("--methods", default="", metavar="A,B", help="Further methods that a request may ask for by name.")
+@click.option(
+    "--max-batch", type=click.IntRange(min=1), default=16, show_default=True, help="Requests that decode at once."
+)
+@click.option(
+    "--max-queue", type=click.IntRange(min=1), default=256, show_default=True, help="Requests that wait; more get 429."
+)
+@click.option("--kv-tokens", type=click.IntRange(min=1), help="Size of the KV cache.  [default: what memory allows]")
+@click.option("--no-prefix-cache", is_flag=True, help="Read every prompt anew.")
+@click.option(
+    "--api-key-file",
+    type=click.Path(path_type=Path),
+    help="Keys, one in a line (or OUTPACE_API_KEYS).",
+)
+@click.option("--share-prefixes", is_flag=True, help="Let all users share cached prefixes, drafts and turns.")
+@click.option("--playground", is_flag=True, help="Serve a page to chat and watch, under /playground/.")
+@click.option(
+    "--grace", type=click.FloatRange(min=0), default=30.0, show_default=True, help="Seconds to finish in when stopped."
+)
+@click.option(
+    "--max-body", type=click.IntRange(min=1), default=8 << 20, show_default=True, help="Most bytes of a request's body."
+)
+@click.option("--max-prompt-tokens", type=click.IntRange(min=1), help="Longest prompt.  [default: what fits]")
+@click.option(
+    "--answer-tokens",
+    type=click.IntRange(min=1),
+    default=2048,
+    show_default=True,
+    help="Longest answer of a chat that names no max_tokens.",
+)
+@click.option("--log-prompts", is_flag=True, help="Write prompts and answers into the log.")
+def serve(**options: Any) -> None:
+    """Serve a model over HTTP, as OpenAI's API does: /v1/chat/completions, /v1/completions, /v1/models, and /health and
+    /metrics. The log, one line of JSON for each request, goes to stderr.
+
+    Ctrl-C or SIGTERM finishes what runs and refuses what comes; once more ends at once.
+    """
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        raise ParameterError(f'serving needs {", ".join(missing)}: python -m pip install "outpace[serve]"')
+    from ..server.keys import Keys, read_keys
+    from ..server.run import bind
+
+    keys = Keys(read_keys(options["api_key_file"]), options["share_prefixes"])
+    listener = bind(options["host"], options["port"])
+    with listener:
+        say(f"outpace: loading {options['model']} …")
+        methods = tuple(name for name in (part.strip() for part in options["methods"].split(",")) if name)
+        llm = open_llm(
+            options,
+            methods=methods,
+            max_batch=options["max_batch"],
+            max_queue=options["max_queue"],
+            kv_tokens=options["kv_tokens"],
+            prefix_cache=not options["no_prefix_cache"],
+        )
+        _serve(llm, keys, listener, options)
+
+
+def _serve(llm: LLM, keys: Any, listener: Any, options: dict[str, Any]) -> None:
+    from ..server.app import create_app
+    from ..server.asks import Limits
+    from ..server.run import log_to_stderr, make_server
+    from ..server.service import EngineService
+
+    limits = Limits(
+        body_bytes=options["max_body"],
+        prompt_tokens=options["max_prompt_tokens"],
+        answer_tokens=options["answer_tokens"],
+    )
+    service = EngineService(llm)
+    app = create_app(
+        service,
+        keys=keys,
+        limits=limits,
+        playground=options["playground"],
+        log_prompts=options["log_prompts"],
+    )
+    address = listener.getsockname()
+    url = f"http://{_shown(options['host'])}:{address[1]}"
+    log_to_stderr()
+    server = make_server(app, service, grace=options["grace"], ready=lambda: welcome(llm, url, keys.needed, options))
+    server.run(sockets=[listener])
+    if not server.started:
+        sys.exit(1)
+
+
+def _shown(host: str) -> str:
+    """A host as it stands in a URL."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{host}]" if ":" in host else host
+
+
+def welcome(llm: LLM, url: str, keyed: bool, options: dict[str, Any]) -> None:
+    """What it is and how to call it."""
+    key = ' -H "Authorization: Bearer $KEY"' if keyed else ""
+    data = '{"messages": [{"role": "user", "content": "Say hello."}]}'
+    say(f'\n{llm.name}, {llm.method}, {llm.precision}, at {url}/v1  (any OpenAI client: base_url="{url}/v1")\n')
+    say(f"  curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{data}'\n")
+    if options["playground"]:
+        say(f"  Playground: {url}/playground/")
+    if not keyed and options["host"] not in ("127.0.0.1", "localhost", "::1"):
+        say("  Everybody who reaches this address may use it: --api-key-file sets keys.")
+    say(f"  Ctrl-C stops it, within {options['grace']:g} s.\n")

@@ -1,0 +1,255 @@
+"""The routes. `create_app` makes an ASGI application over an `EngineService`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request, Security
+from fastapi.exceptions import RequestValidationError
+from fastapi.security import HTTPBearer
+from starlette.exceptions import HTTPException
+from starlette.responses import RedirectResponse, Response
+from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
+
+from .. import __version__
+from ..errors import OutpaceError
+from .asks import Call, Limits, chat_call, completion_call, dumped
+from .bodies import chat_body, completion_body
+from .keys import Keys
+from .metrics import CONTENT_TYPE, Follower, Metrics
+from .middleware import KEY, RECORD, Around
+from .protocol import ChatRequest, CompletionRequest, Generate
+from .refusals import Refusal, refusal_of, refusal_of_body
+from .responses import ERRORS, STREAM, ChatCompletion, Completion, Health, Model, ModelList
+from .service import EngineService, Gone, ServiceError, Ticket
+from .stream import ChatChunks, Chunks, CompletionChunks, EventStream, chunks_of, sse, watch
+
+log = logging.getLogger("outpace.server")
+PLAYGROUND = Path(__file__).parent / "playground"
+CLIENT_LEFT = 499
+_BODIES: dict[str, type[Generate]] = {"/v1/chat/completions": ChatRequest, "/v1/completions": CompletionRequest}
+_PAGE_HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-cache",
+}
+
+
+def create_app(
+    service: EngineService,
+    *,
+    keys: Keys | None = None,
+    limits: Limits | None = None,
+    playground: bool = False,
+    log_prompts: bool = False,
+) -> FastAPI:
+    """The application starts and stops the service with itself."""
+    keys, limits, metrics = keys or Keys(), limits or Limits(), Metrics()
+    api = Api(service, keys, limits, metrics, log_prompts)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await asyncio.to_thread(getattr, service.engine.tokenizer, "vocabulary")  # made once, and not while others wait
+        await service.start()
+        try:
+            yield
+        finally:
+            await service.stop()
+
+    app = FastAPI(title="Outpace", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    guard = [Security(HTTPBearer(auto_error=False))] if keys.needed else []  # for the description: Around checks
+    for path, route, verb, model, description in api.routes():
+        more: dict[int | str, dict[str, Any]] = dict(ERRORS) if verb == "POST" else {s: ERRORS[s] for s in (401, 404)}
+        if verb == "POST":
+            more[200] = {"description": description, "content": STREAM}
+        if path in ("/health", "/metrics"):
+            more = {401: ERRORS[401], 503: {"model": Health, "description": "Stopping"}} if path == "/health" else {}
+        app.add_api_route(
+            path, route, methods=[verb], response_model=model, responses=more, summary=description, dependencies=guard
+        )
+    for kind, handler in api.handlers().items():
+        app.add_exception_handler(kind, handler)
+    if playground:
+        app.mount("/playground", Pages(directory=PLAYGROUND, html=True))
+        app.add_route("/", lambda request: RedirectResponse("/playground/"), include_in_schema=False)
+    names = frozenset(path for path, *_ in api.routes())
+    app.add_middleware(Around, metrics=metrics, keys=keys, body_bytes=limits.body_bytes, routes=names)
+    return app
+
+
+class Pages(StaticFiles):
+    """The playground's files; nothing in them may load or run anything from elsewhere."""
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        response = await super().get_response(path, scope)
+        response.headers.update(_PAGE_HEADERS)
+        return response
+
+
+class Api:
+    """What the routes do."""
+
+    def __init__(
+        self, service: EngineService, keys: Keys, limits: Limits, metrics: Metrics, log_prompts: bool = False
+    ) -> None:
+        self.service, self.keys, self.limits, self.metrics = service, keys, limits, metrics
+        self.log_prompts = log_prompts
+        self.started = int(time.time())
+
+    def routes(self) -> list[tuple[str, Callable[..., Any], str, Any, str]]:
+        """(path, what answers, verb, its body, what it is)."""
+        return [
+            ("/v1/chat/completions", self.chat, "POST", ChatCompletion, "Answer a conversation"),
+            ("/v1/completions", self.complete, "POST", Completion, "Continue a text"),
+            ("/v1/models", self.models, "GET", ModelList, "What is served"),
+            ("/v1/models/{name:path}", self.model, "GET", Model, "One model"),
+            ("/health", self.health, "GET", Health, "Whether requests are taken"),
+            ("/metrics", self.figures, "GET", None, "Numbers for Prometheus"),
+        ]
+
+    # -- generation ---------------------------------------------------------------------------------------------
+
+    async def chat(self, request: Request, body: ChatRequest) -> Response:
+        return await self._answer(request, body, chat_call, ChatChunks, chat_body)
+
+    async def complete(self, request: Request, body: CompletionRequest) -> Response:
+        return await self._answer(request, body, completion_call, CompletionChunks, completion_body)
+
+    async def _answer(
+        self,
+        request: Request,
+        body: Any,
+        understand: Callable[..., Call],
+        chunks: type[Chunks],
+        whole: Callable[..., dict[str, Any]],
+    ) -> Response:
+        record = request.scope[RECORD]
+        engine = self.service.engine
+        owner = self.keys.owner(request.scope[KEY], body.user)
+        record["owner"] = owner
+        self.service.check_open()
+        self._check_model(body.model)
+        call = await asyncio.to_thread(understand, body, engine, owner, self.limits)
+        record |= {"stream": call.stream, "choices": len(call.asks), "prompt_tokens": call.prompt_tokens}
+        if self.log_prompts:
+            record["request"] = call.log
+        follow = self.metrics.follow(record["arrived"])
+        ticket = await self.service.submit(call.asks)
+        if call.stream:
+            source = self._guarded(chunks_of(ticket, chunks(call, engine, record["arrived"]), follow), record)
+            return EventStream(source, ticket.close, lambda: self._over(ticket, follow, record))
+        watcher = asyncio.create_task(watch(request.receive, ticket.close))
+        try:
+            while not ticket.finished:
+                follow(await ticket.take())
+        finally:
+            watcher.cancel()
+            with suppress(asyncio.CancelledError):
+                await watcher
+            self._over(ticket, follow, record)
+        results = [result for result in ticket.results if result is not None]
+        return json_response(whole(call, results, engine))
+
+    async def _guarded(self, source: AsyncIterator[bytes], record: dict[str, Any]) -> AsyncIterator[bytes]:
+        """A stream that has begun can only tell of an error in an event; it then ends without [DONE]."""
+        try:
+            async for data in source:
+                yield data
+        except Gone:
+            pass
+        except Exception as error:
+            if not isinstance(error, OutpaceError | ServiceError):
+                log.error("a stream failed: %s", type(error).__name__, exc_info=error)
+            refusal = refusal_of(error)
+            record["error"] = refusal.code
+            yield sse(refusal.body())
+
+    def _over(self, ticket: Ticket, follow: Follower, record: dict[str, Any]) -> None:
+        """What the log will tell; whatever is unfinished is cancelled."""
+        left = ticket.closed
+        ticket.close()
+        results = [result for result in ticket.results if result is not None]
+        record["completion_tokens"] = sum(len(r.token_ids) for r in results)
+        record["finish"] = "left" if left else ",".join(r.finish_reason for r in results)
+        record["first_token_s"] = None if follow.first_s is None else round(follow.first_s, 4)
+        if results:
+            record["cached_tokens"] = min(r.stats.cached_tokens for r in results)
+            record["queue_s"] = round(max(r.stats.queue_s for r in results), 4)
+            record["method"] = results[0].method
+        if self.log_prompts:
+            record["outputs"] = [r.text for r in results]
+
+    def _check_model(self, name: str | None) -> None:
+        served = self.service.engine.name
+        if name is not None and name != served:
+            raise HTTPException(404, f"no model {name[:200]!r} here; served is {served!r}")
+
+    # -- about the server ---------------------------------------------------------------------------------------
+
+    async def models(self) -> Response:
+        return json_response({"object": "list", "data": [self._model()]})
+
+    async def model(self, name: str) -> Response:
+        self._check_model(name)
+        return json_response(self._model())
+
+    def _model(self) -> dict[str, Any]:
+        engine = self.service.engine
+        own = {"methods": list(engine.methods), "method": engine.method, "precision": engine.precision}
+        return {"id": engine.name, "object": "model", "created": self.started, "owned_by": "outpace", "outpace": own}
+
+    async def health(self) -> Response:
+        status = "broken" if self.service.broken else "draining" if self.service.draining else "ready"
+        body = {"status": status, "model": self.service.engine.name, "open_calls": self.service.open_calls}
+        return json_response(body, 200 if status == "ready" else 503)
+
+    async def figures(self) -> Response:
+        own = {"open_calls": self.service.open_calls, "failed_steps": self.service.steps_failed}
+        return Response(self.metrics.text(await self.service.metrics(), own), media_type=CONTENT_TYPE)
+
+    # -- errors -------------------------------------------------------------------------------------------------
+
+    def handlers(self) -> Mapping[type[Exception], Callable[[Request, Any], Any]]:
+        return {
+            RequestValidationError: self._malformed,
+            HTTPException: self._refused,
+            OutpaceError: self._failed,
+            ServiceError: self._failed,
+            Gone: self._gone,
+        }
+
+    async def _malformed(self, request: Request, error: RequestValidationError) -> Response:
+        fields = list(_BODIES[request.url.path].model_fields) if request.url.path in _BODIES else []
+        return refused(refusal_of_body(error.errors(), fields, request.headers.get("content-type", "")))
+
+    async def _refused(self, request: Request, error: HTTPException) -> Response:
+        code = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}.get(error.status_code)
+        if error.status_code == 404 and error.detail.startswith("no model"):
+            code = "model_not_found"
+        elif error.status_code == 404:
+            known = ", ".join(path for path, *_ in self.routes())
+            error.detail = f"no route {request.url.path[:200]}; there are {known}"
+        return refused(Refusal(error.status_code, error.detail, code=code, headers=error.headers or {}))
+
+    async def _failed(self, request: Request, error: Exception) -> Response:
+        return refused(refusal_of(error))
+
+    async def _gone(self, request: Request, error: Gone) -> Response:
+        return Response(status_code=CLIENT_LEFT)
+
+
+def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(dumped(body), status, headers, "application/json")
+
+
+def refused(refusal: Refusal) -> Response:
+    return json_response(refusal.body(), refusal.status, refusal.headers)

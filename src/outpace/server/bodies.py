@@ -1,0 +1,170 @@
+"""What a client is told of results: choices, log-probabilities, usage, and how it was decoded. Plain dictionaries."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from typing import Any
+from uuid import uuid4
+
+from .. import __version__
+from ..models.tokenizer import Tokenizer
+from ..types import Result, SamplingParams
+from .asks import Call
+from .service import ServingEngine
+from .tools import parse_call, split
+
+LOWEST = -9999.0  # stands for a probability of zero, which JSON cannot say
+FINISH = {"stop": "stop", "length": "length", "cancelled": "stop", "error": "stop"}
+
+
+def head(kind: str, prefix: str, engine: ServingEngine) -> dict[str, Any]:
+    """What every body and chunk of one response begins with. The fingerprint names what decides the tokens."""
+    what = f"{__version__}|{engine.name}|{engine.precision}|{engine.method}"
+    return {
+        "id": f"{prefix}-{uuid4().hex}",
+        "object": kind,
+        "created": int(time.time()),
+        "model": engine.name,
+        "system_fingerprint": f"op_{hashlib.sha256(what.encode()).hexdigest()[:12]}",
+    }
+
+
+def chat_body(call: Call, results: Sequence[Result], engine: ServingEngine) -> dict[str, Any]:
+    """Of /v1/chat/completions."""
+    choices = []
+    for i, result in enumerate(results):
+        message, reason = _message(call, result)
+        logprobs = None
+        if result.logprobs is not None:
+            pairs = zip(result.token_ids, result.logprobs, result.top_logprobs or [], strict=True)
+            shown = Shown(engine.tokenizer, call.asks[i].params)
+            logprobs = {"content": shown.chat(list(pairs)), "refusal": None}
+        choices.append({"index": i, "message": message, "logprobs": logprobs, "finish_reason": reason})
+    return _with_figures(head("chat.completion", "chatcmpl", engine), choices, call, results)
+
+
+def completion_body(call: Call, results: Sequence[Result], engine: ServingEngine) -> dict[str, Any]:
+    """Of /v1/completions."""
+    choices = []
+    for i, result in enumerate(results):
+        logprobs = None
+        if result.logprobs is not None:
+            pairs = zip(result.token_ids, result.logprobs, result.top_logprobs or [], strict=True)
+            logprobs = Shown(engine.tokenizer, call.asks[i].params).legacy(list(pairs))
+        reason = FINISH[result.finish_reason]
+        choices.append({"index": i, "text": result.text, "logprobs": logprobs, "finish_reason": reason})
+    return _with_figures(head("text_completion", "cmpl", engine), choices, call, results)
+
+
+def _message(call: Call, result: Result) -> tuple[dict[str, Any], str]:
+    content: str | None = result.text
+    reason, calls = FINISH[result.finish_reason], []
+    if call.tools == "forced":
+        made = parse_call(result.text)
+        content, calls = (result.text, []) if made is None else (None, [made])
+    elif call.tools == "read":
+        content, calls = split(result.text)
+    message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+    if calls:
+        message["tool_calls"] = [made.body() for made in calls]
+        reason = "tool_calls"
+    return message, reason
+
+
+def _with_figures(
+    body: dict[str, Any], choices: list[dict[str, Any]], call: Call, results: Sequence[Result]
+) -> dict[str, Any]:
+    figures = [decoding(call, i, result) for i, result in enumerate(results)]
+    own = figures[0] if len(figures) == 1 else {"choices": figures}
+    return {**body, "choices": choices, "usage": usage(call, results), "outpace": own}
+
+
+def usage(call: Call, results: Sequence[Result]) -> dict[str, Any]:
+    """A prompt counts once, whatever `n`."""
+    firsts = range(0, len(results), call.n)
+    cached = sum(min(r.stats.cached_tokens for r in results[i : i + call.n]) for i in firsts)
+    written = sum(len(r.token_ids) for r in results)
+    return {
+        "prompt_tokens": call.prompt_tokens,
+        "completion_tokens": written,
+        "total_tokens": call.prompt_tokens + written,
+        "prompt_tokens_details": {"cached_tokens": cached},
+        "completion_tokens_details": {
+            "accepted_prediction_tokens": sum(r.stats.prediction_accepted for r in results),
+            "rejected_prediction_tokens": sum(r.stats.prediction_rejected for r in results),
+            "reasoning_tokens": 0,
+        },
+    }
+
+
+def decoding(call: Call, index: int, result: Result) -> dict[str, Any]:
+    """`outpace` of a body, or of the last chunk of a choice: how it was decoded, and the seed that repeats it."""
+    stats = result.stats
+    return {
+        "method": result.method,
+        "exactness": result.exactness,
+        "notes": result.notes,
+        "seed": call.asks[index].params.seed,
+        "stats": {
+            "tokens": stats.tokens,
+            "steps": stats.steps,
+            "mean_accepted": round(stats.mean_accepted, 4),
+            "acceptance_rate": round(stats.acceptance_rate, 4),
+            "tokens_per_s": round(stats.tokens_per_s, 3),
+            "time_to_first_token_s": round(stats.time_to_first_token_s, 5),
+            "queue_s": round(stats.queue_s, 5),
+            "cached_tokens": stats.cached_tokens,
+            "preemptions": stats.preemptions,
+            "accepted_by_source": stats.accepted_by_source,
+            "drafted_by_source": stats.drafted_by_source,
+        },
+    }
+
+
+Judged = tuple[int, float, list[tuple[int, float]]]  # token, log-probability, the likeliest with theirs
+
+
+class Shown:
+    """Tokens of one output as text and bytes, without the one that ended it."""
+
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
+        self._vocabulary = tokenizer.vocabulary
+        self._ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else tokenizer.eos_ids)
+        self._offset = 0  # characters so far
+
+    def token(self, id: int) -> tuple[str, bytes]:
+        """A control token is shown by its name."""
+        named = self._vocabulary.control.get(id)
+        data = named.encode() if named is not None else self._vocabulary.text([id])
+        return data.decode("utf-8", "replace"), data
+
+    def ends(self, id: int) -> bool:
+        return id in self._ends
+
+    def chat(self, tokens: Sequence[Judged]) -> list[dict[str, Any]]:
+        """OpenAI's `logprobs.content`."""
+        return [
+            {**self._entry(id, logprob), "top_logprobs": [self._entry(i, p) for i, p in top]}
+            for id, logprob, top in tokens
+            if not self.ends(id)
+        ]
+
+    def legacy(self, tokens: Sequence[Judged]) -> dict[str, Any]:
+        """`logprobs` of /v1/completions."""
+        shown = [(self.token(id)[0], logprob, top) for id, logprob, top in tokens if not self.ends(id)]
+        offsets = []
+        for text, _, _ in shown:
+            offsets.append(self._offset)
+            self._offset += len(text)
+        return {
+            "tokens": [text for text, _, _ in shown],
+            "token_logprobs": [max(logprob, LOWEST) for _, logprob, _ in shown],
+            "top_logprobs": [{self.token(i)[0]: max(p, LOWEST) for i, p in top} for _, _, top in shown],
+            "text_offset": offsets,
+        }
+
+    def _entry(self, id: int, logprob: float) -> dict[str, Any]:
+        text, data = self.token(id)
+        return {"token": text, "logprob": max(logprob, LOWEST), "bytes": list(data)}

@@ -1,0 +1,71 @@
+"""Errors as OpenAI's API tells them: a status, and {"error": {message, type, param, code}}."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import CapacityError, OutpaceError, QueueFull
+from .service import ServiceError
+
+_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+_NAMED = re.compile(r"([a-z_]{1,40})(?==|: | is out of range)")
+_FIELD = re.compile(r"[a-z][a-z_0-9]*|[0-9]+")
+_SHOWN = 200  # characters of what was sent
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """An answer that is an error."""
+
+    status: int
+    message: str
+    param: str | None = None
+    code: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    def body(self) -> dict[str, Any]:
+        kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def refusal_of(error: Exception) -> Refusal:
+    """What a client is told of an exception. Of one that nobody foresaw, nothing but that."""
+    if isinstance(error, QueueFull):
+        seconds = max(1, round(error.retry_after_s + 0.5))
+        return Refusal(429, str(error), code="queue_full", headers={"retry-after": str(seconds)})
+    if isinstance(error, CapacityError):
+        return Refusal(400, str(error), code="context_length_exceeded")
+    if isinstance(error, OutpaceError):
+        named = _NAMED.match(str(error))
+        return Refusal(400, str(error), param=named[1] if named else None, code="invalid_value")
+    if isinstance(error, ServiceError):
+        headers = {"retry-after": "5"} if error.status == 503 else {}
+        return Refusal(error.status, str(error), code=error.code, headers=headers)
+    return Refusal(500, "an error of the server; its log has the details", code="internal_error")
+
+
+def refusal_of_body(errors: Sequence[Mapping[str, Any]], fields: Sequence[str], content_type: str) -> Refusal:
+    """A body that is no JSON, or not of the form that the route takes. `errors` as pydantic lists them, `fields` of the
+    route's body."""
+    first = errors[0]
+    named = [str(part) for part in first["loc"][1:]]
+    where = [part for part in named if _FIELD.fullmatch(part) and part not in ("str", "int")]  # no names of types
+    path = ".".join(where)
+    kind, message = first["type"], first["msg"]
+    if kind == "json_invalid":
+        return Refusal(400, f"the body is no JSON: {first.get('ctx', {}).get('error', message)}", code="invalid_json")
+    if not path and "json" not in content_type:
+        return Refusal(400, "the body must be JSON: send it with Content-Type: application/json", code="no_json")
+    if kind == "extra_forbidden":
+        near = difflib.get_close_matches(where[-1], fields, 1) if len(where) == 1 else []
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        message = f"unknown field {path!r}: it would have no effect, so it is refused{hint}"
+        return Refusal(400, message[: _SHOWN * 2], param=path[:_SHOWN], code="unknown_parameter")
+    if kind == "missing":
+        return Refusal(400, f"{path or 'the body'} is missing", param=path or None, code="missing_parameter")
+    message = message.removeprefix("Value error, ")
+    return Refusal(400, f"{path}: {message}" if path else message, param=path[:_SHOWN] or None, code="invalid_type")

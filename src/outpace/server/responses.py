@@ -1,0 +1,189 @@
+"""Bodies of responses, for the description of the API (openapi.json) alone: they are built as plain dictionaries, and
+tests hold what is sent to what is described here."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from ..types import Exactness
+
+
+class Told(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class ErrorDetail(Told):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Error(Told):
+    error: ErrorDetail
+
+
+class Health(Told):
+    status: Literal["ready", "draining", "broken"]
+    model: str
+    open_calls: int
+
+
+class ModelFigures(Told):
+    methods: list[str]
+    method: str
+    precision: str
+
+
+class Model(Told):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    outpace: ModelFigures
+
+
+class ModelList(Told):
+    object: Literal["list"]
+    data: list[Model]
+
+
+class PromptDetails(Told):
+    cached_tokens: int
+
+
+class CompletionDetails(Told):
+    accepted_prediction_tokens: int
+    rejected_prediction_tokens: int
+    reasoning_tokens: int
+
+
+class Usage(Told):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptDetails
+    completion_tokens_details: CompletionDetails
+
+
+class Stats(Told):
+    tokens: int
+    steps: int
+    mean_accepted: float
+    acceptance_rate: float
+    tokens_per_s: float
+    time_to_first_token_s: float
+    queue_s: float
+    cached_tokens: int
+    preemptions: int
+    accepted_by_source: dict[str, int]
+    drafted_by_source: dict[str, int]
+
+
+class Decoding(Told):
+    """How a choice was decoded, and the seed that repeats it."""
+
+    method: str
+    exactness: Exactness
+    notes: list[str]
+    seed: int
+    stats: Stats
+
+
+class Decodings(Told):
+    """Of several choices."""
+
+    choices: list[Decoding]
+
+
+class Likely(Told):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class Judged(Likely):
+    top_logprobs: list[Likely]
+
+
+class ChatLogprobs(Told):
+    content: list[Judged]
+    refusal: None
+
+
+class CalledFunction(Told):
+    name: str
+    arguments: str
+
+
+class ToolCall(Told):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class Answer(Told):
+    role: Literal["assistant"]
+    content: str | None
+    refusal: None
+    tool_calls: list[ToolCall] | None = None
+
+
+class ChatChoice(Told):
+    index: int
+    message: Answer
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length", "tool_calls"]
+
+
+class ChatCompletion(Told):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChoice]
+    usage: Usage
+    outpace: Decoding | Decodings
+
+
+class Logprobs(Told):
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class CompletionChoice(Told):
+    index: int
+    text: str
+    logprobs: Logprobs | None
+    finish_reason: Literal["stop", "length"]
+
+
+class Completion(Told):
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[CompletionChoice]
+    usage: Usage
+    outpace: Decoding | Decodings
+
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": Error, "description": text}
+    for status, text in {
+        400: "A parameter is wrong or unknown, or the prompt does not fit",
+        401: "A key is needed",
+        404: "No such model",
+        413: "The body is too large",
+        429: "The queue is full; Retry-After says when to come back",
+        500: "The step that held the request failed",
+        503: "The server is stopping",
+    }.items()
+}
+STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
