@@ -86,7 +86,7 @@ def test_a_ragged_batch_decodes_as_plain(
     for sequence in sequences:
         drafter.end(sequence)
         drafter.end(sequence)
-    assert drafter.source.cache.bytes_used == 0 and not drafter._trees and drafter._running is None
+    assert drafter.source.cache.pages_in_use == 0 and not drafter._trees and drafter._running is None
 
 
 def test_a_perfect_draft_model_is_always_ready() -> None:
@@ -169,7 +169,7 @@ def test_life_goes_on_while_the_background_runs(moment: str) -> None:
     threading.Timer(0.05, gate.set).start()
     if moment == "end":
         drafter.end(sequences[0])
-        assert drafter.source.cache.bytes_used == 0
+        assert drafter.source.cache.pages_in_use == 0
     elif moment == "begin":
         drafter.begin(sequences[1])
         assert len(drafter.propose(sequences[1:], [4])[0]) == 4
@@ -209,7 +209,7 @@ def test_what_fails_in_the_background_is_raised_by_the_next_propose() -> None:
     with pytest.raises(RuntimeError, match="draft model broke"):
         drafter.propose([other], [4])
     drafter.end(other)
-    assert drafter.source.cache.bytes_used == 0
+    assert drafter.source.cache.pages_in_use == 0
 
 
 def test_penalties_and_a_full_cache_go_without_branches() -> None:
@@ -282,7 +282,7 @@ def test_threads_on_one_machine_give_the_tokens_of_plain_decoding(
         if pace is patient:
             assert found.overlap.hits and found.overlap.ready
         assert found.source.background is not found.source.foreground
-        assert found.source.cache.bytes_used == 0
+        assert found.source.cache.pages_in_use == 0
         llm.check_integrity()
 
 
@@ -294,7 +294,7 @@ def test_leaving_a_stream_early_and_closing() -> None:
             break
     gc.collect()
     llm.check_integrity()
-    assert drafter.source.cache.bytes_used == 0
+    assert drafter.source.cache.pages_in_use == 0
     stream = iter(llm.stream([1, 2, 3], SamplingParams(max_tokens=100, ignore_eos=True)))
     for _ in range(4):
         next(stream)

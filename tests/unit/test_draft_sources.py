@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from outpace.cache.storage import KVStorage
 from outpace.decoding.contracts import DrafterContext, Sequence
 from outpace.decoding.drafters import trimmed
+from outpace.decoding.drafters.draft_model import DraftChain
 from outpace.decoding.drafters.grown import Grown
 from outpace.decoding.drafters.rapid import Rapid, RetrievedSource, bm25, shorten
 from outpace.decoding.drafters.sources import ModelSource
@@ -166,7 +167,7 @@ def test_a_draft_model_reads_the_short_prompt_and_all_of_the_output(params: Samp
         drafter.end(sequence)
     assert committed > 24, "the next token depends on the last two most of all"
     assert decoder.rows < 32 + 3 + 2 * 6 * 8
-    assert source.cache.bytes_used == 0 and not source._texts and not source._seen
+    assert source.cache.pages_in_use == 0 and not source._texts and not source._seen
 
 
 def test_a_prompt_without_room_for_chunks_is_refused() -> None:
@@ -187,3 +188,44 @@ def test_stopping_follows_measured_acceptance() -> None:
     assert np.mean(lengths[0]) > 6 and np.mean(lengths[1]) < 3
     with pytest.raises(ParameterError, match="threshold=2"):
         make_drafter("specdec:threshold=2", DrafterContext(V, FakeDecoder(), 8))
+
+
+# -- what was read is not read again -------------------------------------------------------------------------
+
+
+def chain_rows(
+    owner: str, text: list[int], drafter: DraftChain, decoder: FakeDecoder, id: int
+) -> tuple[int, list[int]]:
+    """Rows that the draft model ran for one draft of three tokens after `text`, and the draft. The sequence ends."""
+    sequence = Sequence(id, list(text), len(text), SamplingParams(), owner=owner)
+    before = decoder.rows
+    drafter.begin(sequence)
+    draft = drafter.propose([sequence], [3])[0]
+    drafter.end(sequence)
+    source = drafter.source
+    assert isinstance(source, ModelSource) and source.prefix is not None
+    source.cache.check_integrity()
+    source.prefix.check_integrity()
+    return decoder.rows - before, draft.tokens.tolist()
+
+
+def test_a_draft_model_reads_a_shared_beginning_once_per_owner() -> None:
+    decoder = FakeDecoder()
+    drafter = DraftChain(ModelSource(decoder, 64, V), min_reach=0.0)
+    text = list(range(10)) * 5
+    first, draft = chain_rows("a", text, drafter, decoder, 0)
+    again, same = chain_rows("a", text, drafter, decoder, 1)
+    other, for_other = chain_rows("b", text, drafter, decoder, 2)
+    longer, _ = chain_rows("a", [*text, 3, 4], drafter, decoder, 3)
+    assert draft == same == for_other
+    assert (again, other, longer) == (first - 49, first, first - 48)
+
+
+def test_what_a_draft_model_keeps_makes_room() -> None:
+    decoder = FakeDecoder()
+    source = ModelSource(decoder, 5, V)
+    drafter = DraftChain(source, min_reach=0.0)
+    for id in range(6):
+        rows, draft = chain_rows("a", [id] * 60, drafter, decoder, id)
+        assert len(draft) == 3 and rows >= 60
+    assert source.prefix is not None and source.prefix.evictable == source.prefix.pages > 0 == source.cache.pages_in_use

@@ -83,7 +83,7 @@ def test_batches_are_what_plain_decoding_says(params: SamplingParams, make: Call
                 assert result.exactness == "identical"
         llm.check_integrity()
         drafter = drafter_of(llm)
-        assert not drafter._states and drafter.source.cache.bytes_used == 0
+        assert not drafter._states and drafter.source.cache.pages_in_use == 0
         drafter.source.cache.check_integrity()
 
 

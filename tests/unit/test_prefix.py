@@ -263,7 +263,7 @@ def test_texts_part_at_any_token() -> None:
     for n in (39, 38, 33, 32, 31, 17, 16, 15, 1):
         assert rig.tree.match("", text[:n] + [7] * 20) == n
         assert rig.run("", text[:n] + [7] * 20) == n
-    assert rig.tree.match("", text + [9]) == 40
+    assert rig.tree.match("", [*text, 9]) == 40
     assert rig.tree.match("", [9, *text]) == 0
 
 
@@ -358,10 +358,10 @@ def test_a_text_as_long_as_the_cache_takes_over_its_last_page() -> None:
     text = words(60)
     rig.run("", text)
     seq = rig.cache.new()
-    assert rig.tree.attach("", text + [1], seq) == 60
+    assert rig.tree.attach("", [*text, 1], seq) == 60
     assert (rig.cache.available_pages, rig.cache.pages_needed(seq, 4)) == (0, 0)
-    rig.read("", seq, text + [1, 2, 3, 4])
-    rig.check("", seq, text + [1, 2, 3, 4])
+    rig.read("", seq, [*text, 1, 2, 3, 4])
+    rig.check("", seq, [*text, 1, 2, 3, 4])
     assert rig.storage.copied == 0 and rig.tree.tokens == 48
     rig.verify()
 
@@ -377,7 +377,7 @@ def test_matching_a_long_prompt_is_quick() -> None:
         assert len(node.children) == 1
         [node] = node.children.values()  # type: ignore[assignment]
         looked += 1
-    assert looked == 100 and rig.tree.match("", text + [1]) == 1600
+    assert looked == 100 and rig.tree.match("", [*text, 1]) == 1600
 
 
 # -- swapping ------------------------------------------------------------------------------------------------

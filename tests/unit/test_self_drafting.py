@@ -105,7 +105,7 @@ def test_with_a_draft_model(deep: NativeDecoder, method: str) -> None:
         assert [r.token_ids for r in ours] == [r.token_ids for r in plain]
         source = drafter.source if isinstance(drafter, MagicDec) else drafter.third.source  # type: ignore[attr-defined]
         source.cache.check_integrity()
-        assert source.cache.bytes_used == 0 and source.decoder is draft
+        assert source.cache.pages_in_use == 0 and source.decoder is draft
 
 
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED])

@@ -316,6 +316,11 @@ class PagedKVCache:
         return len(self._free) + self._idle
 
     @property
+    def pages_in_use(self) -> int:
+        """Pages of sequences in the cache; not those that are only kept for later."""
+        return len(self._references) - self.available_pages
+
+    @property
     def bytes_used(self) -> int:
         """Bytes of the pages that hold something; a shared page counts once."""
         return (len(self._references) - len(self._free)) * self.storage.bytes_per_page

@@ -1,16 +1,16 @@
 """The prefix tree: keys and values of texts that were read before, kept for the next text that begins as they do.
 
 A radix tree (RadixAttention, Zheng et al., 2023, https://arxiv.org/abs/2312.07104, section 3) whose digits are pages:
-a node is one page, its key the bytes of that page's tokens. Looking a page up is one lookup in a dictionary, and nothing
-is ever split.
+a node is one page, its key the bytes of that page's tokens. Looking a page up is one lookup in a dictionary, and
+nothing is ever split.
 
     root of owner A -- [system prompt, 16 tokens] -- [16 tokens] -- [question 1, 16 tokens] -- [its end, 5 tokens]
                                                   `- [question 2, 16 tokens]
     root of owner B -- ...
 
-Matches end at any token: siblings are also kept in order, so that the one with the longest common beginning stands next
-to where the text would stand (tokens are written big-endian: the order of bytes is the order of tokens). A sequence that
-adopts a page of which it needs a part copies it when it first writes, as after a fork.
+Matches end at any token: siblings are also kept in order, so that the one with the longest common beginning stands
+next to where the text would stand (tokens are written big-endian: the order of bytes is the order of tokens). A
+sequence that adopts a page of which it needs a part copies it when it first writes, as after a fork.
 
 Only leaves may be partly filled; one goes when a sibling has all of its tokens and more. Pages are never written while
 they are here, because the tree's own reference makes them shared.
@@ -91,8 +91,8 @@ class PrefixTree:
         return self._find(owner, tokens)[1]
 
     def needs(self, owner: Hashable, tokens: Sequence[int]) -> tuple[int, int]:
-        """What `attach` would find: tokens, and by how many pages it would lower the cache's `available_pages`, since no
-        sequence uses them now."""
+        """What `attach` would find: tokens, and by how many pages it would lower the cache's `available_pages`, since
+        no sequence uses them now."""
         path, length = self._find(owner, tokens)
         return length, sum(self.cache.is_idle(node.page) for node in path)
 
@@ -174,9 +174,9 @@ class PrefixTree:
     # -- giving back ---------------------------------------------------------------------------------------
 
     def evict(self, pages: int) -> int:
-        """Free so many pages, or all there are: the least recently used first, children before parents. Returns how many
-        are free now. Pages that somebody else holds stay, and free nothing; they go only where they stand below one
-        that nobody does, when nothing else is left.
+        """Free so many pages, or all there are: the least recently used first, children before parents. Returns how
+        many are free now. Pages that somebody else holds stay, since they free nothing; they go only where they stand
+        below one that nobody does, when nothing else is left.
         """
         freed = 0
         for prune in (False, True):

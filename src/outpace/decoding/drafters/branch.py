@@ -189,7 +189,7 @@ class BranchDraft(DraftChain):
 
     def _ready(self, wanted: list[tuple[Sequence, int]]) -> list[Branching]:
         """Drafts that the background has begun, brought to their full length."""
-        growing, free = [], self.source.cache.free_pages
+        growing, free = [], self.source.cache.available_pages
         for sequence, budget in wanted:
             one = self._trees.get(sequence.id)
             if one is None:
@@ -287,7 +287,7 @@ class BranchDraft(DraftChain):
 
     def _start(self, growing: list[Branching]) -> None:
         """Grow branches below the drafts that were handed out, until `_join`."""
-        free, chosen = self.source.cache.free_pages, list[Branching]()
+        free, chosen = self.source.cache.available_pages, list[Branching]()
         for one in growing:
             more = (1 + self.hedges) * (self.max_tokens + 1)
             pages = self.source.room(one.sequence, len(one.row_parents) + more)

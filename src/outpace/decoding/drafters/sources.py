@@ -35,6 +35,7 @@ import numpy as np
 import torch
 
 from ...cache.pages import PagedKVCache
+from ...cache.prefix import PrefixTree
 from ...errors import MethodError
 from ...models.batch import ForwardBatch, Span, Tree, pack
 from ...models.decoder import Decoder
@@ -104,15 +105,25 @@ class ModelSource(Source):
 
     It commits every token that it has read, and rows of a draft are provisional until `observe`. Sequences that its
     cache or context cannot hold are not admitted. Override `text` to let it read something else than all of a sequence;
-    `view` rewrites each batch before its forward, as in SelfSource.
+    `view` rewrites each batch before its forward, as in SelfSource. With `prefix_cache` it keeps what it read, as far
+    as there is room, and does not read the beginning of a text again that it has read for the same owner.
     """
 
     keeps = True
 
-    def __init__(self, decoder: Decoder, num_pages: int, vocab_size: int, view: KVView | None = None) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        num_pages: int,
+        vocab_size: int,
+        view: KVView | None = None,
+        prefix_cache: bool = True,
+    ) -> None:
         self.decoder, self.vocab_size, self.view = decoder, vocab_size, view
         self.cache = PagedKVCache(decoder.new_storage(num_pages))
+        self.prefix = PrefixTree(self.cache) if prefix_cache else None
         self._kv: dict[int, int] = {}  # sequence id -> its handle
+        self._shared: set[int] = set()  # ids of those whose prompt others may use
 
     def text(self, sequence: Sequence) -> list[int]:
         """What the draft model reads of a sequence. Grows at its end by the tokens committed, and not otherwise."""
@@ -123,8 +134,17 @@ class ModelSource(Source):
 
     def end(self, sequence: Sequence) -> None:
         kv = self._kv.pop(sequence.id, None)
+        self._shared.discard(sequence.id)
         if kv is not None:
+            self.cache.rollback(kv)
+            self._keep(sequence, kv, final=True)
             self.cache.free(kv)
+
+    def _keep(self, sequence: Sequence, kv: int, final: bool = False) -> None:
+        """Let others of the same owner use what was read of a sequence."""
+        if self.prefix is not None:
+            read = self.text(sequence)[: self.cache.length(kv)]
+            self.prefix.insert(sequence.owner, read, kv, final)
 
     def rollback(self, sequence: Sequence) -> None:
         self.cache.rollback(self._kv[sequence.id])
@@ -136,7 +156,12 @@ class ModelSource(Source):
             self.rollback(sequence)
 
     def admit(self, sequences: Seq[Sequence], rows: Seq[int]) -> list[bool]:
-        admitted, free = [], self.cache.free_pages
+        if self.prefix is not None:
+            for sequence in sequences:
+                kv = self._kv[sequence.id]
+                if not self.cache.length(kv) and not self.cache.reserved(kv):
+                    self.prefix.attach(sequence.owner, self.text(sequence), kv)
+        admitted, free = [], self.cache.available_pages
         for sequence, n in zip(sequences, rows, strict=True):
             kv, length = self._kv[sequence.id], len(self.text(sequence))
             if self.cache.length(kv) >= length:
@@ -147,6 +172,8 @@ class ModelSource(Source):
             fits = pages <= free and length + n <= self.decoder.config.max_position
             free -= pages if fits else 0
             admitted.append(fits)
+            if not fits and sequence.id not in self._shared:
+                self.cache.truncate(kv, 0)  # it has read nothing: what it found is not held for it
         return admitted
 
     def catch_up(self, sequences: Seq[Sequence]) -> torch.Tensor:
@@ -168,8 +195,11 @@ class ModelSource(Source):
                 spans.append(Span(texts[i][start : start + n], start, logits="last" if last else "none"))
             logits = self._forward([sequences[i] for i, _, _ in now], spans)
             done = [i for i, _, last in now if last]
-            for i, n, _ in now:
+            for i, n, last in now:
                 self.cache.commit(kvs[i], range(n))
+                if last and sequences[i].id not in self._shared:
+                    self._shared.add(sequences[i].id)
+                    self._keep(sequences[i], kvs[i])
             if len(done) == len(kvs):
                 return logits
             for row, i in enumerate(done):
@@ -236,7 +266,7 @@ class SelfSource(Source):
         self.cache.rollback(sequence.kv)
 
     def admit(self, sequences: Seq[Sequence], rows: Seq[int]) -> list[bool]:
-        admitted, free = [], self.cache.free_pages
+        admitted, free = [], self.cache.available_pages
         for sequence, n in zip(sequences, rows, strict=True):
             pages = self.cache.pages_needed(sequence.kv, 1 + n)
             fits = pages <= free and len(sequence.tokens) + n <= self.decoder.config.max_position

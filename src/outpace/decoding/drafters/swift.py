@@ -217,7 +217,7 @@ class Swift(DraftChain):
         cache, kv = self._cache, sequence.kv
         begin = -(-cache.length(kv) // PAGE_SIZE)  # first page that holds nothing of the text
         places = (begin + -(-(stop - first) // PAGE_SIZE)) * PAGE_SIZE - cache.length(kv)
-        if cache.pages_needed(kv, places) > cache.free_pages:
+        if cache.pages_needed(kv, places) > cache.available_pages:
             return None
         try:
             cache.reserve(kv, places)
