@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from .errors import ParameterError
 
 Exactness = Literal["identical", "distribution", "approximate"]
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "cancelled", "error"]
 Precision = Literal["float32", "bfloat16", "int8", "int4"]
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float32]
@@ -264,6 +264,11 @@ class DecodingStats:
     plain_s: float = 0.0  # what plain decoding of the same tokens takes by the measured step times; 0: not measured
     expected_tokens: float = 0.0  # what the drafts' scores promised, the target's own tokens included
     time_to_first_token_s: float = 0.0
+    cached_tokens: int = 0  # of the prompt, found in the prefix cache
+    queue_s: float = 0.0  # waiting before the prompt was begun
+    preemptions: int = 0  # how often it had to make room for others
+    prediction_accepted: int = 0  # tokens of the caller's prediction that the output has, in order
+    prediction_rejected: int = 0  # and those that it has not
 
     def source(self, name: str) -> SourceStats:
         return self.sources.setdefault(name, SourceStats())
@@ -304,7 +309,7 @@ class DecodingStats:
 
     @property
     def prefill_tokens_per_s(self) -> float:
-        return self.prompt_tokens / self.prefill_s if self.prefill_s > 0 else 0.0
+        return (self.prompt_tokens - self.cached_tokens) / self.prefill_s if self.prefill_s > 0 else 0.0
 
 
 @dataclass(slots=True)

@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Any, ClassVar
 
 import numpy as np
@@ -38,6 +39,7 @@ class Sequence:
     params: SamplingParams
     prediction: list[int] = field(default_factory=list)  # what the caller expects the output to be, or much of it
     kv: int = NOT_CACHED  # its handle in the target's KV cache, which holds all of `tokens` but the last
+    method: str = ""  # that drafts for it, if the engine was opened with several; "": the engine's own
     owner: str = ""  # whose it is: what drafters learn from one owner's text never reaches another
     matcher: Matcher | None = None  # of its grammar, if `params` have one; `history` moves it
     _history: History | None = field(default=None, init=False, repr=False)
@@ -124,6 +126,12 @@ class Drafter(ABC):
         With q, what is proposed and its scores depend on the tokens sampled above a node, never on its own, and the
         draws are new in every step: key them by its first position (see `sampling.Stream.DRAFT`).
         """
+
+    def timed(self, sequences: Seq[Sequence], budgets: Seq[int]) -> tuple[list[Draft], dict[str, float]]:
+        """`propose`, and the seconds that each source spent on it."""
+        began = perf_counter()
+        drafts = self.propose(sequences, budgets)
+        return drafts, self.seconds_by_source(perf_counter() - began)
 
     def observe(self, sequence: Sequence, seen: Observation) -> None:  # noqa: B027
         """A step was committed. Not called for steps before which the drafter was not asked: what it missed is in

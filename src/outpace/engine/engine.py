@@ -1,28 +1,34 @@
 """The engine: requests in, steps, events out. One thread; the only place where a sequence grows.
 
-step = admit -> plan rows -> propose, reserve, pack, forward, verify -> cut at stops -> commit -> observe -> events
+step = start and preempt -> plan rows -> propose, reserve, pack, forward, verify -> cut at stops -> commit -> events
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
 from ..cache.pages import PAGE_SIZE, PagedKVCache
-from ..decoding.contracts import Drafter, Verifier
+from ..cache.prefix import PrefixTree
+from ..decoding.contracts import NOT_CACHED, Drafter, Verifier
 from ..decoding.contracts import Sequence as TokenSequence
+from ..decoding.drafters.plain import Plain
+from ..decoding.drafters.routed import Routed
 from ..decoding.grammar import Grammars, Matcher
 from ..decoding.planners.fixed import Fixed
 from ..decoding.planners.planner import Planner, Room
-from ..errors import CapacityError, ParameterError
+from ..errors import CapacityError, MethodError, ParameterError
 from ..models.decoder import Decoder
-from ..types import DecodingStats, Exactness, Result, SamplingParams
-from .admission import Admission
+from ..types import DecodingStats, Exactness, RequestOptions, Result, SamplingParams
+from .jobs import Job, Preempt, SchedulerLimits, Start
+from .memory import KVMemory
 from .request import DraftTrace, Request, StepEvent, truncate
 from .runner import Runner, Verified
+from .scheduler import Scheduler, StepSeconds
 from .text import Detokenizer, TextStream
 
+RANKS: tuple[Exactness, ...] = ("identical", "distribution", "approximate")  # the best first
 MOST_ROWS = 4096  # of a step: beyond it nothing gains, and buffers grow with it
 
 
@@ -38,13 +44,32 @@ class EngineConfig:
     max_step_rows: int = 32  # rows of all decoding sequences in a step; a sequence always has one
     prefill_rows: int = 512  # prompt rows of a step
     kv_tokens: int = 4096  # tokens that the KV cache holds, all sequences together
+    max_queue: int | None = None  # requests that wait; one more is refused. None: no limit
+    step_s: float | None = None  # seconds that a step may take while somebody decodes, by the measured step times
+    prefix_cache: bool = False  # keep the keys and values of finished requests for others of their owner
+    swap_tokens: int = 0  # of preempted requests, kept outside the cache; what exceeds it is read again
 
     def __post_init__(self) -> None:
-        for name in self.__slots__:
+        for name in ("max_batch", "max_rows", "max_step_rows", "prefill_rows", "kv_tokens"):
             value, most = getattr(self, name), MOST_ROWS if name.endswith("_rows") else None
             if value < 1 or (most is not None and value > most):
                 allowed = "at least 1" if most is None else f"from 1 to {most}"
                 raise ParameterError(f"{name}={value!r} is out of range: it must be {allowed}")
+
+    def limits(self, num_pages: int, max_position: int) -> SchedulerLimits:
+        """As the scheduler wants them."""
+        return SchedulerLimits(
+            num_pages,
+            PAGE_SIZE,
+            max_position,
+            max_batch=self.max_batch,
+            max_rows=self.max_rows,
+            max_step_rows=self.max_step_rows,
+            prefill_rows=self.prefill_rows,
+            max_queue=self.max_queue,
+            step_s=self.step_s,
+            swap_pages=self.swap_tokens // PAGE_SIZE,
+        )
 
 
 def new_cache(decoder: Decoder, config: EngineConfig) -> PagedKVCache:
@@ -52,12 +77,15 @@ def new_cache(decoder: Decoder, config: EngineConfig) -> PagedKVCache:
 
 
 class Engine:
-    """Runs requests through one decoder with one drafter and one verifier. Not thread-safe.
+    """Runs requests through one decoder with one verifier. Not thread-safe.
 
     `detokenizer` makes what turns one output into text; without it results have no text and stop strings are
-    refused. `eos_ids` end an output beside those that the model's config names. After an exception from `step`
-    cancel the requests: what their step had reserved is given back, other requests go on. `cache`: the one that the
-    drafter was built with, if it drafts in the target's own cache.
+    refused. `eos_ids` end an output beside those that the model's config names. `cache`: the one that the drafter was
+    built with, if it drafts in the target's own cache. `methods`: further drafters, by the names under which requests
+    may ask for them. `step_seconds(rows, context)`: the measured time of a step, for `config.step_s`.
+
+    What goes wrong with one request alone ends that request, with an event that says so. An exception from `step` is
+    of the whole step: cancel the requests in `in_step`; what they had reserved is given back, others go on.
     """
 
     def __init__(
@@ -73,33 +101,82 @@ class Engine:
         cache: PagedKVCache | None = None,
         planner: Planner | None = None,
         grammars: Grammars | None = None,
+        methods: Mapping[str, Drafter] | None = None,
+        step_seconds: StepSeconds | None = None,
     ) -> None:
         self.config = config = config if config is not None else EngineConfig()
         self.decoder, self.verifier = decoder, verifier
         self.method = method if method is not None else drafter.name
         self.cache = new_cache(decoder, config) if cache is None else cache
-        pages = self.cache.storage.num_pages
         self.planner = planner if planner is not None else Fixed()
-        self._runner = Runner(decoder, self.cache, drafter, verifier, self.planner)
-        self._admission = Admission(config.max_batch, pages, PAGE_SIZE, decoder.config.max_position)
+        self.methods = {"plain": Plain(), **(methods or {})}
+        self._runner = Runner(decoder, self.cache, Routed(drafter, self.methods), verifier, self.planner)
         self._detokenizer, self._grammars = detokenizer, grammars
         self._eos_ids = frozenset(decoder.config.eos_ids) | frozenset(eos_ids)
-        self._waiting: dict[int, Request] = {}
-        self._running: dict[int, Request] = {}
+        self._requests: dict[int, Request] = {}
+        self.prefixes = PrefixTree(self.cache) if config.prefix_cache else None
+        self.scheduler = Scheduler(
+            config.limits(self.cache.storage.num_pages, decoder.config.max_position),
+            KVMemory(self.cache, self.prefixes, self._requests),
+            perf_counter,
+            step_seconds,
+        )
+        self.in_step: list[int] = []  # requests of the last step
+        self.steps = self.rows = 0  # so far; rows of prompts and of drafts included
         self._next_id = 0
 
     # -- requests ----------------------------------------------------------------------------------------------
 
     def add(
-        self, prompt_ids: Sequence[int], params: SamplingParams | None = None, prediction: Sequence[int] = ()
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams | None = None,
+        prediction: Sequence[int] = (),
+        options: RequestOptions | None = None,
     ) -> int:
         """Queue a request; returns its id. `prediction`: tokens that the output is expected to repeat.
 
         Raises ParameterError for a prompt that is empty or for ids outside the vocabulary, GrammarError for a grammar
-        that does not compile, CapacityError for a request that could never fit.
+        that does not compile, CapacityError for a request that could never fit, QueueFull when too many wait,
+        MethodError for a method that is not offered or an exactness that cannot be had.
         """
         params = params if params is not None else SamplingParams()
+        options = options if options is not None else RequestOptions()
         prompt = [int(t) for t in prompt_ids]
+        self._check(prompt, params, options)
+        stop_ids = frozenset(params.stop_token_ids)
+        if not params.ignore_eos:
+            stop_ids |= self._eos_ids
+        method = "" if options.method in (None, self.method) else str(options.method)
+        self.scheduler.check(len(prompt), params.max_tokens)
+        sequence = TokenSequence(
+            self._next_id,
+            prompt,
+            len(prompt),
+            params,
+            [int(t) for t in prediction],
+            method=method,
+            owner=options.owner,
+            matcher=self._matcher(params, stop_ids),
+        )
+        request = Request(
+            sequence=sequence,
+            text=TextStream(self._detokenizer(), params.stop) if self._detokenizer is not None else None,
+            stop_ids=stop_ids,
+            method=method or self.method,
+            options=options,
+            stats=DecodingStats(prompt_tokens=len(prompt)),
+        )
+        drafts = 0 if request.method == "plain" else options.max_draft
+        self.scheduler.add(
+            Job(request.id, len(prompt), params.max_tokens, options.owner, options.priority, options.group, drafts)
+        )
+        self._requests[request.id] = request
+        self._next_id += 1
+        return request.id
+
+    def _check(self, prompt: list[int], params: SamplingParams, options: RequestOptions) -> None:
+        """Refuse what cannot be done."""
         vocab = self.decoder.config.vocab_size
         if not prompt:
             raise ParameterError("the prompt is empty: give at least one token (a start-of-text token will do)")
@@ -114,20 +191,17 @@ class Engine:
                 f"logit_bias or stop_token_ids name token {max(named)}, which the model does not have: ids run from 0 "
                 f"to {vocab - 1}"
             )
-        stop_ids = frozenset(params.stop_token_ids)
-        if not params.ignore_eos:
-            stop_ids |= self._eos_ids
-        matcher = self._matcher(params, stop_ids)
-        self._admission.add(self._next_id, len(prompt), params.max_tokens)
-        id, self._next_id = self._next_id, self._next_id + 1
-        self._waiting[id] = Request(
-            sequence=TokenSequence(id, prompt, len(prompt), params, [int(t) for t in prediction], matcher=matcher),
-            text=TextStream(self._detokenizer(), params.stop) if self._detokenizer is not None else None,
-            stop_ids=stop_ids,
-            method=self.method,
-            stats=DecodingStats(prompt_tokens=len(prompt)),
-        )
-        return id
+        method = options.method if options.method is not None else self.method
+        if method != self.method and method not in self.methods:
+            offered = ", ".join(dict.fromkeys([self.method, *self.methods]))
+            raise MethodError(f"method {method!r} is not offered here; there are: {offered}")
+        if options.exactness is not None:
+            declared, notes = self.exactness(params, method, alone=self.config.max_batch == 1)
+            if RANKS.index(declared) > RANKS.index(options.exactness):
+                why = f": {notes[0]}" if notes else f" (verifier {self.verifier.name})"
+                raise MethodError(
+                    f"exactness {options.exactness!r} cannot be had with method {method!r} here, only {declared!r}{why}"
+                )
 
     def _matcher(self, params: SamplingParams, stop_ids: frozenset[int]) -> Matcher | None:
         if params.constraint is None:
@@ -143,14 +217,10 @@ class Engine:
 
     def cancel(self, id: int) -> Result | None:
         """End a request now, between steps; its pages are free again. Returns what it has, or None if it is over."""
-        request = self._running.pop(id, None)
-        if request is None:
-            request = self._waiting.pop(id, None)
-        else:
-            self._runner.end(request)
-        self._admission.release(id)
+        request = self._requests.get(id)
         if request is None:
             return None
+        self._end(request)
         request.finish = "cancelled"
         if request.text is not None:
             request.text.flush()
@@ -158,81 +228,145 @@ class Engine:
 
     @property
     def idle(self) -> bool:
-        return not self._running and not self._waiting
+        return not self._requests
 
     # -- steps -------------------------------------------------------------------------------------------------
 
     def step(self) -> list[StepEvent]:
         """Run one packed step. Returns the events of requests that got tokens; none when idle."""
-        self._admit()
-        decoding = [r for r in self._running.values() if r.decoding]
-        chunks = self._chunks()
-        if not decoding and not chunks:
-            return []
-        verified = self._runner.forward(decoding, self._room(decoding), chunks)
-        return [self._advance(v) for v in verified]
-
-    def _admit(self) -> None:
-        for id in self._admission.admit():
-            request = self._running[id] = self._waiting.pop(id)
-            request.prefill_began = perf_counter()
-            self._runner.begin(request)
-
-    def _chunks(self) -> list[tuple[Request, int]]:
-        """Prompts to read on, in order of arrival, and how many rows of each."""
-        chunks, left = [], self.config.prefill_rows
-        for request in self._running.values():
-            n = min(request.sequence.prompt_length - request.prefilled, left)
-            if n > 0:
-                chunks.append((request, n))
-                left -= n
-        return chunks
-
-    def _room(self, decoding: list[Request]) -> Room:
-        """For drafts: what is left of the step's rows, and for each sequence no more than could still be emitted."""
-        most = self.config.max_rows - 1
-        return Room(
-            [min(r.remaining - 1, most) for r in decoding],
-            max(self.config.max_step_rows - len(decoding), 0),
+        self.in_step, events = [], []
+        for start in self.scheduler.admit():
+            try:
+                self._start(start)
+            except Exception as error:
+                events.append(self._failed(self._requests[start.id], error))
+        plan = self.scheduler.plan()
+        for preempt in plan.preempt:
+            self._preempt(preempt)
+        decoding = [self._requests[id] for id in plan.decoding]
+        chunks = [(self._requests[id], rows) for id, rows in plan.chunks]
+        self.in_step = [*plan.decoding, *(id for id, _ in plan.chunks)]
+        if plan.empty:
+            return events
+        room = Room(
+            [plan.caps[id] for id in plan.decoding],
+            plan.draft_rows,
             [len(r.sequence.tokens) for r in decoding],
         )
+        verified = self._runner.forward(decoding, room, chunks)
+        self.steps += 1
+        self.rows += len(decoding) + sum(len(v.draft) for v in verified if v.draft is not None)
+        self.rows += sum(rows for _, rows in chunks)
+        for request, rows in chunks:
+            self.scheduler.prefilled(request.id, rows)
+            if self.prefixes is not None and request.decoding and request.fresh:
+                self.prefixes.insert(request.sequence.owner, request.sequence.tokens, request.kv)
+        return [*events, *(self._advance(v) for v in verified)]
+
+    def _start(self, start: Start) -> None:
+        request = self._requests[start.id]
+        if not request.stats.preemptions:
+            request.prefill_began = perf_counter()
+            request.stats.queue_s = request.prefill_began - request.arrived
+        if start.swapped:
+            assert request.swapped is not None, "what was swapped out comes back"
+            request.sequence.kv, request.swapped = self.cache.swap_in(request.swapped), None
+        else:
+            request.sequence.kv, cached = self.cache.new(), 0
+            if self.prefixes is not None and start.cached:
+                cached = self.prefixes.attach(request.sequence.owner, request.sequence.tokens, request.kv)
+            request.begin_again(cached)
+            if not request.stats.preemptions:
+                request.stats.cached_tokens = cached
+        self._runner.drafter.begin(request.sequence)
+        self.scheduler.started(request.id, self.cache.length(request.kv))
+
+    def _preempt(self, preempt: Preempt) -> None:
+        """Give a request's pages back. What it drafted from is made anew from its text when it comes back."""
+        request = self._requests[preempt.id]
+        request.stats.preemptions += 1
+        self._runner.drafter.end(request.sequence)
+        if preempt.how == "swap":
+            request.swapped = self.cache.swap_out(request.kv)
+        else:
+            self._share(request)
+            self.cache.free(request.kv)
+        request.sequence.kv = NOT_CACHED
+
+    def _share(self, request: Request) -> None:
+        """What a request leaves in the cache is for others of its owner, until its pages are wanted."""
+        if self.prefixes is not None and request.cached:
+            length = self.cache.length(request.kv)
+            self.prefixes.insert(request.sequence.owner, request.sequence.tokens[:length], request.kv, final=True)
+
+    def _end(self, request: Request) -> None:
+        """It is over, however it ended. Safe at any moment outside a forward."""
+        del self._requests[request.id]
+        self.scheduler.finished(request.id)
+        if request.swapped is not None:
+            self.cache.discard(request.swapped)
+            request.swapped = None
+        if request.cached:
+            self.cache.rollback(request.kv)
+            self._share(request)
+        self._runner.end(request)
 
     def _advance(self, verified: Verified) -> StepEvent:
-        """Cut at what ends the request, commit, count, and tell."""
+        """Cut at what ends the request, commit, count, and tell. An error here is this request's own."""
+        request = verified.request
+        try:
+            if verified.error is not None:
+                raise verified.error
+            return self._told(verified)
+        except Exception as error:
+            return self._failed(request, error)
+
+    def _failed(self, request: Request, error: Exception) -> StepEvent:
+        if request.id in self._requests:
+            self._end(request)
+        request.finish = "error"
+        return StepEvent(request.id, [], [], "", None, self._result(request), error)
+
+    def _told(self, verified: Verified) -> StepEvent:
         request, draft = verified.request, verified.draft
         kept_count, text = request.keep(verified.accepted)
         kept = truncate(verified.accepted, kept_count)
         self._runner.commit(verified, kept)
+        self.scheduler.advanced(request.id, kept_count)
         path = verified.accepted.path
         sources = request.record(draft, path.tolist(), kept, perf_counter())
         trace = None if draft is None else DraftTrace(draft.tokens, draft.parents, draft.sources, path[:kept_count])
         result = None
         if request.finish is not None:
-            del self._running[request.id]
-            self._runner.end(request)
-            self._admission.release(request.id)
+            self._end(request)
             if request.text is not None:
                 text += request.text.flush()
                 request.finish = "stop" if request.text.stopped else request.finish
             result = self._result(request)
-        return StepEvent(request.id, kept.tokens.tolist(), sources, text, trace, result)
+        event = StepEvent(request.id, kept.tokens.tolist(), sources, text, trace, result)
+        if request.sequence.params.logprobs is not None and kept.logprobs is not None:
+            event.logprobs, event.top_logprobs = kept.logprobs.tolist(), kept.top_logprobs
+        return event
 
     # -- truth -------------------------------------------------------------------------------------------------
 
     def _result(self, request: Request) -> Result:
-        exactness, notes = self.exactness(request.sequence.params, request.alone)
+        exactness, notes = self.exactness(request.sequence.params, request.method, request.alone)
         return request.result(exactness, notes)
 
-    def exactness(self, params: SamplingParams, alone: bool = True) -> tuple[Exactness, list[str]]:
+    def exactness(
+        self, params: SamplingParams, method: str | None = None, alone: bool = True
+    ) -> tuple[Exactness, list[str]]:
         """What a result is worth, and why it is not more. `alone`: no step held another sequence's rows.
 
         `identical` rests on a decoder whose rows do not depend on each other. Without that, greedy output may
         part from plain decoding where two logits nearly tie; sampled output keeps its distribution, as far as
         the rounding of the logits goes.
         """
+        method = self.method if method is None else method
         declared = self.verifier.exactness
-        plain = self.method == "plain" and alone  # then it is the reference itself
-        if declared == "approximate" and self.method != "plain":
+        plain = method == "plain" and alone  # then it is the reference itself
+        if declared == "approximate" and method != "plain":
             return declared, [f"verifier {self.verifier.name} accepts drafts that plain decoding would not have chosen"]
         if declared == "approximate" or self.decoder.row_invariant or plain:
             return declared, []
@@ -244,15 +378,18 @@ class Engine:
         return ("approximate" if params.greedy else "distribution"), [note]
 
     def check_integrity(self) -> None:
-        """Compare the books of cache and admission with the requests; AssertionError if they differ."""
+        """Compare the books of cache, prefix tree and scheduler with the requests; AssertionError if they differ."""
         self.cache.check_integrity()
-        self._admission.check_integrity()
-        for request in self._running.values():
-            tokens = len(request.sequence.tokens) - 1 if request.decoding else request.prefilled
-            assert self.cache.length(request.kv) == tokens
-            assert self.cache.reserved(request.kv) == 0
-        if not self._running:
-            assert self.cache.free_pages == self.cache.storage.num_pages, "pages are lost"
+        self.scheduler.check_integrity()
+        for request in self._requests.values():
+            if request.cached:
+                tokens = len(request.sequence.tokens) - 1 if request.decoding else request.prefilled
+                assert self.cache.length(request.kv) == tokens
+                assert self.cache.reserved(request.kv) == 0
+        if self.prefixes is not None:
+            self.prefixes.check_integrity()
+        if not self._requests:
+            assert self.cache.available_pages == self.cache.storage.num_pages, "pages are lost"
 
     def room(self, prompt_tokens: int) -> int:
         """The largest max_tokens that a prompt of this length may ask for; CapacityError when there is none."""

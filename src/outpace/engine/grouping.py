@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 
 from ..types import IntArray
 
+Tokens = Sequence[int] | NDArray[np.int32] | IntArray
+
 ROOT = 0
 NONE = -1
 
@@ -51,7 +53,7 @@ class _Tree:
     ranks: list[int]  # per prompt: its place in sorted order, in which every node's prompts are contiguous
 
 
-def group(prompts: Sequence[IntArray | Sequence[int]], outputs: Sequence[int], page_size: int) -> Grouping:
+def group(prompts: Sequence[Tokens], outputs: Sequence[int], page_size: int) -> Grouping:
     """Groups and order for prompts of token ids; `outputs` are the lengths that their answers may have.
 
     Beginnings are compared in whole pages, as the cache shares them; the last token of a prompt is never shared,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, TypeAlias
 
@@ -12,16 +13,17 @@ from ..decoding.grammar import grammars_of
 from ..decoding.methods import make_drafter, make_planner, make_verifier, split_spec
 from ..decoding.modes.superposed import Suggestions, suggest
 from ..decoding.planners.costs import StepCosts
-from ..errors import ParameterError
+from ..errors import MethodError, ParameterError
 from ..models.config import ModelConfig
 from ..models.decoder import Decoder
 from ..models.tokenizer import Tokenizer
 from ..registry import Method, method
-from ..types import Precision, Result, SamplingParams
+from ..types import Precision, RequestOptions, Result, SamplingParams
 from .bar import Bar
 from .engine import Engine, EngineConfig, new_cache
 from .load import LoadedModel, Progress, load_draft_model, load_model, size_of_cache
 from .measure import step_costs
+from .metrics import metrics
 from .needs import (
     LOSSLESS_METHOD,
     LOSSLESS_METHOD_WITH_DRAFT_MODEL,
@@ -56,6 +58,11 @@ class LLM:
     max_rows      most rows of one sequence in a step (its last token and the draft); by default 32 with the goodput
                   planner and 16 with the others
     kv_tokens     size of the KV cache; by default `max_batch` contexts as far as memory goes
+    prefix_cache  keep keys and values of what was read and written, for requests that begin alike
+    methods       further methods that single requests may ask for; "plain" always may be
+    max_queue     requests that may wait; one more is refused with QueueFull. None: no limit
+    max_step_s    seconds that a step may take while somebody decodes: prompts are read in smaller pieces
+    swap_tokens   of requests that must make room, kept outside the cache; beyond that they are read again
 
     Raises MethodError if a method's needs are not met, ParameterError for values out of range, ModelError if a model
     cannot be had.
@@ -76,10 +83,21 @@ class LLM:
         max_batch: int = 8,
         max_rows: int | None = None,
         kv_tokens: int | None = None,
+        prefix_cache: bool = True,
+        methods: Sequence[str] = (),
+        max_queue: int | None = None,
+        max_step_s: float | None = None,
+        swap_tokens: int = 0,
         progress: Progress | None = None,
     ) -> None:
         wanted = {"max_batch": max_batch, "max_rows": max_rows, "kv_tokens": kv_tokens}
-        EngineConfig(**{name: n for name, n in wanted.items() if n is not None})  # refuse before loading
+        given: dict[str, Any] = {name: n for name, n in wanted.items() if n is not None}
+        serving: dict[str, Any] = {
+            "prefix_cache": prefix_cache, "max_queue": max_queue, "step_s": max_step_s, "swap_tokens": swap_tokens
+        }  # fmt: skip
+        EngineConfig(**given, **serving)  # refuse before loading
+        for other in methods:
+            check_needs(other, needs_draft_model(other) and draft_model is not None)
         if method != "auto":
             check_needs(method, draft_model is not None)
         check_planner(planner, method)
@@ -95,11 +113,13 @@ class LLM:
             check_vocabulary(self.loaded, self.draft_loaded, method)
         if planner == "auto":
             planner = "goodput" if method == "auto" else "fixed"
+        self.asked_method = method
         if method == "auto":
             method = self._best_lossless()
         self.method, self.planner = method, "fixed" if method == "plain" else planner
         self._told, self._max_rows = progress, max_rows
         rows = max_rows if max_rows is not None else 32 if self.planner == "goodput" else 16
+        self._methods, self._serving = tuple(methods), serving
         self._open(judge, {"max_batch": max_batch, "max_rows": rows, "max_step_rows": max(32, rows)}, kv_tokens)
 
     def _best_lossless(self) -> str:
@@ -109,7 +129,8 @@ class LLM:
 
     def _open(self, judge: Verifier, limits: dict[str, int], wanted: int | None) -> None:
         decoder = self.loaded.decoder
-        config = EngineConfig(**limits, kv_tokens=size_of_cache(decoder, wanted, limits["max_batch"]))
+        kv_tokens = size_of_cache(decoder, wanted, limits["max_batch"])
+        config = EngineConfig(**limits, **self._serving, kv_tokens=kv_tokens)
         cache = new_cache(decoder, config)
         drafts = (config.kv_tokens + limits["max_batch"] * (limits["max_rows"] + PAGE_SIZE)) // PAGE_SIZE + 1
         context = DrafterContext(
@@ -117,13 +138,16 @@ class LLM:
             draft=self.draft_loaded.decoder if self.draft_loaded is not None else None,
             draft_pages=drafts,  # everything that the target's cache holds, and a draft for each sequence
             sampled=judge.uses_q,
+            owner_of=lambda sequence: sequence.owner,
             target=decoder,
             cache=cache,
             target_in=self.loaded.in_precision,
             tokenizer=self.tokenizer,
             draft_tokenizer=self.draft_loaded.tokenizer if self.draft_loaded is not None else None,
         )
-        self._drafter = make_drafter(self.method, context, planned=self.planner != "fixed")
+        planned = self.planner != "fixed"
+        self._drafter = make_drafter(self.method, context, planned)
+        others = {name: make_drafter(name, context, planned) for name in self._methods if name != self.method}
         self._engine = Engine(
             decoder,
             self._drafter,
@@ -135,9 +159,12 @@ class LLM:
             config=config,
             cache=cache,
             planner=make_planner(self.planner, self._costs),
+            methods=others,
+            step_seconds=None if config.step_s is None else self._costs().step,
         )
         self._limits, self._wanted = limits, wanted
         self._inbox: dict[int, list[StepEvent]] = {}
+        self._events: list[StepEvent] = []  # of submitted requests, for the next `step`
         self._closed = False
 
     def _costs(self) -> StepCosts:
@@ -199,6 +226,7 @@ class LLM:
             max_batch=max_batch if max_batch is not None else self._limits["max_batch"],
             max_rows=max_rows if max_rows is not None else self._max_rows,
             kv_tokens=kv_tokens if kv_tokens is not None else self._wanted,
+            prefix_cache=self._serving["prefix_cache"],
         )
 
     # -- answers -----------------------------------------------------------------------------------------------
@@ -234,6 +262,8 @@ class LLM:
                     self._pump()
                     for id in ids:
                         for event in self._take(id):
+                            if event.error is not None:
+                                raise event.error
                             if event.result is not None:
                                 results[id] = event.result
                                 advance()
@@ -281,6 +311,59 @@ class LLM:
         """The largest `max_tokens` that fits behind a prompt; CapacityError if there is no room at all."""
         return self._open_engine().room(len(self.tokens(prompt)))
 
+    # -- for servers: many requests, one loop that steps -----------------------------------------------------------
+
+    def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        prediction: str = "",
+        options: RequestOptions | None = None,
+    ) -> int:
+        """Queue a request and return its id; `step` tells what becomes of it.
+
+        Raises what `generate` does, and QueueFull when too many wait, MethodError for a method that this LLM was not
+        opened with (`methods`) or an exactness that cannot be had.
+        """
+        if options is not None and options.method in ("auto", self.asked_method):
+            if self.asked_method != "auto" and options.method == "auto":
+                raise MethodError(f"method 'auto' is not offered here, the default is {self.method!r}: name no method")
+            options = replace(options, method=None)
+        expected = self.tokenizer.encode(prediction) if prediction else []
+        return self._open_engine().add(self.tokens(prompt), params, expected, options)
+
+    def step(self) -> list[StepEvent]:
+        """One step of everybody; the events of submitted requests. None when `idle`.
+
+        An exception is of the whole step: cancel the requests in `in_step`, the others go on.
+        """
+        for event in self._open_engine().step():
+            self._inbox.get(event.id, self._events).append(event)
+        events, self._events = self._events, []
+        return events
+
+    def cancel(self, id: int) -> Result | None:
+        """End a submitted request between steps. Returns what it has, or None if it was over."""
+        return self._cancel(id)
+
+    @property
+    def idle(self) -> bool:
+        return self._open_engine().idle
+
+    @property
+    def in_step(self) -> list[int]:
+        """The requests of the last step."""
+        return self._open_engine().in_step
+
+    @property
+    def methods(self) -> list[str]:
+        """What a request may name: the default first."""
+        return list(dict.fromkeys([self.asked_method, self.method, *self._open_engine().methods]))
+
+    def metrics(self) -> dict[str, float]:
+        """Plain numbers of this moment, and counts since the start."""
+        return metrics(self._open_engine())
+
     # -- life --------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
@@ -318,8 +401,7 @@ class LLM:
         return self._engine
 
     def _pump(self) -> None:
-        for event in self._open_engine().step():
-            self._inbox[event.id].append(event)
+        self._events = self.step()
 
     def _take(self, id: int) -> list[StepEvent]:
         events, self._inbox[id] = self._inbox[id], []
@@ -349,6 +431,9 @@ class Stream:
         try:
             while self.result is None:
                 for event in self._llm._take(self._id):
+                    if event.error is not None:
+                        self.result = event.result
+                        raise event.error
                     shown += len(event.text)
                     self.result = event.result
                     yield event

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from time import perf_counter
 
+from ..cache.swap import Swapped
 from ..decoding.contracts import NOT_CACHED, Sequence
 from ..decoding.drafters.rates import judged_nodes
-from ..types import Accepted, DecodingStats, Draft, Exactness, FinishReason, IntArray, Result
+from ..types import Accepted, DecodingStats, Draft, Exactness, FinishReason, IntArray, RequestOptions, Result
+from .prediction import common_tokens
 from .text import TextStream
 
 TARGET = "target"  # the source of tokens that nobody drafted
@@ -25,7 +27,10 @@ class DraftTrace:
 
 @dataclass(slots=True, eq=False)
 class StepEvent:
-    """What one step gave one request. `text` may lag behind `token_ids` (stop strings, unfinished characters)."""
+    """What one step gave one request. `text` may lag behind `token_ids` (stop strings, unfinished characters).
+
+    `error`: what went wrong with this request alone; it is over then, and `result` has what it got until then.
+    """
 
     id: int
     token_ids: list[int]
@@ -33,17 +38,27 @@ class StepEvent:
     text: str
     draft: DraftTrace | None  # None for the token that prefill gives
     result: Result | None  # set by the last event of a request
+    error: Exception | None = None
+    logprobs: list[float] | None = None  # per token, if they were asked for
+    top_logprobs: list[list[tuple[int, float]]] | None = None
 
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """State of one request inside the engine. `prefilled` counts prompt tokens already in the KV cache."""
+    """State of one request inside the engine.
+
+    `prefilled` counts tokens that were read, of the `to_read` that must be before it decodes: the prompt, or all it has
+    when it lost its pages to others and begins again. The last of them gives a token.
+    """
 
     sequence: Sequence
     text: TextStream | None
     stop_ids: frozenset[int]
     method: str
+    options: RequestOptions = field(default_factory=RequestOptions)
     prefilled: int = 0
+    to_read: int = field(init=False)
+    swapped: Swapped | None = None  # its keys and values, while they are out of the cache
     alone: bool = True  # no step had rows of another sequence in it
     finish: FinishReason | None = None
     sources: list[str] = field(default_factory=list)
@@ -53,6 +68,9 @@ class Request:
     arrived: float = field(default_factory=perf_counter)
     prefill_began: float = 0.0
     first_token: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.to_read = self.sequence.prompt_length
 
     @property
     def id(self) -> int:
@@ -74,7 +92,16 @@ class Request:
 
     @property
     def decoding(self) -> bool:
-        return self.prefilled == self.sequence.prompt_length
+        return self.prefilled == self.to_read
+
+    @property
+    def fresh(self) -> bool:
+        """Nothing was emitted yet."""
+        return len(self.sequence.tokens) == self.sequence.prompt_length
+
+    def begin_again(self, cached: int) -> None:
+        """It has `cached` tokens in the KV cache, and must read the rest of what it has."""
+        self.prefilled, self.to_read = cached, len(self.sequence.tokens)
 
     def keep(self, accepted: Accepted) -> tuple[int, str]:
         """How many of the accepted tokens stay, and the text they make; sets `finish` when one of them ends it.
@@ -103,10 +130,14 @@ class Request:
         """
         stats = self.stats
         kept = len(accepted.tokens)
-        if draft is None:
+        if draft is None and not stats.tokens:
             self.first_token = now
             stats.prefill_s = now - self.prefill_began
             stats.time_to_first_token_s = now - self.arrived
+            sources = [TARGET]
+        elif draft is None:  # read again, after it had made room for others
+            stats.steps += 1
+            stats.decode_s = now - self.first_token
             sources = [TARGET]
         else:
             names = draft.sources
@@ -132,6 +163,9 @@ class Request:
 
     def result(self, exactness: Exactness, notes: list[str]) -> Result:
         assert self.finish is not None
+        expected, stats = self.sequence.prediction, self.stats
+        stats.prediction_accepted = common_tokens(expected, self.sequence.output)
+        stats.prediction_rejected = len(expected) - stats.prediction_accepted
         wants = self.sequence.params.logprobs is not None
         return Result(
             text=self.text.text if self.text is not None else "",
@@ -139,7 +173,7 @@ class Request:
             finish_reason=self.finish,
             method=self.method,
             exactness=exactness,
-            stats=self.stats,
+            stats=stats,
             sources=self.sources,
             logprobs=self.logprobs if wants else None,
             top_logprobs=self.top_logprobs if wants else None,

@@ -11,8 +11,10 @@ sequence's region reserved; each must then be committed, or all rolled back with
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
+
+import numpy as np
 
 from ..cache.pages import PagedKVCache
 from ..decoding.contracts import NOT_CACHED, Drafter, Observation, Verifier
@@ -25,16 +27,21 @@ from ..types import Accepted, Draft
 from .request import Request
 
 NO_DRAFT = Draft.empty()
+NOTHING = Accepted(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
 
 
 @dataclass(slots=True, eq=False)
 class Verified:
-    """What the target said to one sequence. `draft` and `outputs` are None for the token that prefill gives."""
+    """What the target said to one sequence. `draft` and `outputs` are None for the token that prefill gives.
+
+    `error`: what went wrong when it was judged (a grammar that outgrew its limits, say); nothing is accepted then.
+    """
 
     request: Request
     draft: Draft | None
     outputs: TargetOutputs | None  # valid until the next forward
     accepted: Accepted
+    error: Exception | None = None
 
 
 class Runner:
@@ -46,12 +53,8 @@ class Runner:
         self.decoder, self.cache, self.drafter, self.verifier = decoder, cache, drafter, verifier
         self.planner = planner
 
-    def begin(self, request: Request) -> None:
-        request.sequence.kv = self.cache.new()
-        self.drafter.begin(request.sequence)
-
     def end(self, request: Request) -> None:
-        """Forget a request, at any moment outside `forward`. Safe after a failed `begin`."""
+        """Forget a request, at any moment outside `forward`; one that has no pages too."""
         if request.cached:
             self.cache.free(request.kv)
             request.sequence.kv = NOT_CACHED
@@ -70,14 +73,12 @@ class Runner:
             for request, draft in zip(decoding, drafts, strict=True):
                 outputs = TargetOutputs(step, row, row + 1 + len(draft))
                 row += 1 + len(draft)
-                accepted = self.verifier.verify(request.sequence, draft, outputs)
-                verified.append(Verified(request, draft, outputs, accepted))
+                verified.append(self._judge(request, draft, outputs))
             for request, ended in ends:
                 if ended:
-                    outputs = TargetOutputs(step, row, row + 1)
+                    judged = self._judge(request, NO_DRAFT, TargetOutputs(step, row, row + 1))
                     row += 1
-                    accepted = self.verifier.verify(request.sequence, NO_DRAFT, outputs)
-                    verified.append(Verified(request, None, None, accepted))
+                    verified.append(replace(judged, draft=None, outputs=None))
         except BaseException:
             self.abandon([*decoding, *(r for r, _ in chunks)])
             raise
@@ -87,6 +88,13 @@ class Runner:
         if decoding and not chunks:
             self._account(verified, room, drafted - began, perf_counter() - drafted)
         return verified
+
+    def _judge(self, request: Request, draft: Draft, outputs: TargetOutputs) -> Verified:
+        """One request's trouble (its grammar, its numbers) must not end the others of its step."""
+        try:
+            return Verified(request, draft, outputs, self.verifier.verify(request.sequence, draft, outputs))
+        except Exception as error:
+            return Verified(request, draft, outputs, NOTHING, error)
 
     def _account(self, verified: list[Verified], room: Room, draft_s: float, step_s: float) -> None:
         """Tell the planner what a step without prompts took, and the requests what it would have taken plainly."""
@@ -126,11 +134,11 @@ class Runner:
             return []
         budgets = self.planner.budgets(self.drafter, room)
         began = perf_counter()
-        drafts = self.drafter.propose([r.sequence for r in decoding], budgets)
+        drafts, seconds_by_source = self.drafter.timed([r.sequence for r in decoding], budgets)
         total = perf_counter() - began
         for draft, budget in zip(drafts, budgets, strict=True):
             assert len(draft) <= budget, f"drafter {self.drafter.name!r} proposed {len(draft)} nodes of {budget}"
-        for name, seconds in self.drafter.seconds_by_source(total).items():
+        for name, seconds in seconds_by_source.items():
             for request in decoding:
                 request.stats.source(name).draft_s += seconds / len(decoding)
         for request in decoding:
@@ -152,7 +160,7 @@ class Runner:
         for request, n in chunks:
             cache.reserve(request.kv, n)
             at = request.prefilled
-            ended = at + n == request.sequence.prompt_length
+            ended = at + n == request.to_read
             spans.append(Span(request.sequence.tokens[at : at + n], at, logits="last" if ended else "none"))
             ends.append((request, ended))
         stepping = [*decoding, *(request for request, _ in chunks)]

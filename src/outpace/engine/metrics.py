@@ -1,0 +1,24 @@
+"""What an engine did and does, as plain numbers for whoever watches it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+
+def metrics(engine: Engine) -> dict[str, float]:
+    """Names as in SchedulerStats, and: kv_pages, kv_pages_used (by requests), kv_pages_cached (by the prefix cache
+    alone), prefix_tokens_asked, prefix_tokens_hit, steps, rows."""
+    cache, counts = engine.cache, asdict(engine.scheduler.stats)
+    pages = cache.storage.num_pages
+    counts["kv_pages"] = pages
+    counts["kv_pages_used"] = pages - cache.available_pages
+    counts["kv_pages_cached"] = cache.available_pages - cache.free_pages
+    if engine.prefixes is not None:
+        counts["prefix_tokens_asked"] = engine.prefixes.asked
+        counts["prefix_tokens_hit"] = engine.prefixes.hit
+    counts["steps"], counts["rows"] = engine.steps, engine.rows
+    return counts
