@@ -20,6 +20,7 @@ COMMANDS = {
     "chat": ("outpace.cli.chat:chat", "Talk to a model in the terminal."),
     "serve": ("outpace.cli.serve:serve", "Serve a model over HTTP, as OpenAI's API."),
     "suggest": ("outpace.cli.suggest:suggest", "Continue a text in several ways at once."),
+    "batch": ("outpace.cli.batch:batch", "Answer a file of requests."),
     "methods": ("outpace.cli.methods:methods", "List the decoding methods."),
     "models": ("outpace.cli.models:models", "List, fetch and remove models."),
     "audit": ("outpace.cli.audit:audit", "Prove what a method does to the output."),

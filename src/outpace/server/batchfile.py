@@ -112,7 +112,7 @@ class BatchInput:
         digest = hashlib.blake2b(digest_size=8)
         keys = bytearray()  # 16 bytes of each request, all zero for what has no custom_id
         for number, start, raw in self._lines(digest):
-            if not raw.strip():
+            if len(raw) <= LINE_BYTES and not raw.strip():
                 continue
             self._starts.append(start)
             self._numbers.append(number)
@@ -180,8 +180,8 @@ class Journal:
     """The output file: what is in it already, and lines to come. One process at a time.
 
     Opening it reads what an earlier run left, cuts off a line that was torn, and says what is done. Raises
-    BatchFileError if the file belongs to another input, to other settings, or to nobody, if another process writes it, or
-    if it cannot be written.
+    BatchFileError if the file belongs to another input, to other settings, or to nobody, if another process writes it,
+    or if it cannot be written.
     """
 
     def __init__(self, path: Path, source: BatchInput) -> None:
@@ -216,8 +216,8 @@ class Journal:
         self._settings = hashlib.blake2b(settings.encode(), digest_size=4).hexdigest()
         if self._found not in (None, self._settings):
             raise BatchFileError(
-                f"the output {str(self.path)!r} was begun with another model, precision or verifier than {settings}: go "
-                "on with that one, or name another output"
+                f"the output {str(self.path)!r} was begun with another model, precision or verifier than {settings}: "
+                "go on with that one, or name another output"
             )
 
     def id(self, place: int) -> str:
@@ -338,8 +338,8 @@ class Journal:
             raise BatchFileError(f"{where} has something else than answers of a batch in line {number}: name another")
         if match[1] != self._source.digest:
             raise BatchFileError(
-                f"{where} has answers to another input than {str(self._source.path)!r} is now: bring back the input as it "
-                "was, or name another output"
+                f"{where} has answers to another input than {str(self._source.path)!r} is now: bring back the input as "
+                "it was, or name another output"
             )
         place = self._source.place(int(match[3]))
         if self._found not in (None, match[2]) or place is None or self.done[place]:
