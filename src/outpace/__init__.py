@@ -22,9 +22,10 @@ if TYPE_CHECKING:
         ModelNotFound,
         OutpaceError,
         ParameterError,
+        QueueFull,
         UnsupportedModel,
     )
-    from .types import DecodingStats, Result, SamplingParams
+    from .types import DecodingStats, RequestOptions, Result, SamplingParams
 
 __version__ = "0.1.0"
 
@@ -40,13 +41,18 @@ __all__ = [  # noqa: RUF022  plainly sorted, a test keeps it so
     "ModelNotFound",
     "OutpaceError",
     "ParameterError",
+    "QueueFull",
+    "RequestOptions",
     "Result",
     "SamplingParams",
     "UnsupportedModel",
     "__version__",
 ]
 
-_MODULES = {"LLM": ".engine.llm", "DecodingStats": ".types", "Result": ".types", "SamplingParams": ".types"}
+_MODULES = {
+    "LLM": ".engine.llm",
+    **dict.fromkeys(["DecodingStats", "RequestOptions", "Result", "SamplingParams"], ".types"),
+}
 
 
 def __getattr__(name: str) -> Any:

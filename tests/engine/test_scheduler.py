@@ -316,7 +316,7 @@ def test_waiting_raises_the_priority() -> None:
 
 
 def test_turns_are_fair_between_owners() -> None:
-    """Backlogged owners differ by no more than one admission can bring: VTC, theorem 4.4."""
+    """Backlogged owners differ by no more than one admission can bring, as VTC shows."""
     simulator = Simulator(limits(max_batch=3, num_pages=1000))
     for id in range(60):
         simulator.add(Job(id, 40, 40, "talkative", max_draft=0))

@@ -18,7 +18,7 @@ from outpace.decoding.methods import make_planner
 from outpace.decoding.planners.costs import StepCosts
 from outpace.decoding.planners.fixed import Fixed
 from outpace.decoding.planners.goodput import Goodput
-from outpace.decoding.planners.planner import Room
+from outpace.decoding.planners.planner import Room, share_rows
 from outpace.decoding.planners.tetris import Tetris
 from outpace.decoding.tree import keep_best, promise, reaches
 from outpace.errors import MethodError
@@ -214,3 +214,13 @@ def test_planners_are_registered_and_named() -> None:
     assert isinstance(make_planner("goodput", lambda: table([1.0, 1.1])), Goodput)
     with pytest.raises(MethodError, match="fixed, goodput, tetris"):
         make_planner("best", lambda: table([1.0, 1.1]))
+
+
+@given(st.integers(-5, 60), st.lists(st.integers(-1, 40), max_size=12))
+def test_rows_are_shared_fairly(available: int, caps: list[int]) -> None:
+    shares = share_rows(available, caps)
+    assert all(0 <= s <= max(0, c) for s, c in zip(shares, caps, strict=True))
+    assert sum(shares) == min(max(0, available), sum(max(0, c) for c in caps))
+    below_cap = [s for s, c in zip(shares, caps, strict=True) if s < c]
+    if below_cap:  # who could use more has, but for one row, at least what anyone has
+        assert max(shares) - min(below_cap) <= 1
