@@ -229,7 +229,7 @@ class Shared(RuleBasedStateMachine):
 
 
 TestShared = Shared.TestCase
-TestShared.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestShared.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 
 
 def words(n: int, seed: int = 0) -> list[int]:
@@ -307,6 +307,20 @@ def test_what_is_there_stays_and_twice_the_same_is_not_kept() -> None:
         rig.tree.insert("", text, seq, final=True)
         rig.cache.free(seq)
     assert rig.tree.pages == 3 and rig.cache.free_pages == 9
+    rig.verify()
+
+
+def test_a_page_that_a_fork_left_in_part_becomes_whole() -> None:
+    rig = Rig(12)
+    text, seq = words(16), rig.cache.new()
+    rig.read("", seq, text)
+    twin = rig.cache.fork(seq)
+    rig.cache.truncate(twin, 2)
+    rig.tree.insert("", text[:2], twin, final=True)
+    rig.cache.free(twin)
+    assert rig.tree.tokens == 2
+    rig.tree.insert("", text, seq)
+    assert (rig.tree.tokens, rig.tree.pages) == (16, 1)
     rig.verify()
 
 

@@ -155,15 +155,17 @@ class PrefixTree:
         return node.children[node.order[at]] if at < len(node.order) and node.order[at].startswith(key) else None
 
     def _add(self, parent: _Node, key: bytes, page: int) -> _Node:
-        assert page not in self._nodes, f"page {page} is here already, for another text or owner"
-        at = bisect_left(parent.order, key)
-        shorter = parent.order[at - 1] if at else key
-        child = _Node(key, page, parent)
         self.cache.retain([page])
-        parent.add(child)
-        self._nodes[page] = child
-        if at and key.startswith(shorter):  # a leaf that the new page makes needless
+        at = bisect_left(parent.order, key)
+        shorter = parent.order[at - 1] if at else None
+        if shorter is not None and key.startswith(shorter):
+            # A leaf that the new page makes needless. It may be the same page, from a fork that ended earlier in it.
             self._remove(parent.children[shorter])
+        assert page not in self._nodes, f"page {page} is here already, for another text or owner"
+        child = self._nodes[page] = _Node(key, page, parent)
+        parent.add(child)
+        if isinstance(parent, _Root):  # which the leaf may have been the last to hold
+            self._roots[parent.owner] = parent
         return child
 
     def _touch(self, path: list[_Node]) -> None:
