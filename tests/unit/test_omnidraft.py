@@ -52,7 +52,7 @@ def llm_of(target: HashDecoder, draft: HashDecoder, method: str = "omnidraft", *
 
 
 def drafter_of(llm: LLM) -> OmniDraft:
-    drafter = llm._engine._runner.drafter
+    drafter = llm._drafter
     found = drafter.drafters[0] if isinstance(drafter, Merged) else drafter
     assert isinstance(found, OmniDraft)
     return found
