@@ -26,7 +26,7 @@ TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 TOOL_TEMPLATE = (
     "{% for t in tools or [] %}{{ t | tojson }}\n{% endfor %}{% if tools %}Write <tool_call>.\n{% endif %}"
     "{% for m in messages %}{{ m.role }}: {{ m.content }}{% for c in m.tool_calls or [] %}<tool_call>"
-    "{{ c.function.arguments | tojson }}{% endfor %}\n{% endfor %}"
+    "{{ c.function.arguments | tojson }}{% endfor %}{{ '\n' }}{% endfor %}"
 )
 
 

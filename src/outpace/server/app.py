@@ -12,9 +12,10 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Security
 from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
-from starlette.responses import RedirectResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
@@ -72,9 +73,16 @@ def create_app(
         if verb == "POST":
             more[200] = {"description": description, "content": STREAM}
         if path in ("/health", "/metrics"):
-            more = {401: ERRORS[401], 503: {"model": Health, "description": "Stopping"}} if path == "/health" else {}
+            more = {503: {"model": Health, "description": "Stopping"}} if path == "/health" else {401: ERRORS[401]}
         app.add_api_route(
-            path, route, methods=[verb], response_model=model, responses=more, summary=description, dependencies=guard
+            path,
+            route,
+            methods=[verb],
+            response_model=model,
+            response_class=JSONResponse if model is not None else PlainTextResponse,
+            responses=more,
+            summary=description,
+            dependencies=guard,
         )
     for kind, handler in api.handlers().items():
         app.add_exception_handler(kind, handler)
@@ -83,7 +91,21 @@ def create_app(
         app.add_route("/", lambda request: RedirectResponse("/playground/"), include_in_schema=False)
     names = frozenset(path for path, *_ in api.routes())
     app.add_middleware(Around, metrics=metrics, keys=keys, body_bytes=limits.body_bytes, routes=names)
+    app.openapi = lambda: _described(app)  # type: ignore[method-assign]
     return app
+
+
+def _described(app: FastAPI) -> dict[str, Any]:
+    """The description of the API, without the status 422 that the framework puts everywhere: here it is 400."""
+    if app.openapi_schema is None:
+        found = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        for operations in found["paths"].values():
+            for operation in operations.values():
+                operation["responses"].pop("422", None)
+        for name in ("HTTPValidationError", "ValidationError"):
+            found["components"]["schemas"].pop(name, None)
+        app.openapi_schema = found
+    return app.openapi_schema
 
 
 class Pages(StaticFiles):

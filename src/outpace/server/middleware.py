@@ -109,7 +109,7 @@ class Around:
         line = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "id": record.pop("id"),
-            "method": scope["method"],
+            "verb": scope["method"],
             "route": scope["path"][:200] if route == "other" else route,
             "status": status,
             "seconds": round(seconds, 4),

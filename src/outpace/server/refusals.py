@@ -51,7 +51,8 @@ def refusal_of(error: Exception) -> Refusal:
 def refusal_of_body(errors: Sequence[Mapping[str, Any]], fields: Sequence[str], content_type: str) -> Refusal:
     """A body that is no JSON, or not of the form that the route takes. `errors` as pydantic lists them, `fields` of the
     route's body."""
-    first = errors[0]
+    field = errors[0]["loc"][:2]
+    first = max((e for e in errors if e["loc"][:2] == field), key=lambda e: len(e["loc"]))  # where several forms go
     named = [str(part) for part in first["loc"][1:]]
     where = [part for part in named if _FIELD.fullmatch(part) and part not in ("str", "int")]  # no names of types
     path = ".".join(where)
