@@ -94,7 +94,7 @@ def test_a_draft_model_that_knows_the_text_is_followed() -> None:
         assert TEXT.startswith(TEXT[:30] + result.text)
         assert result.stats.mean_accepted > 3.0 and result.stats.acceptance_rate > 0.75
         drafter = drafter_of(llm)
-        assert len(drafter.words[None]) > 10
+        assert len(drafter.words[""]) > 10
         # what is told of the draft model's text is what was read: nothing is read again but changed ends
         rows = sum(n for _, n in drafter.source.decoder.forwards)  # type: ignore[attr-defined]
         assert rows < 3.0 * len(DRAFT.encode(TEXT[:30] + result.text))
