@@ -136,7 +136,7 @@ def parse(raw: Mapping[str, Any], source: str) -> ModelConfig:
     layer_types, window = _layers(r, architecture, num_layers)
     theta, local_theta, scaling = _rope(r, architecture)
     activation = values.get("hidden_activation" if gemma else "hidden_act", "silu")
-    if activation not in _ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in _ACTIVATIONS:
         r.unsupported("hidden_activation" if gemma else "hidden_act", ", ".join(_ACTIVATIONS))
     return ModelConfig(
         architecture=architecture,
@@ -197,7 +197,7 @@ def _layers(r: _Reader, architecture: str, n: int) -> tuple[tuple[LayerType, ...
     if names is not None:
         if not isinstance(names, list | tuple) or len(names) != n:
             r.corrupt("layer_types", f"a list of num_hidden_layers={n} names")
-        if any(name not in _LAYER_TYPES for name in names):
+        if any(not isinstance(name, str) or name not in _LAYER_TYPES for name in names):
             r.unsupported("layer_types", "full_attention and sliding_attention")
         types = [_LAYER_TYPES[name] for name in names]
     elif window is None:
@@ -221,8 +221,9 @@ def _rope(r: _Reader, architecture: str) -> tuple[float, float | None, RopeScali
     """theta, local theta of sliding layers (gemma3), scaling; from `rope_parameters` or the older fields."""
     new = r.section("rope_parameters")
     if set(new) & set(_LAYER_TYPES):  # one set per layer type
-        full = _Reader({**new.get("full_attention", {})}, r.source)
-        local = _Reader({**new.get("sliding_attention", {})}, r.source)
+        each = _Reader(new, r.source)
+        full = _Reader(each.section("full_attention"), r.source)
+        local = _Reader(each.section("sliding_attention"), r.source)
         if architecture != "gemma3":
             r.unsupported("rope_parameters", "one set for all layers (per layer type with gemma3 only)")
         if local.values.get("rope_type", "default") != "default":
@@ -257,6 +258,6 @@ def _scaling(rope: _Reader, r: _Reader) -> RopeScaling | None:
 def _eos_ids(r: _Reader) -> tuple[int, ...]:
     value = r.values.get("eos_token_id")
     ids = [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
-    if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
+    if any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < 2**31 for i in ids):
         r.corrupt("eos_token_id", "a token id or a list of them")
     return tuple(ids)

@@ -21,6 +21,9 @@ from .layout import check_layout
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _DTYPES = {"F32", "F16", "BF16"}
+_PART = re.compile(
+    r"[A-Za-z0-9_][A-Za-z0-9_.+=@ -]{0,200}\.safetensors"
+)  # no folder, nothing that systems read otherwise
 _IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")
 
 
@@ -33,8 +36,8 @@ def weight_files(folder: Path) -> list[Path]:
         places = read_json(index).get("weight_map")
         if not isinstance(places, dict) or not places or not all(isinstance(f, str) for f in places.values()):
             raise CorruptModel(f"{index}: there is no weight_map from tensors to files in it")
-        if bad := [f for f in places.values() if Path(f).name != f]:
-            raise CorruptModel(f"{index}: {bad[0]!r} is not a file of this folder")
+        if bad := [f for f in places.values() if not _PART.fullmatch(f)]:
+            raise CorruptModel(f"{index}: {bad[0][:100]!r} is not a file of this folder that holds safetensors")
         return [folder / name for name in sorted(set(places.values()))]
     if found := sorted(folder.glob("*.safetensors")):
         if len(found) == 1:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from threading import Lock
 from typing import Any
@@ -23,6 +24,7 @@ from .vocabulary import Vocabulary
 _END_TOKENS = ("<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>", "<|end_of_text|>")
 _ROLE = re.compile(r"[A-Za-z0-9_-]{1,40}")
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
+MOST_ID = 2**22  # of a token, ten times the largest vocabulary there is: lists go by ids
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -32,19 +34,16 @@ class Tokenizer:
     def __init__(self, files: TokenizerFiles, eos_ids: Iterable[int] = (), source: str = "tokenizer.json") -> None:
         from tokenizers import Tokenizer as Rust
 
-        try:
+        self._source = source
+        with self._damage("damaged tokenizer"):
             self._rust = Rust.from_str(files.tokenizer_json)
-        except BaseException as e:  # the library raises plain Exception, and its panics are BaseException
-            if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
-                raise
-            raise CorruptModel(f"{source}: damaged tokenizer: {e}") from e
+            self._named = {name: _content(files.tokenizer_config.get(name)) for name in _NAMED}
+            ends = [self._rust.token_to_id(t) for t in (*_END_TOKENS, self._named["eos_token"] or "")]
         self._lock = Lock()  # `encode_special_tokens` is a switch of the shared object
         added = self._rust.get_added_tokens_decoder()
         self._special_ids = frozenset(i for i, token in added.items() if token.special)
-        self._named = {name: _content(files.tokenizer_config.get(name)) for name in _NAMED}
         self._template = _template(files.tokenizer_config.get("chat_template"))
         self.vocab_size: int = self._rust.get_vocab_size(with_added_tokens=True)
-        ends = [self._rust.token_to_id(t) for t in (*_END_TOKENS, self._named["eos_token"] or "")]
         self.eos_ids: frozenset[int] = frozenset(eos_ids) | {i for i in ends if i in self._special_ids}
 
     @property
@@ -69,7 +68,8 @@ class Tokenizer:
         return self._encode(text, special=False, wrap=True).ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        return self._rust.decode(list(ids), skip_special_tokens=skip_special)
+        with self._damage("the tokenizer fails on these tokens"):
+            return self._rust.decode(list(ids), skip_special_tokens=skip_special)
 
     def detokenizer(self) -> Detokenizer:
         """For one stream of tokens."""
@@ -120,18 +120,31 @@ class Tokenizer:
         added = {i: (t.content, t.special) for i, t in self._rust.get_added_tokens_decoder().items()}
         decoder = self._rust.decoder
         byte_level = decoder is not None and b'"ByteLevel"' in decoder.__getstate__()
-        return Vocabulary(self._rust.get_vocab(with_added_tokens=False), added, byte_level, self.encode)
+        tokens = self._rust.get_vocab(with_added_tokens=False)
+        if (most := max((*tokens.values(), *added), default=0)) > MOST_ID:
+            raise CorruptModel(f"{self._source}: damaged tokenizer: a token has the id {most}; ids go up to {MOST_ID}")
+        return Vocabulary(tokens, added, byte_level, self.encode)
 
     def _fingerprint(self) -> bytes:
         vocab = sorted(self._rust.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1])
         return hashlib.sha256("\0".join(f"{i} {token}" for token, i in vocab).encode()).digest()
+
+    @contextmanager
+    def _damage(self, what: str) -> Iterator[None]:
+        """The library's complaints about its file: it raises plain Exception, and its panics are BaseException."""
+        try:
+            yield
+        except BaseException as e:
+            if type(e) not in (Exception, UnicodeEncodeError) and type(e).__name__ != "PanicException":
+                raise
+            raise CorruptModel(f"{self._source}: {what}: {str(e)[:500]}") from e
 
     def _encode(self, text: str, special: bool, wrap: bool = False) -> Any:
         try:
             text.encode()
         except UnicodeEncodeError as e:
             raise ParameterError(f"the text is not valid Unicode: {e.reason} at character {e.start}") from e
-        with self._lock:
+        with self._lock, self._damage("the tokenizer fails on this text"):
             self._rust.encode_special_tokens = not special
             return self._rust.encode(text, add_special_tokens=wrap)
 
