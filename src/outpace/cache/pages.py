@@ -69,6 +69,8 @@ class PagedKVCache:
         self._free = list(range(n - 1, -1, -1))  # a stack: the page freed last is used first, still in cache
         self._references = [0] * n  # of sequences, and those retained
         self._retained = [0] * n  # of these, by the reclaimer and by swapped-out sequences
+        #: How often committed places of a page became free to be written anew. [num_pages]
+        self.generations = np.zeros(n, dtype=np.int64)
         self._idle = 0  # pages with no other references than those
         self._swapped: list[Swapped] = []
         self.reclaimer: Reclaimer | None = None
@@ -162,6 +164,7 @@ class PagedKVCache:
         assert s.reserved == _CLOSED, f"sequence {seq} has an open reservation and cannot be truncated"
         assert 0 <= length <= s.length, f"cannot truncate {s.length} places to {length}"
         s.length = length
+        self.generations[s.pages[length // PAGE_SIZE :]] += 1
         if s.host is not None:
             s.host.keep(length // PAGE_SIZE)
         self._release(s, (length + PAGE_SIZE - 1) // PAGE_SIZE)
@@ -177,6 +180,7 @@ class PagedKVCache:
         assert all(self._references[page] == 1 for page in s.pages[first:]) or not n, f"sequence {seq} shares its end"
         s.length -= n
         s.reserved = n
+        self.generations[s.pages[s.length // PAGE_SIZE :]] += 1
         if s.host is not None:
             s.host.keep(s.length // PAGE_SIZE)
 
@@ -367,6 +371,7 @@ class PagedKVCache:
         """A free page, for one sequence."""
         page = self._free.pop()
         self._references[page] = 1
+        self.generations[page] += 1
         return page
 
     def _leave(self, page: int) -> None:
@@ -427,6 +432,7 @@ class PagedKVCache:
             )
         if take_over:
             page = s.pages[s.length // PAGE_SIZE]
+            self.generations[page] += 1
             for swapped in self._swapped:
                 if page in swapped.pages:
                     self._spill(swapped)

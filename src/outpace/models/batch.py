@@ -53,6 +53,14 @@ PAGE_SIZE = 16
 
 
 @dataclass(slots=True, eq=False)
+class Compact:
+    """A draft reads the first pages of each sequence from a copy in few bits (cache.quantized)."""
+
+    layout: NDArray[np.int64]  # [9] of ops.cpu.attention_int4
+    pages: NDArray[np.int32]  # [B] how many
+
+
+@dataclass(slots=True, eq=False)
 class ForwardBatch:
     # filled from the spans
     tokens: NDArray[np.int64]  # [T]
@@ -69,6 +77,8 @@ class ForwardBatch:
     logit_rows: NDArray[np.int64]  # [R] ascending
     # filled by who has vectors instead of tokens (`Decoder.embedding`); `tokens` then only count
     embeddings: NDArray[np.float32] | None = None  # [T, D]
+    # filled by who drafts from a compact copy of the keys and values; not for verifying
+    compact: Compact | None = None
 
 
 @dataclass(slots=True, eq=False)

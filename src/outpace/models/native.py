@@ -19,6 +19,7 @@ from ..cache.storage import KVStorage
 from ..errors import CorruptModel, ParameterError, UnsupportedModel
 from ..ops.cpu import isa, step
 from ..ops.cpu.attention import MAX_QUERIES
+from ..ops.cpu.attention_int4 import SCRATCH_FIXED
 from ..ops.cpu.linear import GATED_GELU, GATED_SILU, KIND_BF16, KIND_F32, KIND_INT4, KIND_INT8, SCRATCH_BYTES
 from ..ops.cpu.ready import made_ready
 from ..ops.cpu.team import team
@@ -280,7 +281,12 @@ class NativeDecoder(Decoder):
             space = max(
                 SCRATCH_BYTES,
                 8 * max(width, attention, hidden) + 512,
-                8 * queries * head + 128 * head + 256 + queries * int(c[step.C_SCORE_STRIDE]),
+                8 * queries * head
+                + 128 * head
+                + 256
+                + queries * int(c[step.C_SCORE_STRIDE])
+                + queries * (head + 8)
+                + SCRATCH_FIXED,
             )
             c[step.C_THREAD_STRIDE] = padded(space, 4096)
             buffers["space"] = np.zeros(self.threads * int(c[step.C_THREAD_STRIDE]) + 64, dtype=np.uint8)
@@ -321,6 +327,12 @@ class NativeDecoder(Decoder):
             exact = np.ascontiguousarray(array, dtype=dtype)
             c[entry] = exact.ctypes.data
             held.append(exact)
+        c[step.C_COMPACT] = 0
+        if batch.compact is not None:
+            assert self.level >= isa.VNNI and self.precision != "float32", "copies in few bits are read with VNNI"
+            c[step.C_COMPACT], c[step.C_COMPACT_PAGES] = (
+                array.ctypes.data for array in (batch.compact.layout, batch.compact.pages)
+            )
         assert (batch.tokens >= 0).all() and (batch.tokens < self.config.vocab_size).all(), "token out of range"
         return held
 

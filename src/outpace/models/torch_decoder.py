@@ -147,6 +147,7 @@ class TorchDecoder(Decoder):
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, storage: KVStorage, hidden_layers: Sequence[int] = ()) -> DecoderOutput:
         assert isinstance(storage, TorchStorage), "a TorchDecoder runs over a storage of its own new_storage"
+        assert batch.compact is None, "copies of pages in few bits are read by the CPU decoder alone"
         rotary = {kind: table.at(batch.positions) for kind, table in self._rope.items()}
         written = self._to_device(_slots(batch))
         groups = self._groups(batch)

@@ -52,6 +52,7 @@ def keep_pages(batch: ForwardBatch, kept: Sequence[NDArray[np.int64]]) -> Forwar
     Rows are written to the same places as without it, and positions stay. Not for layers with a sliding window, which
     counts places.
     """
+    assert batch.compact is None, "pages are left out before some of the others are read in few bits"
     full = batch.committed // PAGE_SIZE
     parts = [np.concatenate((t[keep], t[n:])) for t, keep, n in zip(batch.page_tables, kept, full, strict=True)]
     tables = np.zeros((len(parts), max(map(len, parts), default=0)), dtype=np.int32)

@@ -10,6 +10,7 @@ import numpy as np
 from numba import njit
 
 from .attention import MAX_QUERIES, attend
+from .attention_int4 import attend_int4
 from .attention_tiles import attend_tiles
 from .compiled import compiled
 from .isa import AMX
@@ -28,8 +29,8 @@ from .tiles import load_tile_config, release_tiles
     C_HEAD_W, C_HEAD_SCALE, C_HEAD_PANELS, C_LOGITS, C_LOGITS_STRIDE, C_KEYS, C_VALUES,
     C_KV_LAYER_BYTES, C_KV_PAGE_BYTES, C_KV_HEAD_BYTES, C_KV_BF16, C_X, C_QKV, C_ATTENTION, C_GATED,
     C_SUBLAYER, C_PACKED, C_PACKED_STRIDE, C_PACKED_SCALE, C_THREAD_SPACE, C_THREAD_STRIDE,
-    C_SCORE_STRIDE, C_STEPS_WIDTH, C_STEPS_ATTENTION, C_STEPS_HIDDEN, C_HIDDEN_OUT,
-) = range(68)  # fmt: skip
+    C_SCORE_STRIDE, C_STEPS_WIDTH, C_STEPS_ATTENTION, C_STEPS_HIDDEN, C_HIDDEN_OUT, C_COMPACT, C_COMPACT_PAGES,
+) = range(70)  # fmt: skip
 (
     L_QKV_W, L_QKV_SCALE, L_OUT_W, L_OUT_SCALE, L_GATE_UP_W, L_GATE_UP_SCALE, L_DOWN_W, L_DOWN_SCALE, L_QKV_BIAS,
     L_NORM_1, L_NORM_2, L_POST_1, L_POST_2, L_Q_NORM, L_K_NORM, L_WINDOW, L_LOCAL_ROPE, L_SAVE_HIDDEN,
@@ -39,7 +40,7 @@ from .tiles import load_tile_config, release_tiles
     F_EPS, F_EMBEDDING_SCALE, F_ATTENTION_SCALE,
 ) = range(3)  # fmt: skip
 
-CONTROL_SIZE, LAYER_SIZE = 68, 20
+CONTROL_SIZE, LAYER_SIZE = 70, 20
 LAYER_STRIDE = 8 * LAYER_SIZE
 SPINS_BEFORE_YIELD = 256
 
@@ -141,6 +142,7 @@ def _attention(c, layer, index, keys, values, space):
     scores = spare + 128 * head + 64
     store_i64(spare + 96 * head, 0)
     tiles = _get(c, C_LEVEL) == AMX and is_bf16
+    layout, few_bits = _get(c, C_COMPACT), 0  # pages that a draft reads from their copy in few bits
     counter = _get(c, C_ITEMS) + 8 * index
     wanted, item = atomic_add(counter, 1), 0
     row_start, head_bytes = _get(c, C_ROW_START), _get(c, C_KV_HEAD_BYTES)
@@ -156,7 +158,15 @@ def _attention(c, layer, index, keys, values, space):
             visible_start, visible = _get(c, C_VISIBLE_START), _get(c, C_VISIBLE)
             window, pages = _get(layer, L_WINDOW), _get(c, C_PAGES) + b * _get(c, C_PAGES_STRIDE)
             k, v, page_bytes = keys + kv * head_bytes, values + kv * head_bytes, _get(c, C_KV_PAGE_BYTES)
-            if tiles:
+            if layout:
+                few_bits = load_i32(_get(c, C_COMPACT_PAGES) + 4 * b)
+            if few_bits:
+                attend_int4(
+                    group, head, queries_at, 4 * head * columns, row, n, offsets, positions, causal, visible_start,
+                    visible, committed, window, pages, k, v, page_bytes, out_at, 4 * head * heads, q, scores, stride,
+                    acc, layout, index, kv, kv_heads, few_bits, scores + queries * stride,
+                )  # fmt: skip
+            elif tiles:
                 attend_tiles(
                     group, head, queries_at, 4 * head * columns, row, n, offsets, positions, causal, visible_start,
                     visible, committed, window, pages, k, v, page_bytes, out_at, 4 * head * heads, q, scores, stride,
