@@ -41,15 +41,17 @@ def visit(browser: Any, fake: FakeServer) -> Iterator[Callable[..., Any]]:
 
     contexts, wrong, asked = [], [], []
 
-    def open_page(scheme: str = "light", width: int = 1100, height: int = 800, at: str = "") -> Any:
+    def open_page(
+        scheme: str = "light", width: int = 1100, height: int = 800, at: str = "", url: str = fake.url
+    ) -> Any:
         size = {"width": width, "height": height}
         contexts.append(browser.new_context(color_scheme=scheme, viewport=size, reduced_motion="reduce"))
         page = contexts[-1].new_page()
         page.set_default_timeout(10_000)
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("console", lambda m: wrong.append(m.text) if m.type == "error" and "status of" not in m.text else None)
-        page.on("request", lambda request: asked.append(request.url))
-        page.goto(f"{fake.url}/playground/{at}")
+        page.on("request", lambda request: asked.append((url, request.url)))
+        page.goto(f"{url}/playground/{at}")
         expect(page.locator("#prompt")).to_be_focused()
         return page
 
@@ -57,4 +59,4 @@ def visit(browser: Any, fake: FakeServer) -> Iterator[Callable[..., Any]]:
     for context in contexts:
         context.close()
     assert [text for text in wrong if "ERR_CONNECTION" not in text and "ERR_INCOMPLETE" not in text] == []
-    assert [url for url in asked if not url.startswith(fake.url)] == []
+    assert [address for url, address in asked if not address.startswith(url)] == []

@@ -41,8 +41,8 @@ FOX = [
     Step([("The", "target")]),
     Step(
         [(" quick", "suffix"), (" brown", "suffix"), (" fox", "target")],
-        [(" quick", -1, "suffix"), (" brown", 0, "suffix"), (" cat", 1, "suffix"), (" slow", -1, "recycling")],
-        [0, 1],
+        [(" slow", -1, "recycling"), (" quick", -1, "suffix"), (" brown", 1, "suffix"), (" cat", 2, "suffix")],
+        [1, 2],
     ),
     Step([(" jumps", "target")], []),
     chain(" over", " the", source="recycling", own=" lazy", rejected=(" moon", " and")),

@@ -15,7 +15,7 @@ expect = pytest.importorskip("playwright.sync_api", reason="pip install playwrig
 def send(page: Any, prompt: str = "Write a pangram.", ended: str = "Answered") -> None:
     page.fill("#prompt", prompt)
     page.keyboard.press("Enter")
-    expect(page.locator("#status")).to_have_text(re.compile(f"^{ended}"))
+    expect(page.locator("#status")).to_have_text(re.compile(f"^{ended}"), timeout=60_000)
 
 
 def style(locator: Any, name: str) -> str:
@@ -31,8 +31,8 @@ def picture(page: Any, name: str) -> None:
         page.screenshot(path=Path(folder) / f"playground-{name}.png")
 
 
-def racing(page: Any) -> Any:
+def racing(page: Any, prompt: str = "Write a pangram.") -> Any:
     page.click("#to-race")
-    page.fill("#prompt", "Write a pangram.")
+    page.fill("#prompt", prompt)
     page.keyboard.press("Enter")
     return page.locator("#verdict h2")

@@ -46,6 +46,13 @@ def test_tokens_are_coloured_by_who_drafted_them(visit: Callable[..., Any]) -> N
     )
 
 
+def test_who_drafted_in_vain_is_named(visit: Callable[..., Any], fake: FakeServer) -> None:
+    fake.reply = lambda body: [Step([("a", "target")]), Step([(" b", "target")], [(" c", -1, "iad")])]
+    page = visit()
+    send(page)
+    assert page.locator("#log .legend li").all_text_contents() == ["target 2", "iad 0"]
+
+
 def test_figures_are_live(visit: Callable[..., Any], fake: FakeServer) -> None:
     steady = [chain(" a", " b", source="suffix", own=" c", rejected=(" no",)) for _ in range(60)]
     fake.reply = lambda body: [

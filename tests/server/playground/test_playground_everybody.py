@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
+from itertools import combinations
 from typing import Any
 
+import numpy as np
 import pytest
 from playground_fake import (
     FOX,
@@ -94,10 +97,14 @@ def test_phone_width_needs_no_sideways_scrolling(visit: Callable[..., Any], fake
     assert too_wide(page) == []
 
 
+def linear(colour: str) -> np.ndarray:
+    """`rgb(r, g, b)` without the curve of sRGB."""
+    values = np.array([float(part) for part in re.findall(r"[\d.]+", colour)[:3]]) / 255
+    return np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+
+
 def luminance(colour: str) -> float:
-    parts = [int(float(part)) / 255 for part in re.findall(r"[\d.]+", colour)[:3]]
-    r, g, b = (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b
+    return float(np.array([0.2126, 0.7152, 0.0722]) @ linear(colour))
 
 
 def contrast(one: str, other: str) -> float:
@@ -121,6 +128,23 @@ def test_dark_and_light(visit: Callable[..., Any]) -> None:
     assert style(page.locator("body"), "backgroundColor") == grounds["dark"]
 
 
+# What people see of a linear RGB colour: all of it, or as in full protanopia, deuteranopia and tritanopia (Machado,
+# Oliveira and Fernandes 2009, table for severity 1).
+SIGHTS = [
+    np.eye(3),
+    np.array([[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]),
+    np.array([[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]),
+    np.array([[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]]),
+]
+
+
+def oklab(rgb: np.ndarray) -> np.ndarray:
+    """A space in which equal distances look about equally different (Ottosson 2020)."""
+    cones = [[0.4122215, 0.5363325, 0.0514460], [0.2119035, 0.6806995, 0.1073970], [0.0883025, 0.2817188, 0.6299787]]
+    axes = [[0.2104543, 0.7936178, -0.0040720], [1.9779985, -2.4285922, 0.4505937], [0.0259040, 0.7827718, -0.8086758]]
+    return np.array(axes) @ np.cbrt(np.array(cones) @ rgb)
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_looks_of_drafters_are_told_apart(visit: Callable[..., Any], fake: FakeServer, scheme: str) -> None:
     names = [f"drafter{i}" for i in range(8)]
@@ -128,24 +152,32 @@ def test_looks_of_drafters_are_told_apart(visit: Callable[..., Any], fake: FakeS
     page = visit(scheme)
     send(page)
     ground = style(page.locator("body"), "backgroundColor")
-    looks = []
+    looks, colours = [], []
     for name in names:
         sample = page.locator("#log .legend .tok", has_text=name)
         colour = style(sample, "textDecorationColor")
         assert contrast(colour, ground) >= 3, name
         looks.append((style(sample, "textDecorationStyle"), style(sample, "textDecorationThickness")))
         assert style(sample, "color") == style(page.locator("body"), "color")  # the text itself stays readable
+        colours.append(colour)
     assert len(set(looks)) == 8  # without any colour
+    for sight in SIGHTS:
+        for number, least in ((4, 0.2), (8, 0.09)):  # colours are given out in order, few drafters are the rule
+            seen = [oklab(np.clip(sight @ linear(colour), 0, 1)) for colour in colours[:number]]
+            assert min(np.linalg.norm(a - b) for a, b in combinations(seen, 2)) > least
 
 
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1100), ("dark", 1100), ("light", 360)])
-def test_pictures(visit: Callable[..., Any], scheme: str, width: int) -> None:
-    page = visit(scheme, width, 740)
-    send(page)
-    token(page, "brown").click()
-    expect(page.locator("#step")).to_be_visible()
+def test_pictures(visit: Callable[..., Any], fake: FakeServer, scheme: str, width: int) -> None:
+    """With OUTPACE_SCREENSHOTS=docs/images these are kept; OUTPACE_PLAYGROUND=http://... takes them of a real server."""
+    page = visit(scheme, width, 820, url=os.environ.get("OUTPACE_PLAYGROUND", fake.url))
+    page.set_default_timeout(120_000)
     kind = "phone" if width < 500 else scheme
+    prompt = "Write a Python class for a stack with push, pop, peek and len, with docstrings."
+    send(page, prompt)
+    page.locator("#log .step:has([class*=' s'] + [class*=' s'])").last.click()
+    expect(page.locator("#step .accepted .node").first).to_be_visible()
     picture(page, kind)
     page.keyboard.press("Escape")
-    expect(racing(page)).to_be_visible()
+    expect(racing(page, prompt)).to_be_visible(timeout=120_000)
     picture(page, f"race-{kind}")

@@ -87,7 +87,10 @@ def test_replay_shows_both_at_their_speed(visit: Callable[..., Any], fake: FakeS
     expect(page.locator("#status")).to_have_text("Replay over.")
     assert time.monotonic() - began > 11 * 0.2 and len(fake.bodies) == asked
     assert page.locator("#lane-plain .words").text_content() == FOX_TEXT
+    page.set_viewport_size({"width": 360, "height": 740})
     page.click("#replay")
+    fast, plain = (page.locator(lane).bounding_box() for lane in ("#lane-fast", "#lane-plain"))
+    assert fast["y"] == plain["y"] and fast["x"] < plain["x"]  # beside each other, also on a phone
     page.keyboard.press("Escape")
     expect(page.locator("#status")).to_have_text("Replay stopped; both answers are shown whole.")
     assert page.locator("#lane-plain .words").text_content() == FOX_TEXT

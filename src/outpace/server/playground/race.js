@@ -37,6 +37,7 @@ export class Race {
     this.prompt = document.getElementById("race-prompt");
     this.verdict = document.getElementById("verdict");
     this.replayButton = document.getElementById("replay");
+    this.both = document.querySelector(".lanes");
   }
 
   get lanes() {
@@ -48,6 +49,7 @@ export class Race {
     for (const lane of this.lanes) lane.clear();
     this.verdict.replaceChildren();
     this.replayButton.hidden = true;
+    this.both.classList.remove("beside");
     this.prompt.textContent = prompt;
     this.fast.name.textContent = body.outpace.method ?? "accelerated";
     const undrafted = { ...body, outpace: { ...plain, trace: true } };
@@ -90,6 +92,8 @@ export class Race {
   async replay(signal) {
     const runs = this.lanes.map((lane) => ({ lane, trace: lane.trace, next: 0 }));
     for (const { lane } of runs) lane.answer.clear();
+    this.both.classList.add("beside");
+    this.both.scrollIntoView({ block: "nearest" });
     this.say("Replay of both lanes at their recorded speed.");
     const start = performance.now();
     let stopped = false;

@@ -46,7 +46,8 @@ function account(step) {
   if (!drafted) return "Nothing was drafted: a plain step, one token of the model's own.";
   const parts = [`${count(drafted, "token")} drafted, ${accepted || "none"} accepted`];
   parts.push(own > 0 ? "and then one of the model's own" : "and there the answer ends");
-  return `${parts.join(", ")}.`;
+  const text = parts.join(", ");
+  return `${text[0].toUpperCase()}${text.slice(1)}.`;
 }
 
 const CONTEXT = 32; // characters of the text so far that stand at the root

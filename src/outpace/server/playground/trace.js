@@ -14,6 +14,7 @@ export class Trace {
     this.traced = false; // whether the server says who drafted what
     this.drafted = 0;
     this.accepted = 0;
+    this._drafters = new Set();
     this._unplaced = []; // tokens whose text has not come
   }
 
@@ -42,6 +43,7 @@ export class Trace {
     if (draft) {
       this.drafted += draft.tokens.length;
       this.accepted += draft.accepted.length;
+      for (const source of draft.sources) this._drafters.add(source);
     }
     return step;
   }
@@ -95,12 +97,13 @@ export class Trace {
     };
   }
 
-  // source -> tokens, in order of appearance, the model's own first.
+  // source -> tokens of the answer, in order of appearance, the model's own first. Who drafted in vain has none.
   bySource() {
     const counts = new Map([["target", 0]]);
     for (const { source } of this.tokens) {
       if (source !== null) counts.set(source, (counts.get(source) ?? 0) + 1);
     }
+    for (const source of this._drafters) counts.set(source, counts.get(source) ?? 0);
     return counts;
   }
 }
