@@ -254,13 +254,13 @@ def soak(streams: int, seconds: float, every: int, monkeypatch: pytest.MonkeyPat
     llm = LLM(
         toy_loaded(),
         max_batch=8,
-        kv_tokens=10 * PAGE_SIZE,
+        kv_tokens=13 * PAGE_SIZE,
         max_queue=max(6, streams // 8),
         swap_tokens=8 * PAGE_SIZE,
     )
     faults = Faults(every)
     faults.install(llm, monkeypatch)
-    stats = llm._engine.scheduler.stats
+    scheduler = llm._engine.scheduler
     began = time.monotonic()
 
     def enough(seen: Counter[str]) -> bool:
@@ -268,7 +268,7 @@ def soak(streams: int, seconds: float, every: int, monkeypatch: pytest.MonkeyPat
         after = time.monotonic() - began
         happened = (
             all(faults.fired[stage] for stage in STAGES)
-            and stats.swapped + stats.recomputed
+            and scheduler.stats.swapped + scheduler.stats.recomputed
             and all(seen[what] for what in MUST_BE_SEEN)
         )
         return after > 10 * seconds or (after > seconds and bool(happened))
