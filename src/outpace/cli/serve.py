@@ -30,6 +30,18 @@ NEEDED = ("fastapi", "uvicorn", "pydantic", "prometheus_client")  # the extra `s
     "--max-queue", type=click.IntRange(min=1), default=256, show_default=True, help="Requests that wait; more get 429."
 )
 @click.option("--kv-tokens", type=click.IntRange(min=1), help="Size of the KV cache.  [default: what memory allows]")
+@click.option(
+    "--swap-tokens",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Tokens of requests that made room, kept outside the cache; what exceeds it is read again.",
+)
+@click.option(
+    "--max-step-ms",
+    type=click.FloatRange(min=1),
+    help="Read prompts in pieces, so that nobody waits longer for a token.  [default: no limit]",
+)
 @click.option("--no-prefix-cache", is_flag=True, help="Read every prompt anew.")
 @click.option(
     "--api-key-file",
@@ -77,6 +89,8 @@ def serve(**options: Any) -> None:
             max_queue=options["max_queue"],
             kv_tokens=options["kv_tokens"],
             prefix_cache=not options["no_prefix_cache"],
+            swap_tokens=options["swap_tokens"],
+            max_step_s=None if options["max_step_ms"] is None else options["max_step_ms"] / 1000,
         )
         _serve(llm, keys, listener, options)
 
