@@ -41,7 +41,7 @@ LEVELS = range(isa.best_level() + 1)
 GUARD = np.float32(-7.25)  # around an output; must stay
 
 each_kind = pytest.mark.parametrize("precision", KINDS)
-each_level = pytest.mark.parametrize("level", LEVELS, ids=lambda n: ("portable", "vnni", "amx")[n])
+each_level = pytest.mark.parametrize("level", LEVELS, ids=lambda n: ("portable", "vnni", "bf16", "amx")[n])
 rows_, panels_, steps_ = st.integers(1, 40), st.integers(1, 9), st.integers(1, 4)
 seeds = st.integers(0, 2**32 - 1)
 
@@ -103,11 +103,12 @@ class Product:
         self.w, self.scales = packed.pack_product(w / depth**0.5, self.precision)
         self.weights = unpacked(self.w, self.precision)
         self.bias = rng.standard_normal(n, dtype=np.float32)
-        self.row_scales = np.full(space, np.nan, dtype=np.float32)
-        self.row_scales[: self.rows] = rng.uniform(0.01, 0.03, self.rows)
+        self.row_scales = np.full((space, 2), np.nan, dtype=np.float32)  # and int8's sums, int32
+        self.row_scales[: self.rows, 0] = rng.uniform(0.01, 0.03, self.rows)
         if self.precision in ("int8", "int4"):
             self.x = rng.integers(-127, 128, (space, depth)).astype(np.int8)
             self.numbers = self.x[: self.rows].astype(np.float64)
+            self.sum_rows()
             if self.precision == "int4":
                 self._scale_groups(rng)
             return
@@ -118,6 +119,9 @@ class Product:
             self.x = torch.from_numpy(exact).to(torch.bfloat16).view(torch.int16).numpy()
             exact = torch.from_numpy(self.x).view(torch.bfloat16).float().numpy()
         self.numbers = exact[: self.rows].astype(np.float64)
+
+    def sum_rows(self) -> None:
+        self.row_scales.view(np.int32)[: self.rows, 1] = self.x[: self.rows].sum(axis=1, dtype=np.int32)
 
     def _scale_groups(self, rng: np.random.Generator) -> None:
         """A scale for each 32 elements of a row; it and scale * sum go behind the row."""
@@ -142,7 +146,7 @@ class Product:
         columns = 16 * self.panels // (2 if mode >= GATED_SILU else 1)
         rows, x, row_scales = self.rows, self.x, self.row_scales
         if only is not None:
-            rows, x, row_scales = 1, np.roll(x, -only, axis=0), np.roll(row_scales, -only)
+            rows, x, row_scales = 1, np.roll(x, -only, axis=0), np.roll(row_scales, -only, axis=0)
         out = np.full((rows + 1, columns + 16), GUARD)
         out[:rows, :columns] = np.nan if before is None else before
         scratch = np.zeros(SCRATCH_BYTES + 64, dtype=np.uint8)
@@ -158,7 +162,7 @@ class Product:
 
     def expected(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """The product in float64, and how far float32 sums may be from it. [rows, N] each"""
-        scale = self.row_scales[: self.rows, None].astype(np.float64) * self.scales if self.precision == "int8" else 1.0
+        scale = self.row_scales[: self.rows, :1].astype(np.float64) * self.scales if self.precision == "int8" else 1.0
         size = (np.abs(self.numbers) @ np.abs(self.weights).T) * scale
         if (
             self.precision == "int4"
@@ -177,7 +181,7 @@ def test_products(level, precision, rows, panels, steps, seed, data):
     expected, error = p.expected()
     if precision == "int8":
         whole = (p.numbers @ p.weights.T).astype(np.float32)
-        assert (got == whole * p.row_scales[:rows, None] * p.scales).all()
+        assert (got == whole * p.row_scales[:rows, :1] * p.scales).all()
     assert (np.abs(got - expected) <= error).all()
 
 
@@ -197,10 +201,11 @@ def test_extreme_whole_numbers_do_not_overflow():
     p.weights = unpacked(p.w, "int8")
     p.x[0], p.x[1], p.x[2] = 127, -127, np.where(np.arange(8192) % 2, 127, -127)
     p.numbers = p.x[:3].astype(np.float64)
+    p.sum_rows()
     whole = (p.numbers @ p.weights.T).astype(np.float32)
     assert np.abs(whole).max() == 127 * 127 * 8192
     for level in LEVELS:
-        assert (p.run(level) == whole * p.row_scales[:3, None] * p.scales).all()
+        assert (p.run(level) == whole * p.row_scales[:3, :1] * p.scales).all()
 
 
 @each_level
@@ -246,12 +251,14 @@ def test_gated_activations(level, precision, mode, rows, pairs, steps, seed, dat
 
 
 def packed_row(kind: int, x: NDArray[np.float32], bytes_out: int) -> tuple[NDArray[np.uint8], float]:
-    """The row's bytes and its scale (int8)."""
+    """The row's bytes and its scale (int8), whose sum is checked."""
     spare, out = np.full(len(x) + 64, np.nan, dtype=np.float32), np.full(bytes_out + 64, 0xAB, dtype=np.uint8)
-    scale = np.full(1, np.nan, dtype=np.float32)
+    scale = np.full(2, np.nan, dtype=np.float32)
     x = np.ascontiguousarray(x)
     _pack_row(kind, x.ctypes.data, len(x), spare.ctypes.data, out.ctypes.data, scale.ctypes.data)
     assert (out[bytes_out:] == 0xAB).all(), "wrote beside its output"
+    if kind == KIND_INT8:
+        assert scale.view(np.int32)[1] == out[:bytes_out].view(np.int8).sum(dtype=np.int64)
     return out[:bytes_out], float(scale[0])
 
 

@@ -294,7 +294,7 @@ class NativeDecoder(Decoder):
         if max(rows, wanted) > len(buffers.get("packed", ())):
             n = padded(max(rows, wanted), 32)
             buffers["packed"] = np.zeros((n, self._row_bytes), dtype=np.uint8)
-            buffers["packed_scale"] = np.zeros(n, dtype=np.float32)
+            buffers["packed_scale"] = np.zeros((n, 2), dtype=np.float32)  # and the sums, int32
             c[step.C_PACKED] = buffers["packed"].ctypes.data
             c[step.C_PACKED_SCALE] = buffers["packed_scale"].ctypes.data
         if wanted > self._logit_rows or not self._logit_rows:  # a first chunk may want none

@@ -1,4 +1,5 @@
-"""Attention over bf16 pages with AMX tiles: sixteen queries at a time, one page (sixteen places) per product.
+"""Attention over bf16 pages with products of bf16 pairs: AMX tiles, sixteen queries and one page (sixteen places) at a
+time, or AVX-512 (attention_dots).
 
 Same plan as attention.attend, with queries and weights rounded to bf16. A row's weighted sum runs over whole pages of
 *positions*, in order. Pages that lie wholly in the committed prefix are read from the cache by all rows together; a
@@ -10,17 +11,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import llvmlite.ir as ir
 import numpy as np
 from numba import njit, types
 from numba.core import cgutils
 
 from .attention import row_span, to_position_order
-from .isa import HAS_AMX
+from .attention_dots import scores_by_dots, values_by_dots
+from .isa import AMX, HAS_AMX
 from .simd import (
     I8,
-    I32,
-    I64,
     at,
     const,
     emit,
@@ -29,10 +28,10 @@ from .simd import (
     i32x16,
     iload,
     istore,
-    load,
     load_f32,
     load_i32,
-    prefetch,
+    page_address,
+    prefetch_page,
     splat_int,
     store_bf16,
     store_f32,
@@ -48,21 +47,6 @@ from .simd import (
 from .tiles import amx_call, load_tile_config, tile_number, unavailable
 
 
-def _page(b: ir.IRBuilder, pages: ir.Value, p: ir.Value, base: ir.Value, page_stride: ir.Value) -> ir.Value:
-    """Address of the p-th page of a table."""
-    page = b.sext(load(b, at(b, pages, b.mul(p, const(4))), I32), I64)
-    return at(b, base, b.mul(page, page_stride))
-
-
-def _prefetch_page(b: ir.IRBuilder, pages: Any, p: Any, last: Any, base: Any, page_stride: Any, size: Any) -> None:
-    """Ask for the page after the p-th; pages are too short for the hardware to see a stream."""
-    after = b.add(p, const(1))
-    following = b.select(b.icmp_signed("<", after, last), after, p)
-    address = _page(b, pages, following, base, page_stride)
-    with cgutils.for_range(b, b.sdiv(size, const(64))) as loop:
-        prefetch(b, at(b, address, b.mul(loop.index, const(64))))
-
-
 @emit(types.void, *[types.int64] * 10)
 def _scores(b, q, q_stride, width, pages, first, last, keys, page_stride, out, out_stride):
     """out[16 queries][places] = q . key for the pages first..last-1. A key page is width / 32 tiles."""
@@ -72,8 +56,8 @@ def _scores(b, q, q_stride, width, pages, first, last, keys, page_stride, out, o
     pointer = I8.as_pointer()
     with cgutils.for_range(b, last, start=first) as pages_loop:
         p = pages_loop.index
-        base = _page(b, pages, p, keys, page_stride)
-        _prefetch_page(b, pages, p, last, keys, page_stride, b.mul(width, const(32)))
+        base = page_address(b, pages, p, keys, page_stride)
+        prefetch_page(b, pages, p, last, keys, page_stride, b.mul(width, const(32)))
         amx_call(b, "llvm.x86.tilezero", tile_number(0))
         with cgutils.for_range(b, b.sdiv(width, const(32))) as loop:
             queries = b.inttoptr(at(b, q, b.mul(loop.index, const(64))), pointer)
@@ -103,8 +87,8 @@ def _values(vectors: int) -> Any:
         tiles("llvm.x86.tileloadd64")
         with cgutils.for_range(b, last, start=first) as loop:
             p = loop.index
-            base = _page(b, pages, p, values, page_stride)
-            _prefetch_page(b, pages, p, last, values, page_stride, b.mul(width, const(32)))
+            base = page_address(b, pages, p, values, page_stride)
+            prefetch_page(b, pages, p, last, values, page_stride, b.mul(width, const(32)))
             source = b.inttoptr(at(b, weights, b.mul(p, const(32))), pointer)
             amx_call(b, "llvm.x86.tileloadd64", tile_number(5), source, w_stride)
             for v in range(vectors):
@@ -130,7 +114,20 @@ def _pair(b, even, even_lane, odd, odd_lane):
 
 
 @njit
-def _all_values(weights, w_stride, n, pages, first, last, values, page_stride, width, out):
+def _all_scores(level, q, n, width, pages, first, last, keys, page_stride, out, out_stride):
+    if level != AMX:
+        scores_by_dots(q, n, width, pages, first, last, keys, page_stride, out, out_stride)
+        return
+    for i in range(0, n, 16):
+        qi, oi = q + 2 * i * width, out + i * out_stride
+        _scores(qi, 2 * width, width, pages, first, last, keys, page_stride, oi, out_stride)
+
+
+@njit
+def _all_values(level, weights, w_stride, n, pages, first, last, values, page_stride, width, out):
+    if level != AMX:
+        values_by_dots(weights, w_stride, n, pages, first, last, values, page_stride, width, out)
+        return
     for i in range(0, n, 16):
         c = 0
         w = weights + i * w_stride
@@ -194,7 +191,7 @@ def _gather_page(p, committed, end, path, pages, values, page_stride, width, out
 
 
 @njit
-def _add_path(weights, w_stride, group, committed, end, path, pages, values, page_stride, width, acc, spare):
+def _add_path(level, weights, w_stride, group, committed, end, path, pages, values, page_stride, width, acc, spare):
     """acc += weights . values over the pages from the committed prefix's last, whole one on, for one tree row."""
     gathered, tile, table = spare, spare + 32 * width, spare + 32 * width + 64 * width
     for p in range(committed // 16, (end + 15) // 16):
@@ -204,14 +201,14 @@ def _add_path(weights, w_stride, group, committed, end, path, pages, values, pag
             for j in range(0, rows * width, 16):
                 vstore(tile + 4 * j, vload(acc + 4 * (i * width + j)))
             # one page, at index 0 of a table that holds 0
-            _all_values(weights + i * w_stride + 32 * p, w_stride, 1, table, 0, 1, gathered, 0, width, tile)
+            _all_values(level, weights + i * w_stride + 32 * p, w_stride, rows, table, 0, 1, gathered, 0, width, tile)
             for j in range(0, rows * width, 16):
                 vstore(acc + 4 * (i * width + j), vload(tile + 4 * j))
 
 
 @njit
-def attend_tiles(
-    group, width, queries, q_stride, row, rows, offsets, positions, causal, visible_start, visible, committed,
+def attend_pairs(
+    level, group, width, queries, q_stride, row, rows, offsets, positions, causal, visible_start, visible, committed,
     window, pages, keys, values, page_stride, out, out_stride, q, s, s_stride, acc, spare, tiles, page_tiles,
 ):  # fmt: skip
     """As attention.attend, on bf16 pages; `q` and `acc` have room for sixteen queries more than rows * group.
@@ -229,8 +226,7 @@ def attend_tiles(
             i = r * group + g
             for c in range(0, width, 16):
                 store_bf16(q + 2 * (i * width + c), vload(queries + t * q_stride + 4 * (g * width + c)))
-    for i in range(0, n, 16):
-        _scores(q + 2 * i * width, 2 * width, width, pages, first, last, keys, page_stride, s + i * s_stride, s_stride)
+    _all_scores(level, q, n, width, pages, first, last, keys, page_stride, s, s_stride)
 
     shared = last if causal else max(first, committed // 16)
     zero = vsplat(np.float32(0.0))
@@ -244,8 +240,9 @@ def attend_tiles(
             store_f32(si - 64, _softmax(si, low, end, first, shared))
             for c in range(0, width, 16):
                 vstore(acc + 4 * (i * width + c), zero)
-    load_tile_config(page_tiles)
-    _all_values(s, s_stride, n, pages, first, shared, values, page_stride, width, acc)
+    if level == AMX:
+        load_tile_config(page_tiles)
+    _all_values(level, s, s_stride, n, pages, first, shared, values, page_stride, width, acc)
     for r in range(rows):
         t = row + r
         first_query = r * group
@@ -253,7 +250,7 @@ def attend_tiles(
             start = load_i32(visible_start + 4 * t)
             end = committed + load_i32(visible_start + 4 * (t + 1)) - start
             _add_path(
-                s + first_query * s_stride, s_stride, group, committed, end, visible + 4 * start, pages, values,
+                level, s + first_query * s_stride, s_stride, group, committed, end, visible + 4 * start, pages, values,
                 page_stride, width, acc + 4 * first_query * width, spare,
             )  # fmt: skip
         for g in range(group):
@@ -261,4 +258,5 @@ def attend_tiles(
             scale = vsplat(load_f32(s + i * s_stride - 64))
             for c in range(0, width, 16):
                 vstore(out + t * out_stride + 4 * (g * width + c), vmul(vload(acc + 4 * (i * width + c)), scale))
-    load_tile_config(tiles)
+    if level == AMX:
+        load_tile_config(tiles)

@@ -10,11 +10,13 @@ import numpy as np
 
 from .simd import HOST_FEATURES, IS_X86
 
-# Levels of integer and bf16 matrix products. Integer results are the same at every level, bit for bit.
-PORTABLE, VNNI, AMX = 0, 1, 2
+# Levels of integer and bf16 matrix products, each with what those below it have. Integer results are the same at every
+# level, bit for bit; attention rounds queries and probabilities to bf16 from BF16 on.
+PORTABLE, VNNI, BF16, AMX = 0, 1, 2, 3
 
 HAS_VNNI = IS_X86 and "avx512vnni" in HOST_FEATURES
-HAS_AMX = IS_X86 and {"amx-tile", "amx-int8", "amx-bf16"} <= HOST_FEATURES and platform.system() == "Linux"
+HAS_BF16 = HAS_VNNI and "avx512bf16" in HOST_FEATURES
+HAS_AMX = HAS_BF16 and {"amx-tile", "amx-int8", "amx-bf16"} <= HOST_FEATURES and platform.system() == "Linux"
 
 _ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18
 
@@ -24,6 +26,8 @@ def best_level() -> int:
     """The best level that this CPU and kernel allow. Linux hands out AMX tile registers only on request."""
     if HAS_AMX and ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA) == 0:
         return AMX
+    if HAS_BF16:
+        return BF16
     return VNNI if HAS_VNNI else PORTABLE
 
 

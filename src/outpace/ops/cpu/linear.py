@@ -4,10 +4,10 @@ Weights lie in *panels* of sixteen outputs. Within a panel, depth runs in steps 
   int8      16 outputs x 4 depths     float32   16 outputs x 1 depth
   bfloat16  16 outputs x 2 depths
 int4 has 32 bytes for 64 depths of an output: low nibbles are the first 32, high ones the rest; per sixteen outputs 512
-bytes, then bf16 scales of the two groups and their bf16 minima. A panel is one contiguous stream, read once per sixteen
-rows and step. A micro-kernel multiplies up to sixteen rows with 1, 2 or 4 panels into a scratch block of [16][64] int32
-(int8) or float32 (others); the epilogue scales, adds the bias and stores, adds to the residual, or applies the gated
-activation.
+bytes, then bf16 scales of the two groups and their bf16 minima. A panel is one contiguous stream, read from memory once
+per step; further rows find it in the cache. Micro-kernels multiply up to sixteen rows with 1, 2 or 4 panels into a
+scratch block of [16][64] int32 (int8) or float32 (others); the epilogue scales, adds the bias and stores, adds to the
+residual, or applies the gated activation.
 
 Each (row, output) accumulates over the depth in one fixed order, whatever the number of rows or panels.
 """
@@ -47,14 +47,20 @@ from .products import (
     plain_i8_1,
     plain_i8_2,
     plain_i8_4,
-    vnni_1,
-    vnni_2,
-    vnni_4,
+    vnni_4x1,
+    vnni_4x2,
+    vnni_4x4,
+    vnni_8x2,
+    vnni_12x2,
+    vnni_16x1,
 )
 from .simd import (
     LANES,
     iload,
+    isplat,
+    isub,
     load_f32,
+    load_i32,
     to_float,
     vadd,
     vdiv,
@@ -92,15 +98,35 @@ def _amx_tiles(kind, panels, x, stride, w, steps, scratch):
 
 
 @njit
-def _vector_block(kind, level, panels, x, stride, w, steps, scratch):
-    if kind == KIND_INT8 and level >= VNNI:
+def _vnni_rows(left, panels, x, stride, w, steps, scratch):
+    """The first of `left` rows: returns how many. A kernel may compute rows of the padding.
+
+    Few rows wait for the weights, so they ask for four panels at once; with more, what counts is that sixteen or more
+    sums are in registers and a panel is read for as many rows as possible.
+    """
+    if left <= 4:
         if panels == 4:
-            vnni_4(x, stride, w, steps, scratch)
+            vnni_4x4(x, stride, w, steps, scratch)
         elif panels == 2:
-            vnni_2(x, stride, w, steps, scratch)
+            vnni_4x2(x, stride, w, steps, scratch)
         else:
-            vnni_1(x, stride, w, steps, scratch)
-    elif kind == KIND_INT8:
+            vnni_4x1(x, stride, w, steps, scratch)
+        return 4
+    if left > 12 or panels == 1:
+        for n in range(panels):
+            vnni_16x1(x, stride, w + n * steps * 1024, steps, scratch + n * TILE_ROW)
+        return 16
+    for n in range(0, panels, 2):
+        if left > 8:
+            vnni_12x2(x, stride, w + n * steps * 1024, steps, scratch + n * TILE_ROW)
+        else:
+            vnni_8x2(x, stride, w + n * steps * 1024, steps, scratch + n * TILE_ROW)
+    return 12 if left > 8 else 8
+
+
+@njit
+def _vector_block(kind, panels, x, stride, w, steps, scratch):
+    if kind == KIND_INT8:
         if panels == 4:
             plain_i8_4(x, stride, w, steps, scratch)
         elif panels == 2:
@@ -157,27 +183,31 @@ def _int4_panels(level, panels, x, stride, w, steps, rows, scratch):
 
 
 @njit(inline="always")
-def _value(kind, scratch, row_scale, scales, n):
+def _value(kind, scratch, row_scale, excess, scales, n):
     """Sixteen finished products of one row: scratch lane block n."""
     if kind == KIND_INT8:
-        return vmul(vmul(to_float(iload(scratch + TILE_ROW * n)), vsplat(row_scale)), vload(scales + TILE_ROW * n))
+        whole = to_float(isub(iload(scratch + TILE_ROW * n), isplat(excess)))
+        return vmul(vmul(whole, vsplat(row_scale)), vload(scales + TILE_ROW * n))
     return vload(scratch + TILE_ROW * n)
 
 
 @njit
-def _epilogue(kind, mode, rows, panels, scratch, row_scales, scales, bias, out, out_stride):
-    """Finish `rows` x (16 * panels) products. `scales`, `bias`, `out` point at the first panel's entries."""
+def _epilogue(kind, mode, shift, rows, panels, scratch, row_scales, scales, bias, out, out_stride):
+    """Finish `rows` x (16 * panels) products. `scales`, `bias`, `out` point at the first panel's entries.
+
+    `shift`: what the kernel has added to each int8 weight.
+    """
     one = vsplat(np.float32(1.0))
     for m in range(rows):
         line = scratch + m * SCRATCH_ROW
         target = out + m * out_stride
-        row_scale = np.float32(1.0)
+        row_scale, excess = np.float32(1.0), 0
         if kind == KIND_INT8:
-            row_scale = load_f32(row_scales + 4 * m)
+            row_scale, excess = load_f32(row_scales + 8 * m), shift * load_i32(row_scales + 8 * m + 4)
         if mode >= GATED_SILU:
             for n in range(0, panels, 2):
-                gate = _value(kind, line, row_scale, scales, n)
-                up = _value(kind, line, row_scale, scales, n + 1)
+                gate = _value(kind, line, row_scale, excess, scales, n)
+                up = _value(kind, line, row_scale, excess, scales, n + 1)
                 u = gate
                 if mode == GATED_GELU:  # x * sigmoid(2 * sqrt(2/pi) * (x + 0.044715 x^3)), the tanh form
                     cube = vmul(vmul(gate, gate), gate)
@@ -186,7 +216,7 @@ def _epilogue(kind, mode, rows, panels, scratch, row_scales, scales, bias, out, 
                 vstore(target + TILE_ROW * (n // 2), vmul(vmul(gate, sigmoid), up))
         else:
             for n in range(panels):
-                y = _value(kind, line, row_scale, scales, n)
+                y = _value(kind, line, row_scale, excess, scales, n)
                 if bias != 0:
                     y = vadd(y, vload(bias + TILE_ROW * n))
                 if mode == ADD:
@@ -215,12 +245,14 @@ def linear(
 ):
     """Panels first..last-1 of one product. Addresses are int64; strides bytes; `steps` KiB (int4: groups) per panel.
 
-    `x` has its rows padded to a multiple of sixteen (what lies in the padding does not matter); `bias` 0: none.
+    `x` has its rows padded to a multiple of sixteen (what lies in the padding does not matter); `row_scales` are of
+    int8, see rows.pack_row; `bias` 0: none.
     In the gated modes panels alternate gate, up; `first` and `last` are even and `out` gets half as many columns.
     """
     halve = 2 if mode >= GATED_SILU else 1
     tiles = level == AMX and kind in (KIND_BF16, KIND_INT8)
     step_bytes = GROUP_BYTES if kind == KIND_INT4 else 1024
+    vnni = VNNI <= level < AMX and kind == KIND_INT8
     p = first
     while p < last:
         left = last - p
@@ -245,20 +277,14 @@ def linear(
                 _int4_panels(level, panels, xm, x_stride, weights, steps, block, scratch)
             elif tiles:
                 _amx_tiles(kind, panels, xm, x_stride, weights, steps, scratch)
+            elif vnni:
+                block = min(block, _vnni_rows(block, panels, xm, x_stride, weights, steps, scratch))
             else:
                 for r in range(0, block, 4):
-                    _vector_block(
-                        kind,
-                        level,
-                        panels,
-                        xm + r * x_stride,
-                        x_stride,
-                        weights,
-                        steps,
-                        scratch + r * SCRATCH_ROW,
-                    )
+                    at = xm + r * x_stride
+                    _vector_block(kind, panels, at, x_stride, weights, steps, scratch + r * SCRATCH_ROW)
             _epilogue(
-                kind, mode, block, panels, scratch, row_scales + 4 * m, scales + column, b_at,
+                kind, mode, 128 if vnni else 0, block, panels, scratch, row_scales + 8 * m, scales + column, b_at,
                 out + m * out_stride + column // halve, out_stride,
             )  # fmt: skip
             m += block

@@ -41,7 +41,9 @@ _SUMS_BYTES = (
     2048 + 256
 )  # two steps' sums do not lie a multiple of 4 KiB apart, where a load waits for the other's store
 INT4_SPARE = 2048 + 2 * _SUMS_BYTES  # one step's unpacked weights and two steps' sums
-_AHEAD = 4096  # bytes from what int4 reads to what it asks for; it computes too much for the hardware to run ahead
+_AHEAD = (
+    4096  # bytes from what a kernel reads to what it asks for, where it computes too much for the hardware to run ahead
+)
 
 
 def _amx(product: str, panels: int, row_tiles: int) -> Callable[..., Any]:
@@ -78,11 +80,8 @@ def _amx(product: str, panels: int, row_tiles: int) -> Callable[..., Any]:
     return kernel
 
 
-def _int8_dot(b: ir.IRBuilder, acc: ir.Value, x4: ir.Value, weights: ir.Value, vnni: bool) -> ir.Value:
-    """acc[16] += sum over 4 depths. `x4`: the four activation bytes; biased by 128 for VNNI, which wants u8."""
-    if vnni:
-        # arguments: accumulator, unsigned bytes, signed bytes
-        return call(b, "llvm.x86.avx512.vpdpbusd.512", VI, acc, splat(b, x4), weights)
+def _plain_dot(b: ir.IRBuilder, acc: ir.Value, weights: ir.Value, x4: ir.Value) -> ir.Value:
+    """acc[16] += sum over 4 depths of signed bytes x the four activation bytes `x4`, on any CPU."""
     for j in range(4):
         wj = b.ashr(b.shl(weights, splat_int(24 - 8 * j)), splat_int(24))
         xj = b.ashr(b.shl(x4, const(24 - 8 * j, I32)), const(24, I32))
@@ -90,40 +89,44 @@ def _int8_dot(b: ir.IRBuilder, acc: ir.Value, x4: ir.Value, weights: ir.Value, v
     return acc
 
 
-def _int8(panels: int, vnni: bool) -> Callable[..., Any]:
-    """Four rows x panels without tiles. VNNI wants unsigned activations: 128 is added here (x ^ 0x80) and
-    128 * sum_k w[n, k] taken off in the end, from a running sum with the same instruction."""
+def _vnni_dot(b: ir.IRBuilder, acc: ir.Value, weights: ir.Value, x4: ir.Value) -> ir.Value:
+    """The same for unsigned weights; the activations stay signed."""
+    return call(b, "llvm.x86.avx512.vpdpbusd.512", VI, acc, weights, splat(b, x4))
+
+
+def _int8(rows: int, panels: int, vnni: bool) -> Callable[..., Any]:
+    """`rows` rows x panels without tiles.
+
+    VNNI multiplies unsigned by signed bytes. Weights become unsigned by their sign bit flipped, which adds 128 to each,
+    so these sums are too large by 128 * sum_k x[m, k]; the epilogue takes that off.
+    """
 
     @emit(types.void, *[types.int64] * 5)
     def kernel(b, x, stride, w, steps, scratch):
         if vnni and not HAS_VNNI:
             unavailable(b)
             return
-        rows = 4
+        dot = _vnni_dot if vnni else _plain_dot
         acc = Accumulators(b, rows * panels, VI)
-        sums = Accumulators(b, panels, VI)
         acc.zero()
-        sums.zero()
-        bias = const(-0x7F7F7F80, I32)  # 0x80808080
         ws = [at(b, w, b.mul(steps, const(1024 * n))) for n in range(panels)]
         xs = [at(b, x, b.mul(stride, const(r))) for r in range(rows)]
         with cgutils.for_range(b, b.mul(steps, const(LANES))) as loop:
             depth = b.mul(loop.index, const(4))
             offset = b.mul(loop.index, const(TILE_ROW))
             weights = [load(b, at(b, ws[n], offset), VI) for n in range(panels)]
+            if rows > 8:
+                for start in ws:
+                    prefetch(b, at(b, at(b, start, offset), _AHEAD))
+            if vnni:
+                weights = [b.xor(v, splat_int(-0x7F7F7F80)) for v in weights]  # 0x80808080
             for r in range(rows):
                 x4 = load(b, at(b, xs[r], depth), I32, 1)
-                if vnni:
-                    x4 = b.xor(x4, bias)
                 for n in range(panels):
-                    acc[r * panels + n] = _int8_dot(b, acc[r * panels + n], x4, weights[n], vnni)
-            if vnni:
-                for n in range(panels):
-                    sums[n] = _int8_dot(b, sums[n], bias, weights[n], True)
+                    acc[r * panels + n] = dot(b, acc[r * panels + n], weights[n], x4)
         for r in range(rows):
             for n in range(panels):
-                value = b.sub(acc[r * panels + n], sums[n]) if vnni else acc[r * panels + n]
-                store(b, at(b, scratch, SCRATCH_ROW * r + TILE_ROW * n), value)
+                store(b, at(b, scratch, SCRATCH_ROW * r + TILE_ROW * n), acc[r * panels + n])
 
     return kernel
 
@@ -212,6 +215,7 @@ def _int4(rows: int, vnni: bool) -> Callable[..., Any]:
         if vnni and not HAS_VNNI:
             unavailable(b)
             return
+        dot = _vnni_dot if vnni else _plain_dot
         acc = Accumulators(b, rows)
         acc.zero()
         xs = [at(b, x, b.mul(stride, const(r))) for r in range(rows)]
@@ -226,11 +230,7 @@ def _int4(rows: int, vnni: bool) -> Callable[..., Any]:
                     weights = _nibbles(b, group, k)[g]
                     for r in range(rows):
                         x4 = load(b, at(b, at(b, xs[r], depth), 32 * g + 4 * k), I32, 1)
-                        if vnni:  # accumulator, unsigned bytes, signed bytes
-                            dot = "llvm.x86.avx512.vpdpbusd.512"
-                            totals[r][g] = call(b, dot, VI, totals[r][g], weights, splat(b, x4))
-                        else:
-                            totals[r][g] = _int8_dot(b, totals[r][g], x4, weights, False)
+                        totals[r][g] = dot(b, totals[r][g], weights, x4)
             factors = _group_factors(b, group)
             for r in range(rows):
                 acc[r] = _add_groups(b, acc[r], totals[r], at(b, row_factors[r], place), factors)
@@ -296,7 +296,8 @@ int4_plain_1, int4_plain_4 = (_int4(n, False) for n in (1, 4))
 amx_i8_1, amx_i8_2, amx_i8_4 = (_amx("llvm.x86.tdpbssd", n, 1) for n in (1, 2, 4))
 amx_bf_1, amx_bf_2, amx_bf_4 = (_amx("llvm.x86.tdpbf16ps", n, 1) for n in (1, 2, 4))
 amx_i8_22, amx_bf_22 = _amx("llvm.x86.tdpbssd", 2, 2), _amx("llvm.x86.tdpbf16ps", 2, 2)
-vnni_1, vnni_2, vnni_4 = (_int8(n, True) for n in (1, 2, 4))
-plain_i8_1, plain_i8_2, plain_i8_4 = (_int8(n, False) for n in (1, 2, 4))
+vnni_4x1, vnni_4x2, vnni_4x4 = (_int8(4, n, True) for n in (1, 2, 4))
+vnni_8x2, vnni_12x2, vnni_16x1 = _int8(8, 2, True), _int8(12, 2, True), _int8(16, 1, True)
+plain_i8_1, plain_i8_2, plain_i8_4 = (_int8(4, n, False) for n in (1, 2, 4))
 f32_1, f32_2, f32_4 = (_float(n, False) for n in (1, 2, 4))
 bf_1, bf_2, bf_4 = (_float(n, True) for n in (1, 2, 4))

@@ -70,7 +70,8 @@ def _load_within(x, i, width):
 
 @njit
 def _pack_int8(x, width, spare, out, scale_out):
-    """Rotate in blocks of 64 (see pack_row), then quantise with one scale: the largest magnitude becomes 127."""
+    """Rotate in blocks of 64 (see pack_row), then quantise with one scale: the largest magnitude becomes 127. Writes
+    the scale and the row's sum, which float32 holds exactly."""
     peak = vsplat(np.float32(0.0))
     for i in range(0, width, 64):
         a, b = rotate16(_load_within(x, i, width)), rotate16(_load_within(x, i + 16, width))
@@ -88,8 +89,12 @@ def _pack_int8(x, width, spare, out, scale_out):
         factor = np.float32(127.0) / largest
     store_f32(scale_out, largest / np.float32(127.0))
     by = vsplat(factor)
+    total = vsplat(np.float32(0.0))
     for i in range(0, (width + 63) // 64 * 64, 16):
-        store_i8(out + i, vmul(vload(spare + 4 * i), by))
+        number = vrint(vmul(vload(spare + 4 * i), by))
+        store_i8(out + i, number)
+        total = vadd(total, number)
+    store_i32(scale_out + 4, np.int64(hsum(total)))
 
 
 @njit
@@ -113,7 +118,7 @@ def _pack_int8_groups(x, width, out):
 @njit
 def pack_row(kind, x, width, spare, out, scale_out):
     """Write a row in the format that a product of `kind` reads: float32, bf16, int8 with one scale a row, or, for int4,
-    int8 with a scale for each 32 elements.
+    int8 with a scale for each 32 elements. `scale_out`, of int8 alone: float32 scale and int32 sum of the row.
 
     int8 rows are first rotated by a Walsh-Hadamard matrix in blocks of 64, which spreads outliers over their block; the
     weights are rotated back when they are packed, so the product is unchanged. `spare`: room for the row, rounded up to

@@ -108,6 +108,21 @@ def prefetch(b: ir.IRBuilder, address: ir.Value) -> None:
     call(b, "llvm.prefetch.p0", ir.VoidType(), pointer, const(0, I32), const(3, I32), const(1, I32))
 
 
+def page_address(b: ir.IRBuilder, pages: ir.Value, p: ir.Value, base: ir.Value, page_stride: ir.Value) -> ir.Value:
+    """Address of the p-th page of a table."""
+    page = b.sext(load(b, at(b, pages, b.mul(p, const(4))), I32), I64)
+    return at(b, base, b.mul(page, page_stride))
+
+
+def prefetch_page(b: ir.IRBuilder, pages: Any, p: Any, last: Any, base: Any, page_stride: Any, size: Any) -> None:
+    """Ask for the page after the p-th; pages are too short for the hardware to see a stream."""
+    after = b.add(p, const(1))
+    following = b.select(b.icmp_signed("<", after, last), after, p)
+    address = page_address(b, pages, following, base, page_stride)
+    with cgutils.for_range(b, b.sdiv(size, const(64))) as loop:
+        prefetch(b, at(b, address, b.mul(loop.index, const(64))))
+
+
 def splat_int(value: int) -> ir.Constant:
     return ir.Constant(VI, [value] * LANES)
 
@@ -238,6 +253,16 @@ def load_bf16_odd(b, address):
 
 
 # arithmetic
+
+
+@emit(i32x16, types.int64)
+def isplat(b, scalar):
+    return splat(b, b.trunc(scalar, I32))
+
+
+@emit(i32x16, i32x16, i32x16)
+def isub(b, x, y):
+    return b.sub(x, y)
 
 
 @emit(f32x16, types.float32)

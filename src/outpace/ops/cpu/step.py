@@ -11,9 +11,9 @@ from numba import njit
 
 from .attention import MAX_QUERIES, attend
 from .attention_int4 import attend_int4
-from .attention_tiles import attend_tiles
+from .attention_tiles import attend_pairs
 from .compiled import compiled
-from .isa import AMX
+from .isa import AMX, BF16
 from .linear import ADD, STORE, linear
 from .rows import add_norm_row, embed_row, norm_row, pack_row, rotate_head, write_key, write_value
 from .simd import atomic_add, atomic_load, load_f32, load_i32, load_i64, pause, store_i64, vload, vstore, yield_core
@@ -89,14 +89,14 @@ def _norm_and_pack(c, me, threads, x, rows, norm, eps, space):
     packed, stride, kind = _get(c, C_PACKED), _get(c, C_PACKED_STRIDE), _get(c, C_KIND)
     for t in range(me, rows, threads):
         norm_row(x + 4 * t * width, norm, space, width, true_width, eps)
-        pack_row(kind, space, width, space + 4 * width, packed + t * stride, _get(c, C_PACKED_SCALE) + 4 * t)
+        pack_row(kind, space, width, space + 4 * width, packed + t * stride, _get(c, C_PACKED_SCALE) + 8 * t)
 
 
 @njit
 def _pack(c, me, threads, x, width, rows, space):
     packed, stride, kind = _get(c, C_PACKED), _get(c, C_PACKED_STRIDE), _get(c, C_KIND)
     for t in range(me, rows, threads):
-        pack_row(kind, x + 4 * t * width, width, space, packed + t * stride, _get(c, C_PACKED_SCALE) + 4 * t)
+        pack_row(kind, x + 4 * t * width, width, space, packed + t * stride, _get(c, C_PACKED_SCALE) + 8 * t)
 
 
 @njit
@@ -141,7 +141,7 @@ def _attention(c, layer, index, keys, values, space):
     spare = acc + 4 * queries * head
     scores = spare + 128 * head + 64
     store_i64(spare + 96 * head, 0)
-    tiles = _get(c, C_LEVEL) == AMX and is_bf16
+    pairs = _get(c, C_LEVEL) >= BF16 and is_bf16
     layout, few_bits = _get(c, C_COMPACT), 0  # pages that a draft reads from their copy in few bits
     counter = _get(c, C_ITEMS) + 8 * index
     wanted, item = atomic_add(counter, 1), 0
@@ -166,11 +166,11 @@ def _attention(c, layer, index, keys, values, space):
                     visible, committed, window, pages, k, v, page_bytes, out_at, 4 * head * heads, q, scores, stride,
                     acc, layout, index, kv, kv_heads, few_bits, scores + queries * stride,
                 )  # fmt: skip
-            elif tiles:
-                attend_tiles(
-                    group, head, queries_at, 4 * head * columns, row, n, offsets, positions, causal, visible_start,
-                    visible, committed, window, pages, k, v, page_bytes, out_at, 4 * head * heads, q, scores, stride,
-                    acc, spare, _get(c, C_TILE_CONFIG), _get(c, C_PAGE_TILE_CONFIG),
+            elif pairs:
+                attend_pairs(
+                    _get(c, C_LEVEL), group, head, queries_at, 4 * head * columns, row, n, offsets, positions, causal,
+                    visible_start, visible, committed, window, pages, k, v, page_bytes, out_at, 4 * head * heads, q,
+                    scores, stride, acc, spare, _get(c, C_TILE_CONFIG), _get(c, C_PAGE_TILE_CONFIG),
                 )  # fmt: skip
             else:
                 attend(
@@ -290,7 +290,7 @@ def decoder_step(c, me):
     for r in range(me, wanted, threads):
         t = load_i64(_get(c, C_LOGIT_INDEX) + 8 * r)
         norm_row(x + 4 * t * width, _get(c, C_FINAL_NORM), space, width, _get(c, C_TRUE_WIDTH), eps)
-        pack_row(kind, space, width, space + 4 * width, packed + r * stride, _get(c, C_PACKED_SCALE) + 4 * r)
+        pack_row(kind, space, width, space + 4 * width, packed + r * stride, _get(c, C_PACKED_SCALE) + 8 * r)
     arrived = meet(c, threads, arrived)
     if wanted > 0:
         _product(
