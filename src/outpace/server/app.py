@@ -201,7 +201,7 @@ class Api:
         ticket.close()
         results = [result for result in ticket.results if result is not None]
         record["completion_tokens"] = sum(len(r.token_ids) for r in results)
-        record["finish"] = "left" if left else ",".join(r.finish_reason for r in results)
+        record["finish"] = "left" if left else ",".join(r.finish_reason for r in results) or "error"
         record["first_token_s"] = None if follow.first_s is None else round(follow.first_s, 4)
         if results:
             record["cached_tokens"] = min(r.stats.cached_tokens for r in results)
