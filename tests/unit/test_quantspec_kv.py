@@ -382,7 +382,7 @@ def test_the_output_is_that_of_plain_decoding(kv: str, params: SamplingParams) -
     if kv == "bf16":
         assert drafter.store is None and "own keys" in drafter.explain()[0]
     else:
-        assert drafter.store.bits == (8 if kv == "int8" else 4)
+        assert drafter.store.bits == (4 if kv == "int4" else 8)
         assert drafter.store.bytes_used > 0 and f"in {drafter.store.bits} bits" in drafter.explain()[0]
 
 

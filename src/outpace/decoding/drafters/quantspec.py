@@ -50,7 +50,7 @@ class QuantSpec(DraftChain):
 
     Tiwari et al., "QuantSpec: Self-Speculative Decoding with Hierarchical Quantized KV Cache", section 4.
 
-    Parameters: `kv` what the draft reads: int4, int8, bf16 (the target's own cache, no copy), or auto: int4 on a CPU
+    Parameters: `kv` what the draft reads: int4, int8, bf16 (the target's own cache, no copy), or auto: int8 on a CPU
     with VNNI, else bf16; `recent` full pages of 16 tokens that are always read as they are; those of the chain (see
     DraftChain). Raises MethodError for a target in int4 (nothing coarser is left) or float32 (its cache has another
     layout), on CUDA, or for few bits without VNNI; ParameterError out of range.
@@ -100,7 +100,7 @@ class QuantSpec(DraftChain):
                 f"method {cls.name!r} reads keys and values in {kv} with AVX512-VNNI, which this CPU does not "
                 "offer; choose kv=bf16"
             )
-        return kv if kv != "auto" else "int4" if vnni else "bf16"
+        return kv if kv != "auto" else "int8" if vnni else "bf16"
 
     def explain(self) -> list[str]:
         if self.store is None:
