@@ -169,14 +169,18 @@ def test_looks_of_drafters_are_told_apart(visit: Callable[..., Any], fake: FakeS
 
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1100), ("dark", 1100), ("light", 360)])
 def test_pictures(visit: Callable[..., Any], fake: FakeServer, scheme: str, width: int) -> None:
-    """With OUTPACE_SCREENSHOTS=docs/images these are kept; OUTPACE_PLAYGROUND=http://... takes them of a real server."""
+    """OUTPACE_SCREENSHOTS=docs/images keeps them, OUTPACE_PLAYGROUND=http://... takes them of a server with a model."""
     page = visit(scheme, width, 820, url=os.environ.get("OUTPACE_PLAYGROUND", fake.url))
     page.set_default_timeout(120_000)
     kind = "phone" if width < 500 else scheme
     prompt = "Write a Python class for a stack with push, pop, peek and len, with docstrings."
     send(page, prompt)
-    page.locator("#log .step:has([class*=' s'] + [class*=' s'])").last.click()
+    for step in reversed(page.locator("#log .step:has([class*=' s'])").all()[-40:]):
+        step.click()
+        if page.locator("#step .accepted").count() and page.locator("#step .rejected").count():
+            break
     expect(page.locator("#step .accepted .node").first).to_be_visible()
+    expect(page.locator("#step .rejected .node").first).to_be_visible()
     picture(page, kind)
     page.keyboard.press("Escape")
     expect(racing(page, prompt)).to_be_visible(timeout=120_000)

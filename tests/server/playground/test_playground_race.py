@@ -34,6 +34,11 @@ def test_a_race_that_ends_identical(visit: Callable[..., Any], fake: FakeServer)
     assert warm["max_tokens"] == 1 and fast["max_tokens"] == plain["max_tokens"] == 256
     assert is_plain(plain) and not is_plain(fast) and plain["seed"] == fast["seed"]
     assert plain["messages"] == fast["messages"]
+    assert warm["user"] == fast["user"] == plain["user"]  # one prefix cache for all three
+    page.click("#send")
+    expect(page.locator("#status")).to_have_text(re.compile("^First accelerated"))
+    assert fake.bodies[-1]["user"] != plain["user"]  # and nothing remembered from the race before
+    expect(page.locator("#status")).to_have_text(re.compile("^Identical"))
     for lane in ("#lane-plain", "#lane-fast"):
         assert page.locator(f"{lane} .words").text_content() == FOX_TEXT
         assert re.fullmatch(r"0\.[0-9]{2} s", page.locator(f"{lane} .timer").text_content())

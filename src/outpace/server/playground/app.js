@@ -214,6 +214,7 @@ async function runRace(prompt) {
   const methods = current()?.methods ?? [];
   const plain = methods.some(({ name }) => name === "plain") ? { method: "plain" } : { max_draft: 0 };
   panel.close();
+  body.user = `race-${Date.now()}-${Math.random().toString(36).slice(2)}`; // nobody's drafts or prefixes but its own
   await attempt((signal) => race.run(body, plain, prompt, signal));
 }
 
