@@ -19,7 +19,7 @@ from ..paths import cache_dir
 
 ROWS = (1, 2, 4, 8, 12, 16, 17, 20, 24, 32)
 CONTEXTS = (64, 1024)
-_FORMAT = 2
+_FORMAT = 3
 _MOST_ROUNDS, _LEAST_ROUNDS, _ENOUGH_S = 12, 3, 2.0
 
 Told = Callable[[int, int], None]
