@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from hashing import toy_loaded
 from packaging.requirements import Requirement
 
 import outpace
@@ -60,8 +61,6 @@ def test_snippet_is_six_lines_of_names_that_exist() -> None:
 
 def test_snippet_runs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """On the toy model: the real one is run by the tests of the commands."""
-    from hashing import toy_loaded
-
     from outpace.engine import llm, load
 
     monkeypatch.setattr(llm, "load_model", lambda name, **how: toy_loaded(name))

@@ -130,7 +130,7 @@ class LLM:
     def _open(self, judge: Verifier, limits: dict[str, int], wanted: int | None) -> None:
         decoder = self.loaded.decoder
         kv_tokens = size_of_cache(decoder, wanted, limits["max_batch"])
-        config = EngineConfig(**limits, **self._serving, kv_tokens=kv_tokens)
+        config = EngineConfig(**{**limits, **self._serving, "kv_tokens": kv_tokens})
         cache = new_cache(decoder, config)
         drafts = (config.kv_tokens + limits["max_batch"] * (limits["max_rows"] + PAGE_SIZE)) // PAGE_SIZE + 1
         context = DrafterContext(
