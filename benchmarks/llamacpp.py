@@ -11,54 +11,20 @@ way round. It computes with the file's own quantisation (Q4_K_M, Q4_1), Outpace 
 
 from __future__ import annotations
 
-import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import click
 from common import Tally, in_turns, note, public_name, ratios, save, show_spread, table
+from peers import PEER, Peer
 
 from outpace.bench.audit import ask, split_by_room
 from outpace.bench.workloads import Prompt, load_prompts, own_prompts, select
 from outpace.engine.llm import LLM
-from outpace.errors import OutpaceError
 from outpace.models.source import resolve
 from outpace.types import SamplingParams
 
 QUESTION = "How fast is Outpace beside llama.cpp on the same file, prompts and threads, greedy, one sequence?"
-PEER = "llama.cpp"
-
-
-class Peer:
-    """llama.cpp in a process of its own. Raises OutpaceError when it cannot start or dies."""
-
-    def __init__(self, python: Path, model: Path, threads: int, context: int) -> None:
-        script = Path(__file__).with_name("llamacpp_peer.py")
-        args = [str(python), str(script), str(model), str(threads), str(context)]
-        self.process = subprocess.Popen(
-            args, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-        self.about = self._read()
-
-    def _read(self) -> Any:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise OutpaceError(f"llama.cpp ended with exit code {self.process.wait()}; run llamacpp_peer.py by hand")
-        return json.loads(line)
-
-    def generate(self, tokens: list[int], max_tokens: int, stop: list[int]) -> Any:
-        assert self.process.stdin is not None
-        print(
-            json.dumps({"tokens": tokens, "max_tokens": max_tokens, "stop": stop}), file=self.process.stdin, flush=True
-        )
-        return self._read()
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(timeout=30)
 
 
 @click.command()
@@ -137,7 +103,6 @@ def main(**options: Any) -> None:
         for name, c in results["contestants"].items()
     ]
     head = ["engine", "tokens/s", "x llama.cpp", "prefill tokens/s", "x llama.cpp", "mean_accepted"]
-    about = f"llama-cpp-python {peer.about['version']}: {peer.about['system_info'].strip()}"
     config = {
         "model": public_name(options["model"]),
         "draft_model": public_name(options["draft_model"]),
@@ -151,7 +116,7 @@ def main(**options: Any) -> None:
         "trials": options["trials"],
     }
     name = options["name"] or f"llamacpp-{public_name(options['model'])}"
-    save(name, QUESTION, config, results, f"{table(head, rows)}\n\n{about}")
+    save(name, QUESTION, config, results, f"{table(head, rows)}\n\n{peer.words}")
 
 
 if __name__ == "__main__":

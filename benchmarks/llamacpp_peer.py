@@ -1,13 +1,17 @@
-"""The llama.cpp side of `llamacpp.py`. Runs under a Python that has llama-cpp-python; imports nothing of Outpace.
+"""The llama.cpp side of the benchmarks. Runs under a Python that has llama-cpp-python; imports nothing of Outpace.
 
-    python llamacpp_peer.py MODEL.gguf THREADS CONTEXT
+    python llamacpp_peer.py MODEL.gguf THREADS CONTEXT [--sequences N] [--split] [--no-flash]
 
-Reads a JSON object a line, {"tokens": [...], "max_tokens": n, "stop": [...]}, decodes greedily and answers with
-{"tokens": [...], "prefill_s": s, "decode_s": s}. Calls llama.cpp's C functions directly, so that no wrapper costs it
-time: a prompt goes in at once, in pieces of the batch size, and a step is one decode and one argmax.
+Reads a JSON object a line and answers with one. {"tokens": [...], "max_tokens": n, "stop": [...]} is one sequence,
+decoded greedily: {"tokens": [...], "prefill_s": s, "decode_s": s}. {"prompts": [[...], ...], "max_tokens": n} are as
+many sequences in lock-step, each of n tokens whatever they are: {"outputs": [[...], ...], "prefill_s": s, "decode_s":
+s}. Calls llama.cpp's C functions directly, so that no wrapper costs it time: prompts go in packed, in pieces of the
+batch size, and a step is one decode of all sequences and one argmax over all their rows.
+
+CONTEXT counts the tokens of all sequences together. They share one KV buffer; --split gives each an equal part.
 """
 
-import ctypes
+import argparse
 import json
 import sys
 from time import perf_counter
@@ -18,41 +22,104 @@ import numpy as np
 BATCH = 512
 
 
-def main() -> None:
-    path, threads, context = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    llm = llama_cpp.Llama(
-        path, n_ctx=context, n_batch=BATCH, n_threads=threads, n_threads_batch=threads, n_gpu_layers=0, verbose=False
-    )
-    ctx, vocab = llm.ctx, llm.n_vocab()
-    version = llama_cpp.__version__
-    info = llama_cpp.llama_print_system_info().decode()
-    print(json.dumps({"version": version, "system_info": info}), flush=True)
+class Peer:
+    """A model and a context for at most `sequences` sequences."""
 
-    def decode(tokens: list[int]) -> None:
-        array = (llama_cpp.llama_token * len(tokens))(*tokens)
-        code = llama_cpp.llama_decode(ctx, llama_cpp.llama_batch_get_one(array, len(tokens)))
+    def __init__(self, path: str, threads: int, context: int, sequences: int, unified: bool, flash: bool) -> None:
+        llama_cpp.llama_backend_init()
+        model_params = llama_cpp.llama_model_default_params()
+        model_params.n_gpu_layers = 0
+        model = llama_cpp.llama_model_load_from_file(path.encode(), model_params)
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = context, BATCH, BATCH, sequences
+        params.n_threads = params.n_threads_batch = threads
+        params.kv_unified = unified
+        params.flash_attn_type = (
+            llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO if flash else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        )
+        self.ctx = llama_cpp.llama_init_from_model(model, params)
+        if not self.ctx:
+            raise SystemExit(f"llama.cpp made no context of {context} tokens for {sequences} sequences")
+        self.vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+        self.batch = llama_cpp.llama_batch_init(BATCH, 0, 1)
+
+    def clear(self) -> None:
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.ctx), True)
+
+    def decode(self, rows: list[tuple[int, int, int, bool]]) -> np.ndarray:
+        """Rows of (token, position, sequence, whether its logits are wanted). Returns the likeliest token of each
+        wanted row."""
+        batch = self.batch
+        batch.n_tokens = len(rows)
+        for i, (token, position, sequence, wanted) in enumerate(rows):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, position, 1
+            batch.seq_id[i][0], batch.logits[i] = sequence, wanted
+        code = llama_cpp.llama_decode(self.ctx, batch)
         if code:
             raise RuntimeError(f"llama_decode returned {code}")
+        wanted_rows = sum(row[3] for row in rows)
+        if not wanted_rows:
+            return np.empty(0, dtype=np.int64)
+        pointer = llama_cpp.llama_get_logits(self.ctx)  # of the wanted rows alone, in their order
+        return np.ctypeslib.as_array(pointer, (wanted_rows, self.vocab)).argmax(axis=1)
 
-    def best() -> int:
-        pointer = llama_cpp.llama_get_logits_ith(ctx, -1)
-        address = ctypes.cast(pointer, ctypes.POINTER(ctypes.c_float * vocab))
-        return int(np.frombuffer(address.contents, dtype=np.float32).argmax())
+    def read(self, prompts: list[list[int]]) -> list[int]:
+        """Read all prompts, packed; the first token of each output."""
+        rows = [
+            (token, i, s, i == len(prompt) - 1) for s, prompt in enumerate(prompts) for i, token in enumerate(prompt)
+        ]
+        found: list[int] = []
+        for start in range(0, len(rows), BATCH):
+            found += self.decode(rows[start : start + BATCH]).tolist()
+        return found
 
+    def generate(self, prompts: list[list[int]], max_tokens: int, stop: set[int]) -> tuple[list[list[int]], ...]:
+        """Lock-step decoding. One sequence ends at a token of `stop`. Returns outputs and (prefill, decode) seconds."""
+        self.clear()
+        began = perf_counter()
+        outputs = [[token] for token in self.read(prompts)]
+        first = perf_counter()
+        while len(outputs[0]) < max_tokens and outputs[0][-1] not in stop:
+            at = len(outputs[0]) - 1
+            best = self.decode([(out[-1], len(prompts[s]) + at, s, True) for s, out in enumerate(outputs)])
+            for out, token in zip(outputs, best.tolist(), strict=True):
+                out.append(token)
+        return outputs, [first - began, perf_counter() - first]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("threads", type=int)
+    parser.add_argument("context", type=int)
+    parser.add_argument("--sequences", type=int, default=1)
+    parser.add_argument("--split", action="store_true")
+    parser.add_argument("--no-flash", action="store_true")
+    options = parser.parse_args()
+    flash, unified = not options.no_flash, not options.split
+    peer = Peer(options.model, options.threads, options.context, options.sequences, unified, flash)
+    about = {
+        "version": llama_cpp.__version__,
+        "system_info": llama_cpp.llama_print_system_info().decode(),
+        "settings": {
+            "n_batch": BATCH,
+            "n_ubatch": BATCH,
+            "n_seq_max": options.sequences,
+            "kv_unified": unified,
+            "flash_attn": "auto" if flash else "off",
+        },
+    }
+    print(json.dumps(about), flush=True)
     for line in sys.stdin:
         request = json.loads(line)
-        prompt, stop = request["tokens"], set(request["stop"])
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(ctx), True)
-        began = perf_counter()
-        for start in range(0, len(prompt), BATCH):
-            decode(prompt[start : start + BATCH])
-        out = [best()]
-        first = perf_counter()
-        while len(out) < request["max_tokens"] and out[-1] not in stop:
-            decode(out[-1:])
-            out.append(best())
-        answer = {"tokens": out, "prefill_s": first - began, "decode_s": perf_counter() - first}
+        if "prompts" in request:
+            outputs, (prefill_s, decode_s) = peer.generate(request["prompts"], request["max_tokens"], set())
+            answer = {"outputs": outputs, "prefill_s": prefill_s, "decode_s": decode_s}
+        else:
+            outputs, times = peer.generate([request["tokens"]], request["max_tokens"], set(request["stop"]))
+            answer = {"tokens": outputs[0], "prefill_s": times[0], "decode_s": times[1]}
         print(json.dumps(answer), flush=True)
 
 
-main()
+if __name__ == "__main__":
+    main()
