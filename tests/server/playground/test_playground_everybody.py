@@ -147,7 +147,7 @@ def oklab(rgb: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_looks_of_drafters_are_told_apart(visit: Callable[..., Any], fake: FakeServer, scheme: str) -> None:
-    names = [f"drafter{i}" for i in range(8)]
+    names = ["recycling", "suffix", *(f"drafter{i}" for i in range(6))]
     fake.reply = lambda body: [Step([("x", "target")]), *(chain(" y", source=name, own=" z") for name in names)]
     page = visit(scheme)
     send(page)
