@@ -29,12 +29,6 @@ NEEDED = ("fastapi", "uvicorn", "pydantic", "prometheus_client")  # the extra `s
 @click.option(
     "--max-queue", type=click.IntRange(min=1), default=256, show_default=True, help="Requests that wait; more get 429."
 )
-@click.option(
-    "--max-step",
-    type=click.FloatRange(min=0, min_open=True),
-    metavar="SECONDS",
-    help="Longest pause for those who decode while prompts are read.  [default: none]",
-)
 @click.option("--kv-tokens", type=click.IntRange(min=1), help="Size of the KV cache.  [default: what memory allows]")
 @click.option(
     "--swap-tokens",
@@ -93,7 +87,6 @@ def serve(**options: Any) -> None:
             methods=methods,
             max_batch=options["max_batch"],
             max_queue=options["max_queue"],
-            max_step_s=options["max_step"],
             kv_tokens=options["kv_tokens"],
             prefix_cache=not options["no_prefix_cache"],
             swap_tokens=options["swap_tokens"],
