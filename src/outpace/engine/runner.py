@@ -52,6 +52,7 @@ class Runner:
     ) -> None:
         self.decoder, self.cache, self.drafter, self.verifier = decoder, cache, drafter, verifier
         self.planner = planner
+        self.draft_s = self.forward_s = self.judge_s = 0.0  # so far: proposing, the target's forwards, choosing tokens
 
     def end(self, request: Request) -> None:
         """Forget a request, at any moment outside `forward`; one that has no pages too."""
@@ -69,6 +70,7 @@ class Runner:
         drafted = perf_counter()
         try:
             step, ends = self._run(decoding, drafts, chunks)
+            forwarded = perf_counter()
             verified, row = [], 0
             for request, draft in zip(decoding, drafts, strict=True):
                 outputs = TargetOutputs(step, row, row + 1 + len(draft))
@@ -82,6 +84,9 @@ class Runner:
         except BaseException:
             self.abandon([*decoding, *(r for r, _ in chunks)])
             raise
+        self.draft_s += drafted - began
+        self.forward_s += forwarded - drafted
+        self.judge_s += perf_counter() - forwarded
         for request, n in chunks:
             self.cache.commit(request.kv, range(n))
             request.prefilled += n

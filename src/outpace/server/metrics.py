@@ -16,7 +16,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _GAPS = (0.002, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56)
 #: Numbers of `LLM.metrics` that are of this moment; the others count from the start.
-OF_NOW = {"waiting", "running", "kv_pages", "kv_pages_used", "kv_pages_cached", "longest_queue_s"}
+OF_NOW = {"waiting", "running", "kv_pages", "kv_pages_used", "kv_pages_cached", "kv_bytes", "longest_queue_s"}
 
 
 class Metrics:
