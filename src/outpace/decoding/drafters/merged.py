@@ -149,18 +149,18 @@ class Merged(Drafter):
             drafter.observe(sequence, seen)
             if seen.outputs is not None:
                 seconds = one.seconds + perf_counter() - began
-                self.worths[one.index].learned(sequence.id, one.expected, gained.get(drafter.name, 0), seconds)
+                self.worths[one.index].learned(sequence.id, one.expected, gained.get(drafter.name, 0.0), seconds)
         self._asked[sequence.id] = []
 
-    @staticmethod
-    def _gains(seen: Observation) -> dict[str, int]:
-        """Accepted tokens by the drafter that proposed them first."""
-        counts: dict[str, int] = {}
+    def _gains(self, seen: Observation) -> dict[str, float]:
+        """Accepted tokens by the drafter that proposed them first, less what the rows of its nodes cost."""
+        gains: dict[str, float] = {}
+        for name in seen.draft.sources:
+            gains[name] = gains.get(name, 0.0) - self.floor
         if seen.accepted is not None:
             for node in seen.accepted.path.tolist():
-                name = seen.draft.sources[node]
-                counts[name] = counts.get(name, 0) + 1
-        return counts
+                gains[seen.draft.sources[node]] += 1
+        return gains
 
     def end(self, sequence: Sequence) -> None:
         self._asked.pop(sequence.id, None)

@@ -29,7 +29,7 @@ class _Bin:
 
     @property
     def per_second(self) -> float:
-        return self.gained / self.seconds if self.seconds > 0 else 0.0
+        return max(self.gained, 0.0) / self.seconds if self.seconds > 0 else 0.0
 
 
 @dataclass(slots=True)
@@ -46,12 +46,13 @@ class _Customer:
 class Worth:
     """Bookkeeping for one drafter.
 
-    The gain of a step is the number of accepted tokens that no drafter before it proposed. Gain per second of drafting
-    is kept in a table by what those before it promised (beside a long certain lookup a draft model adds little), and is
-    expected to be that times how the sequence compares with the others. Where it is less than the price of a second the
-    drafter rests, and is tried again: once for each new text, then after 8 steps or, if it is dear, after so many that
-    trials cost at most 1.5 % of the tokens, and each time after twice as many. A trial is a whole draft: a draft model
-    ends it where its own confidence does not repay a forward, so it is short where it has to be.
+    The gain of a step is the number of accepted tokens that no drafter before it proposed, less what the rows of its
+    nodes cost: in a large batch, where no row is free, a draft that is often right may still not pay. Gain per second
+    of drafting is kept in a table by what those before it promised (beside a long certain lookup a draft model adds
+    little), and is expected to be that times how the sequence compares with the others. Where it is less than the price
+    of a second the drafter rests, and is tried again: once for each new text, then after 8 steps or, if it is dear,
+    after so many that trials cost at most 1.5 % of the tokens, and each time after twice as many. A trial is a whole
+    draft: a draft model ends it where its own confidence does not repay a forward, so it is short where it has to be.
     """
 
     def __init__(self) -> None:
@@ -61,8 +62,8 @@ class Worth:
         self._call_s = 0.0
         self._read_s = 0.0  # for each token of a text seen for the first time
         self._unreported = 0.0
-        self.asked = self.skipped = self.gained = 0
-        self.seconds = 0.0
+        self.asked = self.skipped = 0
+        self.seconds = self.gained = 0.0
 
     def pays(self, sequence: Sequence, promised: float, price: float) -> bool:
         """Whether to ask, because it pays or as a trial.
@@ -118,9 +119,9 @@ class Worth:
         self.forward_s = _mix(self.forward_s, seconds / levels)
         return seconds / len(sequences)
 
-    def learned(self, id: int, promised: float, gain: int, seconds: float) -> None:
+    def learned(self, id: int, promised: float, gain: float, seconds: float) -> None:
         """A step was committed in which the drafter was asked for sequence `id`, which took `seconds` of drafting and
-        observing."""
+        observing. `gain`: tokens accepted that no drafter before it had proposed, less those that its rows cost."""
         cell = self._bins[bisect_right(_EDGES, promised)]
         customer = self._customers.setdefault(id, _Customer())
         cell.gained = _FADE * cell.gained + gain
@@ -128,7 +129,7 @@ class Worth:
         cell.trials += 1
         foretold = max(seconds * cell.per_second, 1e-3)
         weight = min(1.0, _PRIOR_OWN / foretold)  # one long draft is no more than one piece of evidence
-        customer.gained = _FADE_OWN * customer.gained + weight * gain
+        customer.gained = max(_FADE_OWN * customer.gained + weight * gain, 0.0)
         customer.foretold = _FADE_OWN * customer.foretold + weight * foretold
         self.gained += gain
         self.seconds += seconds
@@ -142,7 +143,7 @@ class Worth:
             return "never asked" if chances else "no step yet"
         return (
             f"asked in {self.asked} of {chances} steps, {1e3 * self.seconds / self.asked:.2f} ms and "
-            f"{self.gained / self.asked:.2f} accepted tokens of its own each time"
+            f"{self.gained / self.asked:.2f} tokens gained each time, its rows paid"
         )
 
     def spent(self) -> float:
