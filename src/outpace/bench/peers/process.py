@@ -156,7 +156,7 @@ class ScriptPeer(Peer):
             return PeerAnswer(error=f"{self.name}: its times {first!r} and {total!r} are no durations")
         if total > elapsed + _CLOCKS or (first is not None and first > total):
             return PeerAnswer(
-                error=f"{self.name}: says {first} s to the first token of {total} s, and answered within {elapsed:.3f} s"
+                error=f"{self.name}: says {first} s to the first token, {total} s in all; it took {elapsed:.3f} s"
             )
         if not (steps is None or (type(steps) is int and steps >= 0)):
             return PeerAnswer(error=f"{self.name}: {steps!r} is no number of steps")

@@ -52,7 +52,7 @@ class Context:
         self.lib.llama_memory_seq_rm(self.memory, sequence, start, -1)
 
     def decode(self, rows: list[tuple[int, int, int, bool]]) -> list[int]:
-        """Rows of (token, position, sequence, whether its logits are wanted), at most `self.rows`. Which were wanted."""
+        """Rows of (token, position, sequence, whether its logits are wanted), at most `self.rows`. Which are."""
         batch = self.batch
         batch.n_tokens = len(rows)
         for i, (token, position, sequence, wanted) in enumerate(rows):
@@ -104,13 +104,11 @@ class LlamaCpp:
         self.drafter = Context(self.lib, hello["draft"], hello, settings) if self.mode == "draft" else None
         if self.drafter is not None and self.drafter.vocab != self.target.vocab:
             raise ValueError(f"the draft model has {self.drafter.vocab} tokens and the target {self.target.vocab}")
-        used = ("flash", "kv", "batch") + {"plain": (), "draft": ("draft_tokens", "draft_min_p")}.get(
-            self.mode, ("draft_tokens", "ngram")
-        )
+        used = {"plain": (), "draft": ("draft_tokens", "draft_min_p"), "lookup": ("draft_tokens", "ngram")}[self.mode]
         self.about = {
             "version": f"llama-cpp-python {llama_cpp.__version__}",
             "built_for": self.lib.llama_print_system_info().decode().strip(),
-            "settings": {name: settings[name] for name in used} | {"kv_unified": False},
+            "settings": {name: settings[name] for name in ("flash", "kv", "batch", *used)} | {"kv_unified": False},
             "batches": "in one step",
         }
 
