@@ -5,10 +5,12 @@
 
 Every contestant decodes the same prompts (the same token ids), as many sequences at once as there are prompts, and the
 same number of tokens of each, end of text ignored; then the next one has its turn. No prompt comes twice in a run, so
-nothing can be drafted or read from an earlier answer. The time of decoding runs from the step in which the last
-sequence got its first token until the last sequence has all of its tokens; prompts are read in a measurement of its
-own. llama.cpp decodes in lock-step by its C functions; it computes with the file's own quantisation, Outpace with int8
-made from it. Without --peer-python Outpace runs alone.
+nothing can be drafted or read from an earlier answer. Tokens a second are those while all sequences decode: from the
+step in which the last one got its first token to the step in which the first one has all of its tokens. With drafts
+some sequences end long before others, and the rest then decode in a smaller batch, where a server would have let the
+next ones in; the speed until the last one has all of its tokens is given beside it. Prompts are read in a measurement
+of their own. llama.cpp decodes in lock-step by its C functions; it computes with the file's own quantisation, Outpace
+with int8 made from it. Without --peer-python Outpace runs alone.
 """
 
 from __future__ import annotations
@@ -46,7 +48,8 @@ PROMPT_TOKENS, PROMPTS = 512, 8
 class Run:
     """What one contestant did with one batch."""
 
-    tokens_per_s: float
+    tokens_per_s: float  # while all sequences decode
+    whole_tokens_per_s: float  # until the last one ends
     outputs: list[list[int]]
     steps: float = 0.0  # of one sequence, on average; 0: not told
 
@@ -55,23 +58,29 @@ Decode = Callable[[list[list[int]], int], Run]
 Read = Callable[[list[list[int]]], float]  # seconds to the first token of the last prompt
 
 
+def _speed(first: tuple[int, float], last: tuple[int, float]) -> float:
+    return (last[0] - first[0]) / (last[1] - first[1])
+
+
 def ours(llm: LLM) -> tuple[Decode, Read]:
     def decode(prompts: list[list[int]], max_tokens: int) -> Run:
         params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
         ids = [llm.submit(prompt, params) for prompt in prompts]
         outputs: dict[int, list[int]] = {id: [] for id in ids}
-        began, before, steps = 0.0, 0, 0
+        count, steps, ended = 0, 0, False
+        marks: list[tuple[int, float]] = []  # tokens so far and the time, after each step of all sequences
         while not llm.idle:
             for event in llm.step():
                 outputs[event.id] += event.token_ids
+                count += len(event.token_ids)
                 if event.error is not None:
                     raise event.error
                 steps += event.result.stats.steps if event.result is not None else 0
-            if not began and all(outputs.values()):
-                began, before = perf_counter(), sum(map(len, outputs.values()))
-        seconds = perf_counter() - began
-        total = sum(map(len, outputs.values()))
-        return Run((total - before) / seconds, [outputs[id] for id in ids], steps / len(ids))
+            if not ended and all(outputs.values()):
+                marks.append((count, perf_counter()))
+                ended = max(map(len, outputs.values())) >= max_tokens
+        last = (count, perf_counter())
+        return Run(_speed(marks[0], marks[-1]), _speed(marks[0], last), [outputs[id] for id in ids], steps / len(ids))
 
     def read(prompts: list[list[int]]) -> float:
         began = perf_counter()
@@ -87,7 +96,8 @@ def ours(llm: LLM) -> tuple[Decode, Read]:
 def theirs(peer: Peer) -> tuple[Decode, Read]:
     def decode(prompts: list[list[int]], max_tokens: int) -> Run:
         got = peer.batch(prompts, max_tokens)
-        return Run(len(prompts) * (max_tokens - 1) / got["decode_s"], got["outputs"], max_tokens - 1)
+        speed = len(prompts) * (max_tokens - 1) / got["decode_s"]  # in lock-step all end together
+        return Run(speed, speed, got["outputs"], max_tokens - 1)
 
     def read(prompts: list[list[int]]) -> float:
         seconds: float = peer.batch(prompts, 1)["prefill_s"]
@@ -103,6 +113,7 @@ class Contest:
     contestants: dict[str, tuple[Decode, Read]]
     max_tokens: int
     speeds: dict[int, dict[str, list[float]]] = field(default_factory=dict)
+    whole: dict[int, dict[str, list[float]]] = field(default_factory=dict)
     accepted: dict[int, dict[str, list[float]]] = field(default_factory=dict)
     prefill: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     differing: dict[int, int] = field(default_factory=dict)
@@ -119,6 +130,7 @@ class Contest:
         for name in self.order():
             run = self.contestants[name][0](prompts, self.max_tokens)
             self.speeds.setdefault(n, {}).setdefault(name, []).append(run.tokens_per_s)
+            self.whole.setdefault(n, {}).setdefault(name, []).append(run.whole_tokens_per_s)
             tau = (self.max_tokens - 1) / run.steps if run.steps else 1.0
             self.accepted.setdefault(n, {}).setdefault(name, []).append(tau)
             outputs[name] = run.outputs
@@ -140,6 +152,7 @@ class Contest:
                 name: {
                     "tokens_per_s": spread(speeds[name]),
                     **against(speeds, name),
+                    "to_the_last_token": {"tokens_per_s": spread(self.whole[n][name]), **against(self.whole[n], name)},
                     "mean_accepted": round(median(self.accepted[n][name]), 3),
                 }
                 for name in self.contestants
@@ -177,7 +190,7 @@ def one_of(pool: list[list[int]], size: int, start: int) -> list[int]:
 
 def body(results: dict[str, Any], name: str) -> str:
     with_peer = PEER in next(iter(results["decode"].values()))
-    head = ["sequences", "engine", "tokens/s", *(["x llama.cpp"] if with_peer else []), "x plain", "mean_accepted"]
+    head = ["sequences", "engine", "tokens/s", *(["x llama.cpp"] if with_peer else []), "x plain"]
     parts = [f"![tokens a second by number of sequences]({name}.svg)"]
 
     def row(first: str, contestant: str, c: dict[str, Any], digits: int = 1) -> list[str]:
@@ -185,11 +198,15 @@ def body(results: dict[str, Any], name: str) -> str:
         own = "" if contestant == PEER else show_spread(c["against_plain"], 2)
         return [first, contestant, show_spread(c["tokens_per_s"], digits), *ratios, own]
 
-    rows = [[*row(n, k, c), f"{c['mean_accepted']:.2f}"] for n, found in results["decode"].items()
-            for k, c in found.items()]  # fmt: skip
-    parts.append(f"## Decoding, all sequences together\n\n{table(head, rows)}")
+    rows = [
+        [*row(n, k, c), *row(n, k, c["to_the_last_token"])[2:], f"{c['mean_accepted']:.2f}"]
+        for n, found in results["decode"].items()
+        for k, c in found.items()
+    ]
+    last = [f"to the last token: {head[2]}", *head[3:], "mean_accepted"]
+    parts.append(f"## Decoding, all sequences together\n\n{table([*head, *last], rows)}")
     rows = [row(what, k, c, 0) for what, found in results["prefill"].items() for k, c in found.items()]
-    parts.append(f"## Reading prompts\n\n{table(['prompts', *head[1:-1]], rows)}")
+    parts.append(f"## Reading prompts\n\n{table(['prompts', *head[1:]], rows)}")
     found = results["auto_differs_from_plain"]
     parts.append(
         f"Sequences whose tokens differ between plain and auto: {sum(found['by_sequences'].values())} of "
@@ -228,7 +245,9 @@ def plot(results: dict[str, Any], path: Path, title: str) -> None:
 @click.option("--model", default="smollm2-135m", show_default=True, help="A known name or a GGUF file.")
 @click.option("--draft-model", help="For auto.")
 @click.option("--peer-python", type=click.Path(exists=True, path_type=Path), help="Python with llama-cpp-python.")
-@click.option("--peer-setting", "settings", multiple=True, help="Of llamacpp_peer.py: --split, --no-flash. Repeatable.")
+@click.option(
+    "--peer-setting", "settings", multiple=True, help="Of llamacpp_peer.py: --unified, --no-flash. Repeatable."
+)
 @click.option("--precision", default="int8", show_default=True)
 @click.option("--threads", type=int, default=2, show_default=True)
 @click.option("--sequences", "sizes", type=int, multiple=True, default=[1, 8, 16, 32], show_default=True)
@@ -244,7 +263,7 @@ def main(**options: Any) -> None:
         raise click.UsageError(f"{options['model']} is not a GGUF file, which is all that llama.cpp reads")
     sizes, max_tokens = list(options["sizes"]), options["max_tokens"]
     most = max(*sizes, PROMPTS)
-    room = max(most * (options["longest"] + max_tokens), (PROMPTS + 1) * PROMPT_TOKENS) + 1024
+    room = most * (max(options["longest"] + max_tokens, PROMPT_TOKENS) // 256 * 256 + 256)
     auto = LLM(
         options["model"], draft_model=options["draft_model"], precision=options["precision"],
         threads=options["threads"], max_batch=most, kv_tokens=room, prefix_cache=False,

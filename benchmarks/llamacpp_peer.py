@@ -1,6 +1,6 @@
 """The llama.cpp side of the benchmarks. Runs under a Python that has llama-cpp-python; imports nothing of Outpace.
 
-    python llamacpp_peer.py MODEL.gguf THREADS CONTEXT [--sequences N] [--split] [--no-flash]
+    python llamacpp_peer.py MODEL.gguf THREADS CONTEXT [--sequences N] [--unified] [--no-flash]
 
 Reads a JSON object a line and answers with one. {"tokens": [...], "max_tokens": n, "stop": [...]} is one sequence,
 decoded greedily: {"tokens": [...], "prefill_s": s, "decode_s": s}. {"prompts": [[...], ...], "max_tokens": n} are as
@@ -8,7 +8,8 @@ many sequences in lock-step, each of n tokens whatever they are: {"outputs": [[.
 s}. Calls llama.cpp's C functions directly, so that no wrapper costs it time: prompts go in packed, in pieces of the
 batch size, and a step is one decode of all sequences and one argmax over all their rows.
 
-CONTEXT counts the tokens of all sequences together. They share one KV buffer; --split gives each an equal part.
+CONTEXT counts the tokens of all sequences together. Each has an equal part of it, which is what llama.h advises for
+sequences that share nothing, and was faster; --unified gives them one buffer.
 """
 
 import argparse
@@ -93,10 +94,10 @@ def main() -> None:
     parser.add_argument("threads", type=int)
     parser.add_argument("context", type=int)
     parser.add_argument("--sequences", type=int, default=1)
-    parser.add_argument("--split", action="store_true")
+    parser.add_argument("--unified", action="store_true")
     parser.add_argument("--no-flash", action="store_true")
     options = parser.parse_args()
-    flash, unified = not options.no_flash, not options.split
+    flash, unified = not options.no_flash, options.unified
     peer = Peer(options.model, options.threads, options.context, options.sequences, unified, flash)
     about = {
         "version": llama_cpp.__version__,

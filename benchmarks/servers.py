@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -49,8 +48,9 @@ class Server:
         self.command, self.port, self.patience_s = command, port, patience_s
 
     def __enter__(self) -> Server:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server ends with the benchmark
         self._log = tempfile.TemporaryFile()
-        self._process = subprocess.Popen(self.command, stdout=self._log, stderr=self._log, start_new_session=True)
+        self._process = subprocess.Popen(self.command, stdout=self._log, stderr=self._log)
         until = time.monotonic() + self.patience_s
         while not self._ready():
             if self._process.poll() is not None or time.monotonic() > until:
@@ -82,7 +82,7 @@ class Server:
             try:
                 self._process.wait(40)
             except subprocess.TimeoutExpired:
-                os.killpg(self._process.pid, signal.SIGKILL)
+                self._process.kill()
                 self._process.wait()
         self._log.close()
 
