@@ -1,0 +1,127 @@
+"""What is compared and in which order. No torch, no clock.
+
+    cell    a workload at one batch size and temperature; every contestant has its figures for each cell
+    unit    as many prompts of a workload as the batch holds; they are answered at once
+    heat    plain decoding and a few contestants in turn on one unit: the pairs that ratios are made of
+    round   one unit of every cell, in heats, by all contestants
+    sweep   as many rounds as a cell has units: after it every unit has been measured once more
+
+Contestants of a heat run within seconds of each other, so that what drifts (clocks, other users) hits all of them; who
+goes first, and who shares a heat with whom, changes from round to round. Each heat has a plain run of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ...errors import ParameterError
+from ...types import SamplingParams
+
+PLAIN = "plain"
+HEAT = 4  # contestants beside plain in one heat
+#: Of the project's own sets: text made up, code written, text shortened, code repeated with small changes
+WORKLOADS = ("writing", "code", "summarization", "code-edit")
+
+
+@dataclass(frozen=True, slots=True)
+class CompareConfig:
+    """`methods` None: every lossless one whose needs are met. `prompts`: units of each cell, at most; fewer if two
+    sweeps over them would not fit the budget. `rounds`: at most, None as many as the budget allows.
+
+    Raises ParameterError for an empty list or a value out of range.
+    """
+
+    models: tuple[str, ...] = ("smollm2-135m",)
+    methods: tuple[str, ...] | None = None
+    workloads: tuple[str, ...] = WORKLOADS
+    categories: tuple[str, ...] = ()  # of files and data sets, all if empty
+    batch_sizes: tuple[int, ...] = (1, 8)
+    temperatures: tuple[float, ...] = (0.0,)
+    peers: tuple[str, ...] = ()
+    max_tokens: int = 64
+    prompts: int = 3
+    rounds: int | None = None
+    budget_s: float = 900.0
+    seed: int = 0
+    options: dict[str, Any] = field(default_factory=dict)  # of the models: precision, threads, draft model, ...
+
+    def __post_init__(self) -> None:
+        for name in ("models", "workloads", "batch_sizes", "temperatures"):
+            values = getattr(self, name)
+            if not values:
+                raise ParameterError(f"{name} is empty: give at least one")
+            object.__setattr__(self, name, tuple(dict.fromkeys(values)))
+        if self.methods is not None and not self.methods:
+            raise ParameterError("methods is empty: name at least one, or leave it to the default")
+        least = {"batch_sizes": min(self.batch_sizes), "prompts": self.prompts, "rounds": self.rounds or 1}
+        for name, value in least.items():
+            if value < 1:
+                raise ParameterError(f"{name}={value} is out of range: it must be at least 1")
+        if self.max_tokens < 2:
+            raise ParameterError(f"max_tokens={self.max_tokens} is out of range: a speed needs at least 2")
+        if not self.budget_s > 0:
+            raise ParameterError(f"a budget of {self.budget_s:g} s is out of range: it must be above 0")
+        for temperature in self.temperatures:
+            SamplingParams(temperature=temperature, seed=self.seed)
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for measurements to belong to one comparison: all but how long it runs."""
+        told = asdict(self)
+        for name in ("rounds", "budget_s"):
+            del told[name]
+        return told
+
+    def params(self, temperature: float, number: int) -> SamplingParams:
+        """Of prompt number `number` of its workload. Every answer has `max_tokens` tokens: all have the same work."""
+        return SamplingParams(
+            max_tokens=self.max_tokens, temperature=temperature, seed=self.seed + number, ignore_eos=True
+        )
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Cell:
+    workload: str
+    batch: int
+    temperature: float
+
+    def __str__(self) -> str:
+        return f"{self.workload}, batch {self.batch}, temperature {self.temperature:g}"
+
+
+def cells(config: CompareConfig, fixed: dict[str, float | None]) -> list[Cell]:
+    """Every cell, workloads innermost. `fixed`: the workloads, and the temperature of those that have one of their
+    own."""
+    found = [
+        Cell(name, batch, temperature if own is None else own)
+        for temperature in config.temperatures
+        for batch in config.batch_sizes
+        for name, own in fixed.items()
+    ]
+    return list(dict.fromkeys(found))
+
+
+def heats(others: Sequence[str], turn: int) -> list[list[str]]:
+    """The contestants beside plain in parts of at most HEAT, each with plain; the order depends on the turn.
+
+    >>> heats(["a", "b"], 0), heats(["a", "b"], 1)
+    ([['plain', 'a', 'b']], [['b', 'a', 'plain']])
+    """
+    if not others:
+        return [[PLAIN]]
+    dealt = _rotated(list(others), turn)
+    count = -(-len(dealt) // HEAT)
+    parts = [dealt[i * len(dealt) // count : (i + 1) * len(dealt) // count] for i in range(count)]
+    orders = [_rotated([PLAIN, *part], turn // 2 + i) for i, part in enumerate(parts)]
+    return [order[::-1] if turn % 2 else order for order in orders]
+
+
+def _rotated(names: list[str], by: int) -> list[str]:
+    by %= len(names)
+    return names[by:] + names[:by]
+
+
+def units_that_fit(wanted: int, round_s: float, budget_s: float) -> int:
+    """How many units each cell gets so that two sweeps over them fit the budget; at least one."""
+    return max(1, min(wanted, int(budget_s / (2 * round_s)))) if round_s > 0 else wanted
