@@ -41,8 +41,8 @@ class PeerSpec:
         engine, _, mode = head.partition(":")
         if engine not in ENGINES or (mode or "plain") not in MODES:
             raise ParameterError(
-                f"no peer {head!r}; there are: {', '.join(ENGINES)}, each with :{', :'.join(MODES[1:])} or nothing, and "
-                "the URL of a server with OpenAI's API"
+                f"no peer {head!r}; there are: {', '.join(ENGINES)}, each with :{', :'.join(MODES[1:])} or nothing, "
+                "and the URL of a server with OpenAI's API"
             )
         wrong = [pair for pair in pairs if not all(pair.partition("="))]
         if wrong:

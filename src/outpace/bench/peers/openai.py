@@ -118,6 +118,7 @@ class OpenAIPeer(Peer):
         self, number: int, prompt: PeerPrompt, sampling: dict[str, Any], began: float, until: float
     ) -> PeerAnswer:
         """One request. Raises Refusal."""
+        body: dict[str, Any]
         if prompt.messages:
             route, body = "chat/completions", {"messages": [dict(m) for m in prompt.messages]}
         else:
@@ -224,8 +225,8 @@ class _Answer:
         return False
 
     def _choice(self, choice: dict[str, Any]) -> None:
-        delta = choice.get("delta") or {}
-        text = (delta.get("reasoning_content") or "") + (delta.get("content") or "") + (choice.get("text") or "")
+        delta = choice.get("delta") or {"content": choice.get("text")}
+        text = (delta.get("reasoning_content") or "") + (delta.get("content") or "")
         now = perf_counter() - self._began
         if text:
             self._first = now if self._first is None else self._first

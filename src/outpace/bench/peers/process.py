@@ -70,6 +70,7 @@ class ScriptPeer(Peer):
             "parent": os.getpid(),
         }
         try:
+            self._closed = "was not started"
             self._child = Child(self.command(), self._environment())
             reply = _object(self._child.ask(json.dumps(hello).encode(), config.start_timeout_s))
             if reply.get("missing"):
@@ -151,7 +152,9 @@ class ScriptPeer(Peer):
             return PeerAnswer(error=f"{self.name}: an answer is {type(raw).__name__}, not an object")
         if raw.get("error"):
             return PeerAnswer(error=f"{self.name}: {_line(raw['error'])}")
-        first, total, steps = raw.get("first_token_s"), raw.get("total_s"), raw.get("steps")
+        first: Any = raw.get("first_token_s")
+        total: Any = raw.get("total_s")
+        steps: Any = raw.get("steps")
         if not _seconds(total) or not (first is None or _seconds(first)):
             return PeerAnswer(error=f"{self.name}: its times {first!r} and {total!r} are no durations")
         if total > elapsed + _CLOCKS or (first is not None and first > total):
@@ -166,8 +169,8 @@ class ScriptPeer(Peer):
                 return PeerAnswer(error=f"{self.name}: gave tokens that are not in the vocabulary")
             text, tokens = words.decode(ids), len(ids)
         else:
-            ids, text = None, raw.get("text")
-            if not isinstance(text, str):
+            ids, text = None, raw.get("text", "")
+            if not isinstance(text, str) or "text" not in raw:
                 return PeerAnswer(error=f"{self.name}: gave neither tokens nor text")
             tokens = len(words.encode(text)) + bool(raw.get("ended"))
         if wrong := _wrong_count(raw, tokens, ids is not None, max_tokens):
@@ -177,8 +180,9 @@ class ScriptPeer(Peer):
         )
 
     def _drop(self, why: str) -> None:
-        child, self._child, self._closed = self._child, None, why
+        child, self._child = self._child, None
         if child is not None:
+            self._closed = why
             child.end()
 
     def _environment(self) -> dict[str, str]:
