@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from enumeration import Enumeration
 
+from outpace.bench.enumeration import Enumeration
 from outpace.decoding import sampling
 from outpace.decoding.contracts import Drafter, DrafterContext, Observation, Sequence, Verifier
 from outpace.decoding.drafters import sjd, suffix

@@ -1,7 +1,7 @@
 """What a decoding method does to the output: every token compared with plain decoding, one sequence at a time.
 
-The reference of a prompt and temperature is plain decoding alone in its batch. Each combination of method, batch size
-and temperature is then run and compared token for token. Where a sequence differs, the logits after the common prefix
+The reference of a prompt and sampler setting is plain decoding alone in its batch. Each combination of method, batch
+size and setting is then run and compared token for token. Where a sequence differs, the logits after the common prefix
 are computed once more by plain prefill, and the divergence is explained by them.
 """
 
@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any
 from ..errors import MethodError, ParameterError
 from ..registry import methods
 from ..types import Exactness, Result, SamplingParams
+from .audit_engine import ask_of as ask
+from .evidence import Check
+from .settings import Setting, of_temperature, setting
 from .workloads import Prompt
 
 if TYPE_CHECKING:
@@ -29,9 +32,10 @@ Progress = Callable[[str, int, int], None]  # what runs, sequences done, sequenc
 
 @dataclass(frozen=True, slots=True)
 class AuditConfig:
-    """`methods` None: every lossless drafter whose needs are met, and the default method.
+    """`methods` None: every lossless drafter whose needs are met, and the default method. `samplers`: further sampler
+    settings, by name (see `settings`).
 
-    Raises ParameterError for an empty list or a size below 1.
+    Raises ParameterError for an empty list, a size below 1 or an unknown setting.
     """
 
     methods: tuple[str, ...] | None = None
@@ -39,17 +43,25 @@ class AuditConfig:
     temperatures: tuple[float, ...] = (0.0, 0.8)
     max_tokens: int = 64
     seed: int = 0
+    samplers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("batch_sizes", "temperatures"):
-            if not getattr(self, name):
-                raise ParameterError(f"{name} is empty: give at least one")
+        if not self.batch_sizes:
+            raise ParameterError("batch_sizes is empty: give at least one")
+        if not self.temperatures and not self.samplers:
+            raise ParameterError("temperatures and samplers are empty: give at least one")
         if self.methods is not None and not self.methods:
             raise ParameterError("methods is empty: name at least one, or leave it to the default")
         if min(self.batch_sizes) < 1:
             raise ParameterError(f"batch size {min(self.batch_sizes)} is out of range: it must be at least 1")
-        for temperature in self.temperatures:
-            SamplingParams(max_tokens=self.max_tokens, temperature=temperature, seed=self.seed)
+        for each in self.settings:
+            each.params(self.max_tokens, self.seed)
+
+    @property
+    def settings(self) -> list[Setting]:
+        """Temperatures first; each once."""
+        every = [*map(of_temperature, self.temperatures), *map(setting, self.samplers)]
+        return list({each.name: each for each in every}.values())
 
     def params(self, temperature: float, index: int) -> SamplingParams:
         """Of prompt number `index`; each prompt has a seed of its own."""
@@ -72,7 +84,8 @@ class Divergence:
 
 @dataclass(slots=True)
 class AuditRow:
-    """One combination. `tokens_per_s` counts all sequences and the wall clock, prefill included."""
+    """One combination. `tokens_per_s` counts all sequences and the wall clock, prefill included; `sampler` is the name
+    of the setting."""
 
     method: str
     batch: int
@@ -85,6 +98,7 @@ class AuditRow:
     tokens_per_s: float
     divergences: list[Divergence] = field(default_factory=list)
     reference: bool = False
+    sampler: str = ""
 
     @property
     def holds(self) -> bool:
@@ -94,17 +108,25 @@ class AuditRow:
 
 @dataclass(slots=True)
 class AuditSection:
-    """All rows of one model in one precision. `skipped` holds (method, why it was left out)."""
+    """All rows of one model in one precision. `skipped` holds (method, why it was left out); `checks` what else was
+    looked at; `references` the results of plain decoding by setting."""
 
     model: str
     precision: str
     row_invariant: bool
     rows: list[AuditRow]
     skipped: list[tuple[str, str]]
+    checks: list[Check] = field(default_factory=list)
+    references: dict[str, list[Result]] = field(default_factory=dict, repr=False)
 
     @property
     def holds(self) -> bool:
-        return all(row.holds for row in self.rows)
+        return all(row.holds for row in self.rows) and all(check.holds for check in self.checks)
+
+    @property
+    def methods(self) -> list[str]:
+        """Plain decoding first."""
+        return list(dict.fromkeys(row.method for row in self.rows))
 
     def to_json(self) -> dict[str, Any]:
         rows = [{**asdict(row), "holds": row.holds} for row in self.rows]
@@ -114,6 +136,7 @@ class AuditSection:
             "row_invariant": self.row_invariant,
             "holds": self.holds,
             "rows": rows,
+            "checks": [check.to_json() for check in self.checks],
             "skipped": [{"method": name, "reason": reason} for name, reason in self.skipped],
         }
 
@@ -150,11 +173,6 @@ def default_methods(llm: LLM) -> tuple[list[str], list[tuple[str, str]]]:
     return names, skipped
 
 
-def ask(llm: LLM, prompt: Prompt) -> Any:
-    """The first turn, as a chat where the model has a template."""
-    return [{"role": "user", "content": prompt.text}] if llm.tokenizer.has_chat_template else prompt.text
-
-
 def split_by_room(llm: LLM, prompts: Sequence[Prompt], max_tokens: int) -> tuple[list[Prompt], list[Prompt]]:
     """Prompts that fit the model's context together with their answer, and those that do not."""
     room = llm.config.max_position - max_tokens
@@ -179,10 +197,9 @@ def audit(
     runs = _plan([PLAIN, *names], config)
     total, done = len(runs) * len(prompts), 0
     section = AuditSection(llm.name, llm.precision, llm.decoder.row_invariant, [], skipped)
-    references: dict[float, list[Result]] = {}
-    for method, batch, temperature in runs:
-        what = f"{llm.precision} {method}, batch {batch}, temperature {temperature:g}"
-        params = [config.params(temperature, i) for i in range(len(prompts))]
+    for method, batch, how in runs:
+        what = f"{llm.precision} {method}, batch {batch}, {how.name}"
+        params = [how.params(config.max_tokens, config.seed + i) for i in range(len(prompts))]
         verifier = "auto" if method == PLAIN else llm.verifier
         with llm.with_method(method, verifier=verifier, max_batch=batch) as runner:
             began, results = perf_counter(), []
@@ -191,8 +208,8 @@ def audit(
                 progress(what, done + len(results), total)
             seconds = perf_counter() - began
         done += len(prompts)
-        reference = references.setdefault(temperature, results)
-        row = _row(method, batch, temperature, results, seconds)
+        reference = section.references.setdefault(how.name, results)
+        row = _row(method, batch, how, results, seconds)
         row.reference = reference is results
         row.divergences = [
             _explain(llm, prompt, param, expected, got)
@@ -204,13 +221,13 @@ def audit(
     return section
 
 
-def _plan(names: Sequence[str], config: AuditConfig) -> list[tuple[str, int, float]]:
-    """Combinations in the order in which they run: each temperature begins with its reference, plain at batch 1."""
+def _plan(names: Sequence[str], config: AuditConfig) -> list[tuple[str, int, Setting]]:
+    """Combinations in the order in which they run: each setting begins with its reference, plain at batch 1."""
     runs = []
-    for temperature in dict.fromkeys(config.temperatures):
-        runs.append((PLAIN, 1, temperature))
+    for how in config.settings:
+        runs.append((PLAIN, 1, how))
         runs += [
-            (name, batch, temperature)
+            (name, batch, how)
             for name in names
             for batch in dict.fromkeys(config.batch_sizes)
             if (name, batch) != (PLAIN, 1)
@@ -228,13 +245,14 @@ def _generate(
         yield llm.generate(part, list(params[start : start + size]))
 
 
-def _row(method: str, batch: int, temperature: float, results: Sequence[Result], seconds: float) -> AuditRow:
+def _row(method: str, batch: int, how: Setting, results: Sequence[Result], seconds: float) -> AuditRow:
     tokens = sum(r.stats.tokens for r in results)
     steps = sum(r.stats.steps for r in results)
     return AuditRow(
         method=method,
         batch=batch,
-        temperature=temperature,
+        temperature=how.base.temperature,
+        sampler=how.name,
         exactness=max((r.exactness for r in results), key=_RANK.__getitem__),
         sequences=len(results),
         differing=0,
@@ -257,18 +275,21 @@ def _explain(llm: LLM, prompt: Prompt, params: SamplingParams, expected: Result,
     if a is None or b is None:
         margin, why = None, "one output ended where the other went on: they were cut differently"
     else:
-        prefix = [*llm.tokens(ask(llm, prompt)), *expected.token_ids[:at]]
-        margin, why = _margin(llm, prefix, params, a, b)
+        asked = llm.tokens(ask(llm, prompt))
+        margin, why = _margin(llm, asked, expected.token_ids[:at], params, a, b)
     if got.exactness == "identical":
         why = f"BROKEN PROMISE of identical tokens, please report it. {why}"
     return Divergence(prompt.id, at, a, b, text(a), text(b), margin, why)
 
 
-def _margin(llm: LLM, prefix: list[int], params: SamplingParams, a: int, b: int) -> tuple[float, str]:
+def _margin(
+    llm: LLM, prompt: list[int], output: list[int], params: SamplingParams, a: int, b: int
+) -> tuple[float, str]:
     """Logit of `a` minus that of `b`, and what that says about the divergence."""
-    from ..decoding.sampling import distribution, uniform
+    from ..decoding.sampling import History, distribution, uniform
     from .teacher import last_logits
 
+    prefix, prompt_length = [*prompt, *output], len(prompt)
     logits = last_logits(llm.decoder, prefix)
     margin = float(logits[a]) - float(logits[b])
     why = f"the logits of the two tokens are {abs(margin):.4g} apart"
@@ -276,7 +297,7 @@ def _margin(llm: LLM, prefix: list[int], params: SamplingParams, a: int, b: int)
         step = 2.0 ** (math.floor(math.log2(max(abs(float(logits[a])), 1e-30))) - 7)
         why += f" (bfloat16 holds numbers of that size in steps of {step:.4g})"
     if not params.greedy:
-        p = distribution(logits, params)
+        p = distribution(logits, params, History(prefix, prompt_length))
         u, low = uniform(params.seed, len(prefix)), float(p[:b].sum())
         away = max(low - u, u - low - float(p[b]), 0.0)
         why += f"; the sampled tokens part where {away:.3g} of probability moves across the draw"

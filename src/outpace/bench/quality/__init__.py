@@ -1,0 +1,1 @@
+"""What an approximate method costs in quality: right answers, and how likely the target finds what was written."""

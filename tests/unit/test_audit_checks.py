@@ -1,0 +1,224 @@
+"""Faults that are injected are found by the audit, each by the check that is there for it; a sound engine passes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from faulty import CountedFault, ForgetsNothing, Leaky, OneIn500, WrongResidual, registered
+from hashing import HashDecoder, toy_loaded
+
+from outpace import LLM, ParameterError
+from outpace.bench import audit_verifiers
+from outpace.bench.audit import AuditConfig, AuditSection, audit
+from outpace.bench.audit_checks import prove
+from outpace.bench.audit_engine import check_owners, check_ragged, check_seeds, stream_fault
+from outpace.bench.audit_frequencies import check_frequencies
+from outpace.bench.audit_verifiers import check_verifier
+from outpace.bench.evidence import chi_square, sign_test, total_variation, wilson
+from outpace.bench.requests import Ask, run_all
+from outpace.bench.settings import of_temperature, setting
+from outpace.bench.workloads import Prompt
+from outpace.engine.engine import Engine
+from outpace.types import SamplingParams
+
+PROMPTS = [Prompt(f"p{i}", "chat", (text,)) for i, text in enumerate(["abcabcabcabc", "hello", "xyxyxyxy", "0101"])]
+
+
+def toy(**options: object) -> LLM:
+    return LLM(toy_loaded(template=None), **{"method": "plain", "kv_tokens": 4096, **options})  # type: ignore[arg-type]
+
+
+@pytest.fixture(autouse=True)
+def shorter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer steps and texts, enough for these faults."""
+    monkeypatch.setattr(audit_verifiers, "_WALKS", 500)
+    monkeypatch.setattr(audit_verifiers, "_TEXTS", 600)
+
+
+# -- verifiers ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", ["coupled", "rejection", "block"])
+def test_sound_verifiers_hold(spec: str) -> None:
+    checks = list(check_verifier(spec))
+    assert all(check.holds for check in checks), [c.evidence for c in checks if not c.holds]
+    enumerated = [c for c in checks if c.kind == "enumeration"]
+    assert len(enumerated) == 8 and all(c.numbers["total_variation"] <= 1e-9 for c in enumerated)
+    assert any(c.kind in ("walk", "frequencies") for c in checks)
+
+
+@pytest.mark.parametrize("spec", ["typical", "topk", "tolerance:epsilon=2"])
+def test_approximate_verifiers_are_measured_and_hold_what_they_say(spec: str) -> None:
+    checks = list(check_verifier(spec))
+    assert all(c.holds and c.numbers["declared"] == "approximate" for c in checks)
+    assert max(c.numbers["total_variation"] for c in checks) > 0.1  # the measure is not blind
+
+
+@pytest.mark.parametrize("cls", [OneIn500, CountedFault])
+def test_one_wrong_token_in_500_is_found_without_a_model(cls: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audit_verifiers, "_WALKS", 4000)
+    with registered(cls) as name:
+        failed = [check for check in check_verifier(name) if not check.holds]
+    assert {"walk"} <= {check.kind for check in failed}
+    assert any("differ from plain sampling" in check.evidence for check in failed)
+
+
+def test_a_fault_that_is_drawn_is_found_by_enumeration() -> None:
+    with registered(OneIn500) as name:
+        found = {c.subject: c for c in check_verifier(name) if c.kind == "enumeration"}
+    check = found[f"{name}, temperature"]
+    assert not check.holds and 1e-9 < check.numbers["total_variation"] < 0.01  # as small as it is
+
+
+def test_a_residual_from_the_wrong_position_is_found() -> None:
+    with registered(WrongResidual, "distribution") as name:
+        failed = {c.subject for c in check_verifier(name) if not c.holds}
+    assert f"{name}, temperature" in failed and f"{name}, greedy" not in failed
+
+
+# -- with an engine -------------------------------------------------------------------------------------------------
+
+
+def proved(
+    llm: LLM, methods: tuple[str, ...], kinds: Sequence[str], max_tokens: int = 12, texts: int = 200
+) -> AuditSection:
+    config = AuditConfig(methods=methods, batch_sizes=(1, 3), max_tokens=max_tokens)
+    section = audit(llm, PROMPTS, config)
+    prove(llm, PROMPTS, config, section, kinds, texts=texts)
+    return section
+
+
+def test_a_sound_engine_passes() -> None:
+    section = proved(toy(), ("ngram", "suffix", "recycling", "suffix+recycling", "auto"), ("ragged", "seeds", "owners"))
+    assert section.holds, [(c.subject, c.evidence) for c in section.checks if not c.holds]
+    kinds = [check.kind for check in section.checks]
+    assert kinds.count("owners") == 5 * 3 and kinds.count("seeds") == 6
+    assert kinds.count("ragged") == kinds.count("streams") == 6 * 2
+    # the comparison was of something: nodes were proposed, and the same as alone after another's prompt
+    nodes = [c.numbers["nodes"] for c in section.checks if c.subject == "recycling, prompts"]
+    assert nodes[0] > 20
+    assert section.to_json()["checks"][0].keys() >= {"kind", "subject", "holds", "evidence", "numbers"}
+
+
+def test_one_wrong_token_in_500_is_found_in_the_tokens() -> None:
+    prompts = [Prompt(f"p{i}", "chat", (f"{i}abcabcab" * 3,)) for i in range(40)]
+    with registered(OneIn500) as name:
+        llm = toy(verifier=name, method="recycling")
+        config = AuditConfig(methods=("recycling",), batch_sizes=(8,), max_tokens=64, temperatures=(0.8,))
+        section = audit(llm, prompts, config)
+    row = section.rows[-1]
+    assert row.method == "recycling" and row.exactness == "identical"
+    assert row.differing and not section.holds
+    assert "BROKEN PROMISE" in row.divergences[0].explanation
+
+
+@pytest.mark.parametrize("cls, where", [(Leaky, "prompts"), (Leaky, "outputs"), (ForgetsNothing, "outputs")])
+def test_a_drafter_that_leaks_another_owners_text_is_found(cls: type, where: str) -> None:
+    with registered(cls) as name:
+        found = {c.subject: c for c in check_owners(toy(), name)}
+    check = found[f"{name}, {where}"]
+    assert not check.holds and check.numbers["leaked"] > 0, check.evidence
+    assert found[f"{name}, prefixes"].holds
+
+
+def test_prefixes_shared_between_owners_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = Engine._start
+
+    def careless(self: Engine, begin: object) -> None:
+        for request in self._requests.values():
+            request.sequence.owner = "everybody"
+        start(self, begin)  # type: ignore[arg-type]
+
+    # the scheduler asks by the owner too: all of them are made one before it does
+    monkeypatch.setattr("outpace.engine.request.RequestOptions", object, raising=False)
+    add = Engine.add
+
+    def one_owner(
+        self: Engine, prompt: object, params: object = None, prediction: object = (), options: object = None
+    ) -> int:
+        return add(self, prompt, params, prediction, None)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Engine, "add", one_owner)
+    found = {c.subject: c for c in check_owners(toy(), "ngram")}
+    assert not found["ngram, prefixes"].holds and found["ngram, prefixes"].numbers["cached_tokens"] > 0
+
+
+def test_a_seed_that_is_ignored_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check_seeds(toy(), "ngram", PROMPTS, of_temperature(0.8), 12, 0).holds
+    from outpace.decoding import sampling
+
+    monkeypatch.setattr(sampling, "uniform", lambda *key: 0.5)
+    deaf = check_seeds(toy(), "ngram", PROMPTS, of_temperature(0.8), 12, 0)
+    assert not deaf.holds and "seed changes nothing" in deaf.evidence
+
+
+def test_output_that_depends_on_more_than_the_seed_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    import random
+
+    from outpace.decoding import sampling
+
+    monkeypatch.setattr(sampling, "uniform", lambda *key: random.random())
+    check = check_seeds(toy(), "plain", PROMPTS, of_temperature(0.8), 12, 0)
+    assert not check.holds and check.numbers["differing"]
+
+
+def test_a_ragged_batch_that_leaks_is_found() -> None:
+    class Mixed(HashDecoder):
+        def forward(self, batch, storage, hidden_layers=()):  # type: ignore[no-untyped-def]
+            out = super().forward(batch, storage, hidden_layers)
+            if len(batch.committed) > 2:
+                out.logits[:, ::2] += 2.0
+            return out
+
+    llm = toy()
+    config = AuditConfig(methods=("plain",), batch_sizes=(1,), max_tokens=12)
+    references = audit(llm, PROMPTS, config).references["greedy"]
+    llm.loaded.decoder.__class__ = Mixed
+    with llm.with_method("plain", max_batch=4) as runner:
+        ragged, streams = check_ragged(runner, PROMPTS, references, setting("greedy"), 12, 0)
+    assert not ragged.holds and streams.holds
+
+
+def test_a_stream_that_does_not_add_up_is_found() -> None:
+    llm = toy(method="ngram")
+    (run,) = run_all(llm, [Ask("abcabcabc", SamplingParams(max_tokens=8))])
+    assert stream_fault(llm, run) is None and run.drafts
+    last = run.events[-1]
+    last.text = last.text[:-1]
+    assert "text" in str(stream_fault(llm, run))
+    last.token_ids.pop()
+    assert "7 tokens" in str(stream_fault(llm, run))
+
+
+def test_frequencies_of_a_sound_verifier_hold_and_of_a_biased_one_do_not() -> None:
+    how = setting("top-k")
+    prompt = Prompt("loop", "chat", ("abcabcabcabcabc",))
+    llm = toy()
+    for method, verifier in (("plain", "coupled"), ("recycling", "rejection"), ("suffix", "block")):
+        check = check_frequencies(llm, method, prompt, how, verifier=verifier, texts=400, depth=2)
+        assert check.holds, check.evidence
+        assert check.numbers["claimed"] == ("identical" if verifier == "coupled" else "distribution")
+    with registered(WrongResidual, "distribution") as name:
+        check = check_frequencies(llm, "recycling", prompt, how, verifier=name, texts=400, depth=2)
+    assert not check.holds and check.numbers["p"] < 1e-6
+    with pytest.raises(ParameterError, match="samples"):
+        check_frequencies(llm, "plain", prompt, setting("greedy"))
+
+
+def test_settings_and_statistics() -> None:
+    assert setting("0.8") == of_temperature(0.8) and setting("mixed").base.top_k == 50
+    with pytest.raises(ParameterError, match="no sampler setting 'warm'"):
+        setting("warm")
+    assert [s.name for s in AuditConfig(temperatures=(0.0,), samplers=("greedy", "top-p")).settings] == [
+        "greedy",
+        "top-p",
+    ]
+    statistic, freedom, p = chi_square([48, 52], [50, 50])
+    assert (statistic, freedom) == (0.16, 1) and p == pytest.approx(0.6892, abs=1e-4)
+    assert chi_square([1, 99], [0, 100])[2] == 0.0
+    assert total_variation([1, 3], [2, 2]) == 0.25
+    assert wilson(8, 10) == pytest.approx((0.490, 0.943), abs=1e-3)
+    assert sign_test(0, 5) == 0.0625 and sign_test(3, 3) == 1.0
+    with pytest.raises(ParameterError, match="no check 'luck'"):
+        proved(toy(), ("ngram",), ("luck",))
