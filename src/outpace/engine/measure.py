@@ -17,9 +17,9 @@ from ..models.batch import PAGE_SIZE, Span, pack
 from ..models.decoder import Decoder
 from ..paths import cache_dir
 
-ROWS = (1, 2, 4, 8, 12, 16, 17, 20, 24, 32)
+ROWS = (1, 2, 4, 5, 8, 9, 12, 13, 16, 17, 20, 24, 25, 32)  # kernels take rows in blocks: the row after a full one is dear
 CONTEXTS = (64, 1024)
-_FORMAT = 3
+_FORMAT = 4
 _MOST_ROUNDS, _LEAST_ROUNDS, _ENOUGH_S = 12, 3, 2.0
 
 Told = Callable[[int, int], None]
@@ -51,23 +51,30 @@ def measure(decoder: Decoder, told: Told | None = None) -> StepCosts:
     return StepCosts(ROWS, tuple(contexts), seconds)
 
 
-def step_costs(decoder: Decoder, name: str, told: Told | None = None) -> StepCosts:
-    """The table of this machine, model, precision and number of threads; measured if it is not there yet."""
+def step_costs(decoder: Decoder, name: str, told: Told | None = None, again: bool = False) -> StepCosts:
+    """The table of this machine, model, precision and number of threads; measured if it is not there yet, or `again`
+    whatever is there."""
     path = _path(decoder, name)
     try:
-        return _read(path)
+        if not again:
+            return _read(path)
     except (OSError, ValueError, KeyError, TypeError, AssertionError):
-        costs = measure(decoder, told)
+        pass
+    costs = measure(decoder, told)
     _write(path, costs)
     return costs
 
 
-def _path(decoder: Decoder, name: str) -> Path:
+def machine_digest(decoder: Decoder, name: str, *more: object) -> str:
+    """Names what was measured on this machine with this model, precision and number of threads."""
     threads = getattr(decoder, "threads", 0)
-    what = (_FORMAT, _machine(), name, decoder.config.num_layers, decoder.config.hidden_size, decoder.config.vocab_size,
+    what = (*more, _machine(), name, decoder.config.num_layers, decoder.config.hidden_size, decoder.config.vocab_size,
             decoder.precision, decoder.device.type, threads)  # fmt: skip
-    digest = hashlib.sha256(repr(what).encode()).hexdigest()[:20]
-    return cache_dir() / "step-times" / f"{digest}.json"
+    return hashlib.sha256(repr(what).encode()).hexdigest()[:20]
+
+
+def _path(decoder: Decoder, name: str) -> Path:
+    return cache_dir() / "step-times" / f"{machine_digest(decoder, name, _FORMAT)}.json"
 
 
 def _machine() -> tuple[str, int | None]:
