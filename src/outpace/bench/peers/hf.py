@@ -13,4 +13,4 @@ from .process import ScriptPeer
 class TransformersPeer(ScriptPeer):
     engine = "transformers"
     script = "run_transformers.py"
-    package = "transformers torch gguf"
+    package = "transformers torch gguf accelerate"

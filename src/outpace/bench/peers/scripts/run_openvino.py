@@ -16,9 +16,9 @@ SETTINGS: dict[str, Any] = {"draft_tokens": 5, "ngram": 3, "kv": None}
 
 class OpenVino:
     def __init__(self, hello: dict[str, Any]) -> None:
+        import openvino_genai as genai  # isort: skip  first: it is what has to be installed
         import numpy as np
         import openvino as ov
-        import openvino_genai as genai
 
         unknown = set(hello["settings"]) - set(SETTINGS)
         if unknown:
@@ -55,8 +55,7 @@ class OpenVino:
         }
 
     def generate(self, request: dict[str, Any]) -> list[dict[str, Any]]:
-        """Prompts of different lengths are requests of their own to the pipeline only where it takes a list of them;
-        ids are padded on the left."""
+        """Prompts of a batch are padded on the left. Seconds are those of the whole batch."""
         config = self.genai.GenerationConfig()
         config.max_new_tokens = request["max_tokens"]
         config.stop_token_ids = set(self.stop)
@@ -79,7 +78,15 @@ class OpenVino:
         result = self.pipe.generate(inputs, config)
         total = perf_counter() - began
         first = min(result.perf_metrics.get_ttft().mean / 1000, total)
-        return [{"token_ids": list(row), "first_token_s": first, "total_s": total} for row in result.tokens]
+        return [
+            {"token_ids": self._whole(list(row), request["max_tokens"]), "first_token_s": first, "total_s": total}
+            for row in result.tokens
+        ]
+
+    def _whole(self, tokens: list[int], most: int) -> list[int]:
+        """With the end token, which the pipeline generates and may keep to itself."""
+        ended = len(tokens) < most and not (tokens and tokens[-1] in self.stop)
+        return [*tokens, self.stop[0]] if ended else tokens
 
 
 if __name__ == "__main__":
