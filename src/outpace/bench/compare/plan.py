@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ...errors import ParameterError
@@ -67,17 +68,24 @@ class CompareConfig:
             SamplingParams(temperature=temperature, seed=self.seed)
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same for measurements to belong to one comparison: all but how long it runs."""
+        """What must be the same for measurements to belong to one comparison: all but how long it runs. Files by
+        their names alone."""
         told = asdict(self)
         for name in ("rounds", "budget_s"):
             del told[name]
-        return told
+        told["options"] = {name: shown(value) for name, value in self.options.items()}
+        return told | {name: tuple(map(shown, told[name])) for name in ("models", "workloads")}
 
     def params(self, temperature: float, number: int) -> SamplingParams:
         """Of prompt number `number` of its workload. Every answer has `max_tokens` tokens: all have the same work."""
         return SamplingParams(
             max_tokens=self.max_tokens, temperature=temperature, seed=self.seed + number, ignore_eos=True
         )
+
+
+def shown(name: Any) -> Any:
+    """A file or folder without those that lead to it; anything else as it is."""
+    return Path(name).name if isinstance(name, str) and Path(name).is_absolute() else name
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -8,19 +8,18 @@ round it starts as long as there is any left, so that every cell has a figure, o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from ...errors import OutpaceError
 from ...types import SamplingParams
-from ..audit import ask, default_methods
-from ..peers.peer import Peer
+from ..audit import ask
 from ..workloads import own_prompts
-from . import ceilings
-from .contestant import Clock, Contestant, Engine, Failed, Method, Run
-from .plan import PLAIN, Cell, CompareConfig, cells, heats, units_that_fit
-from .sets import RANDOM, Unit, Workload, code_in, load_workloads, random_prompts, units
+from .contestant import Clock, Engine, Failed, Run
+from .entry import Entry, OpenPeer
+from .plan import PLAIN, Cell, CompareConfig, heats, units_that_fit
+from .sets import Unit
 from .store import Line, Store
 
 if TYPE_CHECKING:
@@ -28,30 +27,10 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, float, float], None]  # what runs, seconds spent, seconds of the budget
 OpenModel = Callable[[str, int], "LLM"]  # (name, largest batch): a small KV cache and no prefix cache
-OpenPeer = Callable[[str, "LLM", int], Peer]  # (what was asked for, the model, largest batch)
+Warm = dict[tuple[str, int], tuple[float, float]]
 WARM_TOKENS = 8
 STRIKES = 2
 PATIENCE_S, PATIENCE = 30.0, 20.0  # an answer may take that many seconds, and so many times plain's
-ROWS = 64  # of a draft and its last page, beside prompt and answer
-
-
-@dataclass
-class Entry:
-    """A loaded model and who answers with it. `seconds`: what a unit last took a contestant in a cell."""
-
-    name: str
-    llm: LLM
-    contestants: dict[str, Contestant]
-    units: dict[tuple[str, int], list[Unit]]  # by workload and batch
-    cells: list[Cell]
-    until: float
-    seconds: dict[tuple[str, Cell], float] = field(default_factory=dict)
-    failed: set[tuple[str, Cell]] = field(default_factory=set)
-    strikes: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def others(self) -> list[str]:
-        return [name for name in self.contestants if name != PLAIN]
 
 
 class Comparison:
@@ -66,7 +45,7 @@ class Comparison:
         clock: Clock = perf_counter,
         progress: Progress = lambda what, done, total: None,
     ) -> None:
-        self.config, self.store, self.clock, self._told = config, store, clock, progress
+        self.config, self.store, self.clock, self._progress = config, store, clock, progress
         self._open_model, self._open_peer = open_model, open_peer
         times = [line["t"] for line in store.lines if "t" in line]
         self._spent: float = times[-1] if times else 0.0  # by earlier runs
@@ -84,13 +63,15 @@ class Comparison:
         for i, name in enumerate(models):
             if self._over(name):
                 continue
-            known = self.store.of("model", name)
+            lines = self.store.of("model", name)
+            known = lines[-1] if lines else None
             until = self.elapsed + (self.config.budget_s - self.elapsed) / (len(models) - i)
-            if known and known[-1]["budget_s"] == self.config.budget_s:
-                until = known[-1]["until"]
+            if known is not None and known["budget_s"] == self.config.budget_s:
+                until = known["until"]
+            self._tell(f"{name}: loading")
             try:
                 with self._open_model(name, max(self.config.batch_sizes)) as llm:
-                    self._compare(name, llm, until)
+                    self._compare(Entry(name, llm, self.config, until, known))
             except OutpaceError as error:
                 if len(models) == 1:
                     raise
@@ -99,142 +80,63 @@ class Comparison:
     def _over(self, model: str) -> bool:
         """Whether earlier runs did all that is wanted of a model."""
         limit = self.config.rounds
-        ends = self.store.of("end", model)
+        if any(x["method"] is None and x["workload"] is None for x in self.store.of("failure", model)):
+            return True  # it could not be had
         return any(
-            x["model"] == model and x["method"] is None and x["workload"] is None for x in self.store.of("failure")
-        ) or any(
             x["budget_s"] >= self.config.budget_s
             and (x["rounds"] is None or (limit is not None and x["rounds"] >= limit))
-            for x in ends
+            for x in self.store.of("end", model)
         )
 
     # -- before the rounds ---------------------------------------------------------------------------------------
 
-    def _compare(self, name: str, llm: LLM, until: float) -> None:
-        self._tell(f"{name}: getting ready")
-        entry = self._entry(name, llm, until)
+    def _compare(self, entry: Entry) -> None:
         try:
-            known = self.store.of("model", name)
-            if not known:
-                self._describe(entry)
+            entry.prepare(self._open_peer, self.clock)
+            for reason, of in entry.failures:
+                self._failure(entry.name, reason, **of)
+            if entry.known is None:
+                self._tell(f"{entry.name}: measuring the machine")
+                entry.describe()
             warm = self._warm_up(entry)
-            count = known[-1]["units"] if known else self._plan(entry, warm)
+            count = self._plan(entry, warm) if entry.known is None else entry.known["units"]
             for key in entry.units:
                 entry.units[key] = entry.units[key][:count]
             self._remember(entry)
-            if not known:
-                self._describe_contestants(entry, count)
+            if entry.known is None:
+                more = {"units": count, "until": entry.until, "budget_s": self.config.budget_s, "t": self.elapsed}
+                self.store.append([{**entry.described, "peers_about": entry.about_peers(), **more}])
             if self._began is None:
                 self._began = self.clock()
             self._rounds(entry)
         finally:
-            for contestant in entry.contestants.values():
-                contestant.close()
+            entry.close()
 
-    def _entry(self, name: str, llm: LLM, until: float) -> Entry:
-        """Workloads cut into units that fit the context, and who is to answer them."""
-        workloads = load_workloads(self.config.workloads, self.config.categories, self.config.seed)
-        entry = Entry(name, llm, {}, {}, [], until)
-        self.described: Line = {"kind": "model", "model": name, "workloads": [], "skipped": []}
-        for workload in workloads:
-            self._add_workload(entry, workload)
-        usable = {w.name: w.temperature for w in workloads if w.error is None}
-        entry.cells = [c for c in cells(self.config, usable) if entry.units.get((c.workload, c.batch))]
-        everything = cells(self.config, {w.name: w.temperature for w in workloads})
-        self.described["cells"] = [asdict(c) for c in everything]
-        self._line_up(entry)
-        return entry
-
-    def _add_workload(self, entry: Entry, workload: Workload) -> None:
-        llm, room = entry.llm, entry.llm.config.max_position - self.config.max_tokens
-        ids = [prompt.id for prompt in workload.prompts]
-        texts = [code_in(prompt) for prompt in workload.prompts]
-        tokens = [tuple(llm.tokens(ask(llm, prompt))) for prompt in workload.prompts]
-        if workload.name == RANDOM and workload.error is None:
-            tokens = random_prompts(llm.config.vocab_size)
-            ids, texts = [f"random-{i}" for i in range(len(tokens))], [""] * len(tokens)
-        fits = [i for i, t in enumerate(tokens) if 0 < len(t) <= room]
-        if len(fits) < len(tokens):
-            left = len(tokens) - len(fits)
-            workload.notes.append(f"{left} of {len(tokens)} prompts are longer than the context and were left out")
-        if workload.error is None and not fits:
-            workload.error = f"no prompt fits the context of {llm.config.max_position} tokens"
-        sizes = sorted(len(tokens[i]) for i in fits)
-        for batch in self.config.batch_sizes:
-            made = units([ids[i] for i in fits], [tokens[i] for i in fits], [texts[i] for i in fits], batch)
-            entry.units[workload.name, batch] = made[: self.config.prompts]
-            if not made and workload.error is None:
-                why = f"a batch of {batch} needs as many prompts, and the workload has {len(fits)}"
-                self._failure(entry.name, why, workload=workload.name, batch=batch)
-        if workload.error is not None:
-            self._failure(entry.name, workload.error, workload=workload.name)
-        self.described["workloads"].append(
-            {
-                "name": workload.name,
-                "prompts": len(fits),
-                "prompt_tokens": [sizes[0], sizes[len(sizes) // 2], sizes[-1]] if sizes else [],
-                "notes": workload.notes,
-                "error": workload.error,
-            }
-        )
-
-    def _line_up(self, entry: Entry) -> None:
-        """Plain, the methods and the peers."""
-        llm, config = entry.llm, self.config
-        known = self.store.of("model", entry.name)
-        if known:  # the same as before, so that heats are
-            names = known[-1]["methods"]
-            self.described["skipped"] = known[-1]["skipped"]
-        elif config.methods is None:
-            names, self.described["skipped"] = default_methods(llm)
-        else:
-            names = list(config.methods)
-        names = [PLAIN, *(n for n in dict.fromkeys(names) if n != PLAIN)]
-        self.described["methods"] = names
-        largest = max(config.batch_sizes)
-        longest = max((len(t) for made in entry.units.values() for u in made for t in u.tokens), default=256)
-        kv_tokens = largest * (longest + config.max_tokens + ROWS)
-
-        def maker(name: str) -> Callable[[], LLM]:
-            spec, _, verifier = name.partition("/")
-            return lambda: llm.with_method(spec, verifier=verifier or None, max_batch=largest, kv_tokens=kv_tokens)
-
-        for name in names:
-            entry.contestants[name] = Method(name, maker(name), self.clock)
-        for spec in config.peers:
-            try:
-                entry.contestants[spec] = Engine(spec, self._open_peer(spec, llm, largest))
-            except OutpaceError as error:
-                self._failure(entry.name, str(error), method=spec)
-        self.described["peers"] = list(config.peers)
-
-    def _warm_up(self, entry: Entry) -> dict[tuple[str, int], tuple[float, float]]:
+    def _warm_up(self, entry: Entry) -> Warm:
         """Compile, fill caches, start peers. Seconds for each prompt token and each further step, by contestant and
         batch."""
         llm, found = entry.llm, {}
-        prompts = own_prompts(["chat"])
-        tokens = [tuple(llm.tokens(ask(llm, p)))[: llm.config.max_position - WARM_TOKENS] for p in prompts]
-        params = self.config.params(self.config.temperatures[0], 0)
-        for name in list(entry.contestants):
+        room = llm.config.max_position - WARM_TOKENS
+        tokens = [tuple(llm.tokens(ask(llm, prompt)))[:room] for prompt in own_prompts(["chat"])]
+        params = replace(self.config.params(self.config.temperatures[0], 0), max_tokens=WARM_TOKENS)
+        for name, contestant in entry.contestants.items():
             for batch in self.config.batch_sizes:
                 self._tell(f"{entry.name}: warming up {name}, batch {batch}")
-                chosen = [tokens[i % len(tokens)] for i in range(batch)]
-                unit = Unit(("warm-up",) * batch, tuple(chosen), ("",) * batch, tuple(range(batch)))
-                short = [_shorter(params, i) for i in range(batch)]
+                chosen = tuple(tokens[i % len(tokens)] for i in range(batch))
+                unit = Unit(("warm-up",) * batch, chosen, ("",) * batch, tuple(range(batch)))
+                limit = max(PATIENCE_S, min(4 * PATIENCE_S, entry.until - self.elapsed))
                 try:
-                    limit = max(PATIENCE_S, min(4 * PATIENCE_S, entry.until - self.elapsed))
-                    run = entry.contestants[name].answer(unit, short, "warm-up", limit)
+                    run = contestant.answer(unit, _seeds(params, batch), "warm-up", limit)
                 except Failed as failed:
                     entry.failed |= {(name, cell) for cell in entry.cells if cell.batch == batch}
                     if self._strike(entry, name, str(failed), failed.fatal, batch):
                         break
                     continue
                 first = run.first_s if run.first_s is not None else run.total_s / 2
-                steps = (run.total_s - first) / (WARM_TOKENS - 1)
-                found[name, batch] = first / sum(map(len, chosen)), steps
+                found[name, batch] = first / sum(map(len, chosen)), (run.total_s - first) / (WARM_TOKENS - 1)
         return found
 
-    def _plan(self, entry: Entry, warm: dict[tuple[str, int], tuple[float, float]]) -> int:
+    def _plan(self, entry: Entry, warm: Warm) -> int:
         """Estimates from the warm-up. Returns the number of units of each cell."""
         for cell in entry.cells:
             made = entry.units[cell.workload, cell.batch]
@@ -243,49 +145,21 @@ class Comparison:
                 if (name, cell.batch) in warm:
                     reading, step = warm[name, cell.batch]
                     entry.seconds[name, cell] = size * reading + (self.config.max_tokens - 1) * step
-        plains = max(len(heats(entry.others, 0)) - 1, 0)
-        once = sum(entry.seconds.values()) + plains * sum(
-            seconds for (name, _), seconds in entry.seconds.items() if name == PLAIN
-        )
+        plains = len(heats(entry.others, 0))
+        once = sum(s * (plains if name == PLAIN else 1) for (name, _), s in entry.seconds.items())
         return units_that_fit(self.config.prompts, once, entry.until - self.elapsed)
 
     def _remember(self, entry: Entry) -> None:
         """What earlier runs measured of this model: times and failures."""
         for line in self.store.of("measurement", entry.name):
             key = (line["method"], Cell(line["workload"], line["batch"], line["temperature"]))
-            if line.get("error"):
+            if line["error"]:
                 entry.failed.add(key)
             else:
                 entry.seconds[key] = line["total_s"]
         for line in self.store.of("failure", entry.name):
             if line["method"] is not None and line["batch"] is None:
-                self._out(entry, line["method"])
-
-    def _describe(self, entry: Entry) -> None:
-        """What the report says of a model beside its figures."""
-        llm = entry.llm
-        self._tell(f"{entry.name}: measuring the machine")
-        draft = llm.draft_loaded
-        self.described |= {
-            "precision": llm.precision,
-            "row_invariant": llm.decoder.row_invariant,
-            "threads": getattr(llm.decoder, "threads", None),
-            "device": str(llm.decoder.device),
-            "draft_model": draft.name if draft is not None else None,
-            "ceilings": ceilings.measure(llm).to_json(),
-        }
-
-    def _describe_contestants(self, entry: Entry, count: int) -> None:
-        """Written after the warm-up: what is in the file before is made again by the next start."""
-        about = {}
-        for name, contestant in entry.contestants.items():
-            if isinstance(contestant, Engine):
-                try:
-                    about[name] = contestant.peer.about()
-                except Exception as error:  # it has just failed to warm up, and that is told elsewhere
-                    about[name] = {"error": str(error)}
-        end = {"units": count, "until": entry.until, "budget_s": self.config.budget_s, "t": self.elapsed}
-        self.store.append([{**self.described, "peers_about": about, **end}])
+                entry.drop(line["method"])
 
     # -- rounds --------------------------------------------------------------------------------------------------
 
@@ -296,34 +170,21 @@ class Comparison:
             if not self._round(entry, number, done):
                 break
             number += 1
-        self.store.append(
-            [
-                {
-                    "kind": "end",
-                    "model": entry.name,
-                    "budget_s": self.config.budget_s,
-                    "rounds": self.config.rounds,
-                    "t": self.elapsed,
-                }
-            ]
-        )
+        limits = {"budget_s": self.config.budget_s, "rounds": self.config.rounds}
+        self.store.append([{"kind": "end", "model": entry.name, **limits, "t": self.elapsed}])
 
     def _round(self, entry: Entry, number: int, done: set[Any]) -> bool:
         """Whether anything was, or had been, measured in it."""
         some = False
         for i, cell in enumerate(entry.cells):
-            made = entry.units[cell.workload, cell.batch]
-            unit = number % len(made)
             for heat, names in enumerate(heats(entry.others, number + i)):
                 if (cell, number, heat) in done:
                     some = True
                     continue
-                names = [n for n in names if n in entry.contestants and (n, cell) not in entry.failed]
-                if names in ([], [PLAIN]) and heat:
+                names = [n for n in names if (n, cell) not in entry.failed]
+                if not names or (names == [PLAIN] and heat) or not self._time_for(entry, cell, names, number):
                     continue
-                if not names or not self._time_for(entry, cell, names, number):
-                    continue
-                self._heat(entry, cell, number, heat, names, unit, made[unit], owner=f"{cell}/{number // len(made)}")
+                self._heat(entry, cell, number, heat, names)
                 some = True
         return some
 
@@ -331,105 +192,66 @@ class Comparison:
         expected = sum(entry.seconds.get((name, cell), 0.0) for name in names) if number else 0.0
         return self.elapsed + expected < entry.until
 
-    def _heat(
-        self,
-        entry: Entry,
-        cell: Cell,
-        number: int,
-        heat: int,
-        names: list[str],
-        which: int,
-        unit: Unit,
-        owner: str,
-    ) -> None:
+    def _heat(self, entry: Entry, cell: Cell, number: int, heat: int, names: Sequence[str]) -> None:
         """Everybody in turn on one unit; then the lines are written, all together."""
+        made = entry.units[cell.workload, cell.batch]
+        which, sweep = number % len(made), number // len(made)
+        params = [self.config.params(cell.temperature, n) for n in made[which].numbers]
+        common = {"kind": "measurement", "model": entry.name, **asdict(cell), "round": number, "unit": which}
+        common |= {"heat": heat, "heat_size": len(names), "prompts": list(made[which].ids), "error": None}
         lines: list[Line] = []
-        outs: list[tuple[str, str, bool]] = []
-        params = [self.config.params(cell.temperature, n) for n in unit.numbers]
-        for name in names:
+        struck: list[tuple[str, Failed]] = []
+        for place, name in enumerate(names):
             self._tell(f"{entry.name}, round {number + 1}: {cell.workload}, batch {cell.batch}: {name}")
-            line: Line = {
-                "kind": "measurement",
-                "model": entry.name,
-                "workload": cell.workload,
-                "batch": cell.batch,
-                "temperature": cell.temperature,
-                "round": number,
-                "unit": which,
-                "heat": heat,
-                "heat_size": len(names),
-                "place": len(lines),
-                "method": name,
-                "prompts": list(unit.ids),
-                "error": None,
-            }
+            line = {**common, "place": place, "method": name}
+            limit = self._patience(entry, cell)
+            began = self.elapsed
             try:
-                run = entry.contestants[name].answer(unit, params, owner, self._patience(entry, cell))
+                run = entry.contestants[name].answer(made[which], params, f"{cell}, sweep {sweep}", limit)
                 entry.seconds[name, cell] = run.total_s
                 line |= _figures(run)
             except Failed as failed:
                 line["error"] = str(failed)
                 entry.failed.add((name, cell))
-                outs.append((name, str(failed), failed.fatal))
+                if isinstance(entry.contestants[name], Engine) or self.elapsed - began >= limit:
+                    struck.append((name, failed))
             lines.append(line | {"t": round(self.elapsed, 3)})
         self.store.append(lines)
-        for name, reason, fatal in outs:
-            if isinstance(entry.contestants[name], Engine) or reason.startswith("not ready"):
-                self._strike(entry, name, reason, fatal)
+        for name, failed in struck:
+            self._strike(entry, name, str(failed), failed.fatal)
 
     def _patience(self, entry: Entry, cell: Cell) -> float:
         """Seconds that one answer may take."""
-        return min(
-            PATIENCE_S + PATIENCE * entry.seconds.get((PLAIN, cell), 0.0),
-            max(PATIENCE_S, entry.until - self.elapsed + PATIENCE_S),
-        )
+        usual = PATIENCE_S + PATIENCE * entry.seconds.get((PLAIN, cell), 0.0)
+        return min(usual, max(entry.until - self.elapsed, 0.0) + PATIENCE_S)
 
     # -- failures ------------------------------------------------------------------------------------------------
 
     def _strike(self, entry: Entry, name: str, reason: str, fatal: bool, batch: int | None = None) -> bool:
-        """Count a contestant's failure; out with it at the second one, or when it cannot even start."""
+        """Count a contestant's failure. Out with it, True, at the second one, or when it cannot even start."""
         entry.strikes[name] = entry.strikes.get(name, 0) + 1
-        if fatal or entry.strikes[name] >= STRIKES:
+        out = fatal or entry.strikes[name] >= STRIKES
+        if out:
             why = reason if fatal else f"given up after {entry.strikes[name]} failures, the last one: {reason}"
             self._failure(entry.name, why, method=name)
-            self._out(entry, name)
-            return True
-        if batch is not None:
+            entry.drop(name)
+        elif batch is not None:
             self._failure(entry.name, f"in the warm-up: {reason}", method=name, batch=batch)
-        return False
+        return out
 
-    def _out(self, entry: Entry, name: str) -> None:
-        contestant = entry.contestants.get(name)
-        if contestant is not None:
-            contestant.close()
-            entry.failed |= {(name, cell) for cell in entry.cells}
-
-    def _failure(
-        self,
-        model: str,
-        reason: str,
-        method: str | None = None,
-        workload: str | None = None,
-        batch: int | None = None,
-    ) -> None:
+    def _failure(self, model: str, reason: str, **of: Any) -> None:
         """Once: a second start finds the same again."""
-        line = {
-            "kind": "failure",
-            "model": model,
-            "method": method,
-            "workload": workload,
-            "batch": batch,
-            "reason": reason,
-        }
-        if not any({**x, "reason": reason} == line for x in self.store.of("failure", model)):
+        where = {"method": None, "workload": None, "batch": None, **of}
+        line = {"kind": "failure", "model": model, **where, "reason": reason}
+        if not any(all(x[k] == v for k, v in where.items()) for x in self.store.of("failure", model)):
             self.store.append([line])
 
     def _tell(self, what: str) -> None:
-        self._told(what, self.elapsed, self.config.budget_s)
+        self._progress(what, self.elapsed, self.config.budget_s)
 
 
-def _shorter(params: SamplingParams, number: int) -> SamplingParams:
-    return replace(params, max_tokens=WARM_TOKENS, seed=params.seed + number)
+def _seeds(params: SamplingParams, batch: int) -> list[SamplingParams]:
+    return [replace(params, seed=params.seed + i) for i in range(batch)]
 
 
 def _heat_key(line: Line) -> tuple[Cell, int, int]:

@@ -55,7 +55,8 @@ def load_workloads(specs: Sequence[str], categories: Sequence[str] = (), seed: i
         try:
             loaded = _load(spec, categories, seed)
         except OutpaceError as error:
-            loaded = [Workload(shown(spec), error=str(error))]
+            path = spec.removeprefix(EDITS)
+            loaded = [Workload(shown(spec), error=str(error).replace(path, Path(path).name))]
         for workload in loaded:
             if any(workload.name == other.name for other in found):
                 workload.name = f"{workload.name} ({shown(spec)})"

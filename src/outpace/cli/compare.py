@@ -1,0 +1,282 @@
+"""`outpace compare`: what each decoding method gains on one's own model and machine."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import click
+
+from ..errors import ParameterError
+from ..types import Precision
+from .common import DEFAULT_MODEL, open_llm, say
+
+if TYPE_CHECKING:
+    from ..bench.compare.findings import Report
+    from ..bench.compare.plan import CompareConfig
+    from ..bench.compare.run import Progress
+    from ..bench.compare.store import Store
+    from ..bench.peers.peer import Peer
+    from ..engine.llm import LLM
+
+UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
+SMALL_KV = 256  # tokens: the model that the methods share answers nothing itself
+CONTEXT = 4096  # tokens of a sequence in another engine, at most
+
+
+class Budget(click.ParamType):
+    """Seconds, from "90s", "10m" or "1.5h"."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, int | float):
+            return float(value)
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", value.strip())
+        if not found or not float(found[1]):
+            self.fail(f"{value!r} is no time; write 90s, 10m or 1.5h", param, ctx)
+        return float(found[1]) * UNITS[found[2]]
+
+
+def many(*names: str, help: str, **more: Any) -> Callable[[Any], Any]:
+    return click.option(*names, multiple=True, help=f"{help}  Repeatable.", **more)
+
+
+@click.command(short_help="Compare what each method gains.")
+@many("-m", "--model", "models", default=[DEFAULT_MODEL], show_default=True, help="As for `outpace run`.")
+@click.option("--draft-model", metavar="MODEL", help="A small model of the same vocabulary, for methods that need one.")
+@many("--method", "methods", help="As for `outpace run`; METHOD/VERIFIER too.  [default: all lossless that can run]")
+@many(
+    "--workload", "-w", "workloads", metavar="NAME|FILE|ID",
+    help="One of our own sets, random, a .jsonl, .parquet or .txt file, code-edits:FILE, or a data set of the hub.  "
+    "[default: writing, code, summarization, code-edit]",
+)  # fmt: skip
+@many("--category", "categories", help="Of files and data sets.")
+@many("--batch", "batches", type=click.IntRange(1), default=[1, 8], show_default=True, help="Answers at once.")
+@many("--temperature", "temperatures", type=float, default=[0.0], show_default=True, help="0 is greedy.")
+@many(
+    "--peer", "peers", metavar="ENGINE|URL",
+    help="Another engine in the same run: llama.cpp, transformers or openvino, each also with :draft or :lookup, or "
+    "the URL of an OpenAI-compatible server.",
+)  # fmt: skip
+@click.option("--peer-python", type=click.Path(path_type=Path), help="The Python that has the peers.  [default: ours]")
+@click.option("--budget", type=Budget(), default="15m", show_default=True, help="Time for everything.")
+@click.option("--rounds", type=click.IntRange(1), help="At most so many.  [default: what the budget allows]")
+@click.option(
+    "--prompts", type=click.IntRange(1), default=3, show_default=True, help="Of a workload, or batches of it."
+)
+@click.option("-n", "--max-tokens", type=click.IntRange(2), default=64, show_default=True, help="Of each answer.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("outpace-compare"),
+              show_default=True, help="Folder for results.jsonl and report.html.")  # fmt: skip
+@click.option("--fresh", is_flag=True, help="Measure everything again instead of going on with what --out holds.")
+@click.option("--precision", type=click.Choice(["auto", *get_args(Precision)]), default="auto", show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: one per core]")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
+@click.pass_context
+def compare(ctx: click.Context, **options: Any) -> None:
+    """Run methods side by side, in turns, and say what each gains over plain decoding.
+
+    \b
+      outpace compare
+      outpace compare --method auto --method ngram --workload my-prompts.jsonl --budget 5m
+      outpace compare -m qwen2.5-coder-1.5b --draft-model qwen2.5-coder-0.5b --peer llama.cpp --budget 30m
+
+    The folder --out holds every measurement (results.jsonl) and a page for people (report.html). The same command goes
+    on where it was stopped. Exit code 1: output that was declared identical is not, or nothing could be measured.
+    """
+    from ..bench.compare.report import html
+    from ..bench.compare.run import Comparison
+    from ..bench.compare.store import NAME, Store
+    from ..bench.machine import environment
+
+    config = configuration(options)
+    out: Path = options["out"]
+    if options["fresh"]:
+        (out / NAME).unlink(missing_ok=True)
+    header = {"identity": config.identity(), "environment": environment(), "command": command(ctx)}
+    store = Store(out, header)
+    try:
+        with progress_bar() as progress:
+            Comparison(config, store, opener(options), peer_opener(options), progress=progress).run()
+    except KeyboardInterrupt:
+        finish(store, out, html)
+        say(f"stopped; the same command goes on. So far: {out / 'report.html'}")
+        raise
+    finally:
+        store.close()
+    report = finish(store, out, html)
+    show(report)
+    click.echo(f"report: {out / 'report.html'}")
+    measured = any(line["kind"] == "measurement" and not line["error"] for line in report.lines)
+    if not measured:
+        say("outpace: error: nothing could be measured")
+    if report.broken or not measured:
+        sys.exit(1)
+
+
+def configuration(options: dict[str, Any]) -> CompareConfig:
+    """From the options; what could never run is refused before anything is loaded."""
+    from ..bench.compare.plan import WORKLOADS, CompareConfig
+    from ..bench.peers.open import PeerSpec
+    from ..decoding.methods import make_verifier
+    from ..engine.needs import check_needs, needs_draft_model
+
+    for name in options["methods"]:
+        spec, slash, verifier = name.partition("/")
+        if spec != "auto":
+            check_needs(spec, needs_draft_model(spec) and options["draft_model"] is not None)
+        if slash:
+            make_verifier(verifier)
+    for peer in options["peers"]:
+        PeerSpec.parse(peer)
+    names = ("precision", "threads", "device")
+    draft = options["draft_model"]
+    return CompareConfig(
+        models=options["models"],
+        methods=options["methods"] or None,
+        workloads=options["workloads"] or WORKLOADS,
+        categories=options["categories"],
+        batch_sizes=tuple(sorted(options["batches"])),
+        temperatures=options["temperatures"],
+        peers=options["peers"],
+        max_tokens=options["max_tokens"],
+        prompts=options["prompts"],
+        rounds=options["rounds"],
+        budget_s=options["budget"],
+        seed=options["seed"],
+        options={**{name: options[name] for name in names}, "draft_model": draft},
+    )
+
+
+def opener(options: dict[str, Any]) -> Callable[[str, int], LLM]:
+    def open_model(name: str, batch: int) -> LLM:
+        asked = {key: options[key] for key in ("draft_model", "precision", "threads", "device")}
+        return open_llm(
+            {**asked, "model": name, "method": "auto", "verifier": "auto", "planner": "auto", "max_rows": None,
+             "draft_precision": "auto"},
+            max_batch=batch, kv_tokens=SMALL_KV, prefix_cache=False,
+        )  # fmt: skip
+
+    return open_model
+
+
+def peer_opener(options: dict[str, Any]) -> Callable[[str, str, LLM, int], Peer]:
+    def open_one(spec: str, model: str, llm: LLM, batch: int) -> Peer:
+        from ..bench.peers.open import PeerSpec, open_peer
+        from ..models.source import resolve
+
+        server = bool(PeerSpec.parse(spec).url)
+        draft = options["draft_model"]
+        return open_peer(
+            spec,
+            llm.tokenizer,
+            Path() if server else resolve(model).path,
+            None if server or draft is None else resolve(draft).path,
+            threads=getattr(llm.decoder, "threads", 0) or 1,
+            context=min(llm.config.max_position, CONTEXT),
+            max_batch=batch,
+            python=options["peer_python"],
+        )
+
+    return open_one
+
+
+def command(ctx: click.Context) -> str:
+    """As typed, with files outside this folder by their names alone."""
+    words = sys.argv[1:] if sys.argv[1:2] == [ctx.info_name] else [str(ctx.info_name)]
+    here = Path.cwd()
+
+    def shown(word: str) -> str:
+        path = Path(word)
+        return path.name if path.is_absolute() and not path.is_relative_to(here) else word
+
+    return shlex.join(["outpace", *map(shown, words)])
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """Of the budget, on stderr where that is a terminal; elsewhere a line for each round and warm-up."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        last = ""
+
+        def tell(what: str, done: float, total: float) -> None:
+            nonlocal last
+            begun = what.split(":")[0] if ", round " in what else what
+            if begun != last:
+                last = begun
+                say(f"{begun} ({done:.0f} of {total:.0f} s)")
+
+        yield tell
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f} of {task.total:.0f} s"))
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("compare", total=1.0)
+        yield lambda what, done, total: bar.update(task, description=what, completed=min(done, total), total=total)
+
+
+def finish(store: Store, out: Path, html: Callable[[Report], str]) -> Report:
+    """Write the page of what there is."""
+    from ..bench.compare.findings import Report
+
+    report = Report.of(store.lines)
+    part = out / "report.html.part"
+    try:
+        part.write_text(html(report), "utf-8")
+        part.replace(out / "report.html")
+    except OSError as error:
+        raise ParameterError(f"cannot write {out / 'report.html'}: {error.strerror}") from None
+    return report
+
+
+def show(report: Report) -> None:
+    """Tables in the terminal, then the findings."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from ..bench.compare.findings import cell_text, headline, identity, number, output_text, overall, share
+
+    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    keys = dict.fromkeys((r.model, r.cell.temperature, r.cell.batch) for r in report.rows)
+    for model, temperature, batch in keys:
+        rows = [r for r in report.rows if (r.model, r.cell.temperature, r.cell.batch) == (model, temperature, batch)]
+        groups, ranked = list(dict.fromkeys(r.cell.workload for r in rows)), overall(rows)
+        title = f"{model}, temperature {temperature:g}, batch {batch}: times plain decoding (95 % interval)"
+        table = Table(title=title, title_justify="left")
+        table.add_column("method")
+        for name in ("mean", *groups, "tokens/step", "draft", "KV MB"):
+            table.add_column(name, justify="right")
+        table.add_column("output")
+        names = sorted(dict.fromkeys(r.method for r in rows), key=lambda n: (n != "plain", -ranked.get(n, 0.0)))
+        for name in names:
+            mine = {r.cell.workload: r for r in rows if r.method == name}
+            taus = [r.tau for r in mine.values() if r.tau]
+            parts = [r.per_token_ms for r in mine.values() if r.per_token_ms]
+            total = sum(sum(p.values()) for p in parts)
+            most = max((r.kv_bytes or 0 for r in mine.values()), default=0)
+            table.add_row(
+                escape(name),
+                f"{ranked[name]:.2f}" if name in ranked else "1" if name == "plain" else "-",
+                *(cell_text(mine.get(g)).replace(" to ", "-") for g in groups),
+                number(sum(taus) / len(taus) if taus else None, 2),
+                share(sum(p["draft"] for p in parts) / total if total else None),
+                number(most / 1e6 if most else None),
+                output_text(list(mine.values())),
+                style=None if all(r.holds and r.state == "ok" for r in mine.values()) else "bold red",
+            )
+        console.print(table)
+    for what, why in report.lost:
+        console.print(escape(f"no figure: {what}: {why}"))
+    for line in headline(report):
+        console.print(escape(line))
+    console.print(escape(identity(report)), style="bold red" if report.broken else None)
