@@ -10,37 +10,17 @@ result file names together with the text's digest.
 from __future__ import annotations
 
 import hashlib
-import importlib
-import inspect
 from time import perf_counter
 from typing import Any
 
 import click
 from common import note, public_name, save, table
 
+from outpace.bench.quality.likelihood import build_text
 from outpace.bench.teacher import perplexity
-from outpace.bench.workloads import own_prompts
 from outpace.engine.llm import LLM
 
 QUESTION = "What does the precision of the arithmetic cost in quality, measured as perplexity on mixed text and code?"
-MODULES = (
-    "argparse", "asyncio.base_events", "collections", "concurrent.futures.thread", "configparser", "csv", "datetime",
-    "decimal", "difflib", "email.message", "fractions", "functools", "heapq", "http.client", "json.decoder",
-    "logging", "pathlib", "random", "sched", "shutil", "statistics", "string", "tempfile", "textwrap", "threading",
-    "traceback", "unittest.case", "urllib.parse", "uuid", "zipfile",
-)  # fmt: skip
-
-
-def build_text(size: int) -> str:
-    """`size` characters: our own prompts first, then a quarter of the rest from each kind of library text in turn."""
-    prose = "\n\n".join(turn for p in own_prompts() for turn in p.turns)
-    modules = [importlib.import_module(name) for name in MODULES]
-    docs = [inspect.getdoc(getattr(m, name)) or "" for m in modules for name in sorted(dir(m)) if name[0] != "_"]
-    documentation = "\n\n".join(dict.fromkeys(d for d in docs if len(d) > 200))
-    share = max((size - len(prose)) // 2, 0)
-    each = share // len(modules)
-    source = "\n\n".join(inspect.getsource(m)[:each] for m in modules)
-    return "\n\n".join((prose, documentation[:share], source))[:size]
 
 
 @click.command()

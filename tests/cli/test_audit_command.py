@@ -30,6 +30,12 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> dict:
         "1",
         "--batch",
         "4",
+        "--temperature",
+        "0",
+        "--temperature",
+        "0.8",
+        "--check",
+        "ragged",
         "--json",
         str(path),
     ]

@@ -24,6 +24,7 @@ COMMANDS = {
     "methods": ("outpace.cli.methods:methods", "List the decoding methods."),
     "models": ("outpace.cli.models:models", "List, fetch and remove models."),
     "audit": ("outpace.cli.audit:audit", "Prove what a method does to the output."),
+    "tune": ("outpace.cli.tune:tune", "Measure this machine, and say what the planner will do."),
 }
 INTERRUPTED = 130  # exit code of a command that Ctrl-C ended
 

@@ -1,0 +1,157 @@
+"""`outpace tune`: measure this machine with a model, and say what the planner makes of it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .common import open_llm, say, weights_options
+
+if TYPE_CHECKING:
+    from ..bench.tune import DrafterCost, Tuning
+
+PROMPTS, TOKENS = 5, 48
+
+
+@click.command(short_help="Measure this machine, and say what the planner will do.")
+@weights_options
+@click.option(
+    "--draft-model", metavar="MODEL", help="A small model of the same vocabulary, to measure its drafters too."
+)
+@click.option(
+    "--method", "methods", multiple=True, help="Drafters to measure.  Repeatable.  [default: all that can run]"
+)
+@click.option("--n", "count", type=click.IntRange(2), default=PROMPTS, show_default=True, help="Prompts for drafters.")
+@click.option("-t", "--max-tokens", type=click.IntRange(2), default=TOKENS, show_default=True, help="Of each answer.")
+@click.option("--again", is_flag=True, help="Measure anew what was measured before.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def tune(**options: Any) -> None:
+    """Measure memory, steps and drafters of this machine with a model; what was measured is kept for later starts.
+
+    \b
+      outpace tune
+      outpace tune -m qwen2.5-coder-1.5b --draft-model qwen2.5-coder-0.5b
+      outpace tune --again --method suffix --method recycling
+
+    The table says which drafters repay their time, from which acceptance a draft pays, and how far steps are from what
+    memory and arithmetic allow. A busy machine gives the figures of a busy machine.
+    """
+    from ..bench.tune import tune as measure
+    from ..bench.tune import tuning_path
+    from ..bench.workloads import own_prompts, select
+    from ..engine.needs import check_needs, needs_draft_model
+    from .audit import progress_bar
+
+    for method in options["methods"]:  # before anything is loaded
+        check_needs(method, needs_draft_model(method) and options["draft_model"] is not None)
+    prompts = select(own_prompts(), total=options["count"])
+    with open_llm({**options, "method": "auto", "planner": "fixed"}, max_batch=1) as llm:
+        known = tuning_path(llm).exists() and not options["again"]
+        with progress_bar() as progress:
+            found = measure(
+                llm,
+                prompts,
+                options["methods"] or None,
+                options["max_tokens"],
+                again=options["again"],
+                told=progress,
+            )
+    if options["as_json"]:
+        click.echo(json.dumps({**found.to_json(), **verdicts(found)}, ensure_ascii=False))
+        return
+    show(found)
+    say("measured before and kept; --again measures anew" if known else "kept; later starts plan with it")
+
+
+def verdicts(found: Tuning) -> dict[str, Any]:
+    """What follows from the figures, as plain data."""
+    from ..bench.tune import BATCHES, CONTEXT, DRAFTS, best_length, break_even
+
+    costs = found.costs
+    return {
+        "bandwidth_floor_s": found.floor(),
+        "share_of_bandwidth": found.floor() / costs.step(1, CONTEXT),
+        "peak_operations_per_s": found.peak,
+        "share_of_peak": {b: found.operations * b / costs.step(b, CONTEXT) / found.peak for b in (1, 8, 16, 32)},
+        "break_even_acceptance": {b: {n: break_even(costs, b, n) for n in DRAFTS} for b in BATCHES},
+        "best_length": {b: {a: best_length(costs, a, b) for a in (0.3, 0.6, 0.9)} for b in BATCHES},
+        "repay": {d.method: d.speedup(found.plain_s) > 1 for d in found.drafters},
+    }
+
+
+def show(found: Tuning) -> None:
+    from ..bench.tune import BATCHES, CONTEXT, DRAFTS, best_length, break_even
+
+    costs = found.costs
+    title = f"{found.model}, {found.precision}, {found.threads} threads"
+    one, floor = costs.step(1, CONTEXT), found.floor()
+    lines = [
+        f"memory reads {found.bandwidth / 1e9:.1f} GB/s; a step reads {found.weight_bytes / 1e6:.0f} MB of weights and "
+        f"{CONTEXT * found.kv_bytes / 1e6:.1f} MB of cache ({CONTEXT} tokens): {1e3 * floor:.2f} ms at least",
+        f"a step of one row takes {1e3 * one:.2f} ms: {100 * floor / one:.0f} % of what the memory allows; as plain "
+        f"decoding it takes {1e3 * found.plain_s:.2f} ms with sampling and all, {1 / found.plain_s:.1f} tokens/s",
+        f"a prompt is read at {found.prefill_rows / found.prefill_s:,.0f} tokens/s, {found.peak / 1e12:.2f} T "
+        "operations/s: the ceiling of steps of many rows",
+    ]
+    click.echo(title)
+    for line in lines:
+        click.echo(f"  {line}")
+    table = _table("steps", ("rows", "ms", "beside one row", "of the memory's speed", "of the prompt's"))
+    for rows in (1, 2, 4, 8, 16, 32):
+        seconds = costs.step(rows, CONTEXT)
+        table.add_row(
+            str(rows),
+            f"{1e3 * seconds:.2f}",
+            f"{seconds / one:.2f}",
+            f"{100 * floor / seconds:.0f} %",
+            f"{100 * found.operations * rows / seconds / found.peak:.0f} %",
+        )
+    _print(table)
+    names = [f"{n} row{'s' if n > 1 else ''}" for n in DRAFTS]
+    table = _table("a draft for each sequence pays from this acceptance on", ("batch", *names, "best at 0.3, 0.6, 0.9"))
+    for batch in BATCHES:
+        least = [break_even(costs, batch, n) for n in DRAFTS]
+        best = ", ".join(str(best_length(costs, a, batch)) for a in (0.3, 0.6, 0.9))
+        table.add_row(str(batch), *("never" if x is None else f"{x:.2f}" for x in least), best)
+    _print(table)
+    if found.drafters:
+        table = _table("drafters, alone", ("method", "ms a step", "rows", "accepted", "times plain", "verdict"), left=1)
+        for drafter in sorted(found.drafters, key=lambda d: -d.speedup(found.plain_s)):
+            table.add_row(*_drafter_row(drafter, found))
+        _print(table)
+    for name, reason in found.skipped:
+        click.echo(f"not measured: {name}: {reason}")
+    click.echo(
+        "With method auto the planner starts from these step times, follows them while it runs, verifies the nodes "
+        "whose expected tokens are worth their row, and lets drafters rest that do not repay their time: plain "
+        "decoding is the least that it does (`outpace run --explain` shows it)."
+    )
+
+
+def _drafter_row(drafter: DrafterCost, found: Tuning) -> tuple[str, ...]:
+    speedup = drafter.speedup(found.plain_s)
+    price = drafter.draft_s / found.plain_s  # accepted tokens that its time is worth
+    verdict = "repays its time" if speedup > 1.02 else "about even" if speedup > 0.98 else "does not repay"
+    if speedup <= 1.02 and drafter.gained < price:
+        verdict += f": {drafter.gained:.2f} accepted for a time worth {price:.2f}"
+    cells = (1e3 * drafter.draft_s, drafter.rows, drafter.gained, speedup)
+    return drafter.method, *(f"{x:.2f}" for x in cells), verdict
+
+
+def _table(title: str, columns: tuple[str, ...], left: int = 0) -> Any:
+    from rich.table import Table
+
+    click.echo(f"\n{title}")  # a table's own title is broken to its width
+    table = Table()
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="left" if i < left or name == "verdict" else "right")
+    return table
+
+
+def _print(table: Any) -> None:
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(table)
