@@ -117,6 +117,8 @@ class Merged(Drafter):
         merged = [Draft.empty()] * len(sequences)
         for sequence in sequences:
             self._asked[sequence.id] = []
+        if not any(budgets):
+            return merged
         for index in range(len(self.drafters)):
             promised = [promise(draft) if self.price > 0 and len(draft) else 0.0 for draft in merged]
             places = [i for i, n in enumerate(budgets) if n > 0 and self._pays(index, sequences[i], promised[i])]
@@ -141,8 +143,11 @@ class Merged(Drafter):
         return drafts, worth.took(perf_counter() - began, sequences, drafts)
 
     def observe(self, sequence: Sequence, seen: Observation) -> None:
+        asked = self._asked[sequence.id]
+        if not asked:  # most of the time in a large batch, so it must cost nothing
+            return
         gained = self._gains(seen)
-        for one in self._asked[sequence.id]:
+        for one in asked:
             began = perf_counter()
             self._calibrations[one.index].update(sequence.id, one.draft, seen.new_tokens)
             drafter = self.drafters[one.index]
