@@ -23,6 +23,7 @@ COMMANDS = {
     "batch": ("outpace.cli.batch:batch", "Answer a file of requests."),
     "methods": ("outpace.cli.methods:methods", "List the decoding methods."),
     "models": ("outpace.cli.models:models", "List, fetch and remove models."),
+    "compare": ("outpace.cli.compare:compare", "Compare what each method gains."),
     "audit": ("outpace.cli.audit:audit", "Prove what a method does to the output."),
     "tune": ("outpace.cli.tune:tune", "Measure this machine, and say what the planner will do."),
 }
