@@ -87,6 +87,14 @@ def claims() -> str:
             f"**{decoding:.2f} times** llama.cpp's tokens a second and **{prefill:.2f} times** its prefill on the same "
             f"file ({config_words(r)}, `{name}`): {link(r, 'result')}."
         )
+    if batches := records("batches"):
+        r = batches[0]
+        (many, found), *_ = sorted(r["results"]["decode"].items(), key=lambda item: -int(item[0]))
+        decoding = found["Outpace, plain"]["against_llamacpp"]["median"]
+        lines.append(
+            f"**{decoding:.2f} times** llama.cpp's tokens a second for {many} sequences at once ({config_words(r)}): "
+            f"{link(r, 'result')}."
+        )
     return "\n".join(f"- {line}" for line in lines) or "- No result files yet: see `benchmarks/`."
 
 
@@ -110,7 +118,7 @@ def results() -> str:
 def hardware() -> str:
     """Where the figures come from; every result page has the whole list of versions."""
     machines: dict[str, list[str]] = {}
-    for kind in ("planner", "methods", "decode", "llamacpp", "perplexity", "startup", "audit"):
+    for kind in ("planner", "methods", "decode", "llamacpp", "batches", "load", "perplexity", "startup", "audit"):
         for r in records(kind):
             e = r["environment"]
             gpu = f", {e['gpu']}" if e["gpu"] else ""
@@ -217,6 +225,44 @@ def peer_table() -> str:
     return table(head, rows) if rows else ""
 
 
+def batches_table() -> str:
+    """Many sequences at once, and prompts, beside llama.cpp."""
+    rows = []
+    for r in records("batches"):
+        parts = {f"decoding {n} sequence{'s' if n != '1' else ''}": d for n, d in r["results"]["decode"].items()}
+        parts |= {f"reading {what}": found for what, found in r["results"]["prefill"].items()}
+        for what, found in parts.items():
+            (peer,) = (found[name] for name in found if not name.startswith("Outpace"))
+            plain, auto = found["Outpace, plain"], found["Outpace, auto"]
+            rows.append(
+                [
+                    link(r, f"{r['config']['model']}, {r['config']['precision']}"),
+                    what,
+                    f"{peer['tokens_per_s']['median']:.0f}",
+                    f"{plain['tokens_per_s']['median']:.0f}",
+                    f"{auto['tokens_per_s']['median']:.0f}",
+                    f"{plain['against_llamacpp']['median']:.2f}",
+                    f"{auto['against_plain']['median']:.2f}",
+                ]
+            )
+    head = ["model", "tokens/s", "llama.cpp", "plain", "auto", "plain, x llama.cpp", "auto, x plain"]
+    return table(head, rows) if rows else ""
+
+
+def load_table() -> str:
+    """Requests a second that were answered in time, of those that arrived."""
+    rows = [
+        [link(r, r["config"]["model"]), rate, server, f"{f['offered']:.2f}", f"{f['goodput']:.2f}"]
+        for r in records("load")
+        for rate, found in r["results"]["rates"].items()
+        for server, f in found.items()
+    ]
+    limits = {(r["config"]["ttft"], r["config"]["tbt"]) for r in records("load")}
+    words = "; ".join(f"first token within {a:g} s, {b:g} s a token on average" for a, b in sorted(limits))
+    head = ["model", "rate, requests/s", "server", "arrived, requests/s", "in time, requests/s"]
+    return f"{table(head, rows)}\n\nIn time: {words}." if rows else ""
+
+
 def quality_table() -> str:
     rows = []
     for r in records("perplexity"):
@@ -254,6 +300,8 @@ RESULT_TABLES: dict[str, Callable[[], str]] = {
     "Every method, one sequence": side_by_side,
     "Decoding, one sequence, greedy": decode_table,
     "Beside llama.cpp": peer_table,
+    "Many sequences at once": batches_table,
+    "Goodput of the servers": load_table,
     "The same tokens": audit_table,
     "Quality of the arithmetic": quality_table,
     "Start-up": startup_table,
