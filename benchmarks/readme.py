@@ -95,6 +95,13 @@ def claims() -> str:
             f"**{decoding:.2f} times** llama.cpp's tokens a second for {many} sequences at once ({config_words(r)}): "
             f"{link(r, 'result')}."
         )
+    for r in records("prefix"):
+        hits = [w["hit"] for ways in r["results"]["models"].values() for w in ways.values()]
+        sooner = [t for hit in hits for t in hit["sooner"]["trials"]]
+        lines.append(
+            f"**{min(sooner):.0f} to {max(sooner):.0f} times** sooner to the first token behind a shared prefix of "
+            f"{r['config']['prefix']} tokens: {link(r, 'result')}."
+        )
     return "\n".join(f"- {line}" for line in lines) or "- No result files yet: see `benchmarks/`."
 
 
@@ -252,7 +259,7 @@ def batches_table() -> str:
 def load_table() -> str:
     """Requests a second that were answered in time, of those that arrived."""
     rows = [
-        [link(r, r["config"]["model"]), rate, server, f"{f['offered']:.2f}", f"{f['goodput']:.2f}"]
+        [link(r, r["config"]["model"]), rate, server, f"{f['requests'] / r['config']['seconds']:.2f}", f"{f['goodput']:.2f}"]
         for r in records("load")
         for rate, found in r["results"]["rates"].items()
         for server, f in found.items()

@@ -17,7 +17,8 @@ from ..models.batch import PAGE_SIZE, Span, pack
 from ..models.decoder import Decoder
 from ..paths import cache_dir
 
-ROWS = (1, 2, 4, 5, 8, 9, 12, 13, 16, 17, 20, 24, 25, 32)  # kernels take rows in blocks: the row after a full one is dear
+# kernels take rows in blocks: the row after a full one is dear
+ROWS = (1, 2, 4, 5, 8, 9, 12, 13, 16, 17, 20, 24, 25, 32)
 CONTEXTS = (64, 1024)
 _FORMAT = 4
 _MOST_ROUNDS, _LEAST_ROUNDS, _ENOUGH_S = 12, 3, 2.0
