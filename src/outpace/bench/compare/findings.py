@@ -47,8 +47,11 @@ class Report:
                 cell = f"{line['workload']}, batch {line['batch']}, temperature {line['temperature']:g}"
                 found[f"{line['model']}, {line['method']}, {cell}", line["error"]] = None
             elif line["kind"] == "model":
+                alike: dict[str, list[str]] = {}
                 for name, why in line["skipped"]:
-                    found[f"{line['model']}, {name}", f"left out: {why}"] = None
+                    alike.setdefault(why.removeprefix(f"method {name!r} "), []).append(name)
+                for why, names in alike.items():
+                    found[f"{line['model']}, {', '.join(names)}", f"left out: {why}"] = None
         missing = [row for row in self.rows if row.state == "not reached"]
         for model, cell in dict.fromkeys((row.model, row.cell) for row in missing):
             names = [row.method for row in missing if (row.model, row.cell) == (model, cell)]

@@ -56,7 +56,11 @@ class CompareConfig:
             object.__setattr__(self, name, tuple(dict.fromkeys(values)))
         if self.methods is not None and not self.methods:
             raise ParameterError("methods is empty: name at least one, or leave it to the default")
-        least = {"batch_sizes": min(self.batch_sizes), "prompts": self.prompts, "rounds": self.rounds or 1}
+        least = {
+            "batch_sizes": min(self.batch_sizes),
+            "prompts": self.prompts,
+            "rounds": 1 if self.rounds is None else self.rounds,
+        }
         for name, value in least.items():
             if value < 1:
                 raise ParameterError(f"{name}={value} is out of range: it must be at least 1")

@@ -157,22 +157,18 @@ def _parquet(path: Path) -> list[dict[str, Any]]:
 
 
 def hub_files(repo: str) -> list[Path]:
-    """The .jsonl and .parquet files of a data set, its test files if it has any. From the hub's cache if they are
-    there. Raises ParameterError if there are none, or they cannot be had."""
+    """The .jsonl and .parquet files of a data set in the hub's cache, its test files if it has any. Nothing is fetched.
+    Raises ParameterError if there are none."""
     from huggingface_hub import snapshot_download
 
     patterns = ["*.jsonl", "*.parquet"]
     try:
         folder = Path(snapshot_download(repo, repo_type="dataset", allow_patterns=patterns, local_files_only=True))
     except Exception:  # not in the cache, in one of several ways
-        try:
-            folder = Path(snapshot_download(repo, repo_type="dataset", allow_patterns=patterns))
-        except Exception as error:  # the hub's client raises many kinds, of several libraries
-            reason = " ".join(str(error).split())[:200]
-            raise ParameterError(
-                f"the data set {repo} is not in the hub's cache and cannot be fetched ({type(error).__name__}: "
-                f"{reason}); download one of its files and give its path"
-            ) from None
+        raise ParameterError(
+            f"the data set {repo} is not in the hub's cache; fetch it with: hf download --repo-type dataset {repo}; or "
+            "give one of its files"
+        ) from None
     files = sorted(p for pattern in patterns for p in folder.rglob(pattern))
     if not files:
         raise ParameterError(f"the data set {repo} has no .jsonl or .parquet file: give a file in one of these formats")
