@@ -127,8 +127,8 @@ def check_owners(llm: LLM, method: str, seed: int = 0) -> Iterator[Check]:
     """Two owners in one engine. What is proposed to one must not hold what only the other wrote.
 
     The first owner's prompt is random tokens, and a bias makes its output random tokens too, so that nobody comes upon
-    them by chance. The second one's prompts end in pieces of both, which is where a drafter that remembers everybody's
-    text would go on with the first one's.
+    them by chance. The second one's prompts end in pieces of both, and a bias makes each output begin as the piece goes
+    on: in the first decoding step a drafter that remembers everybody's text would go on with the first owner's.
 
     prompts   after the first owner had a prompt read, and not a draft judged, the second one's drafts are the same as
               alone, node for node (only what is not the same twice alone either is held to less)
@@ -139,12 +139,11 @@ def check_owners(llm: LLM, method: str, seed: int = 0) -> Iterator[Check]:
     rng = np.random.default_rng([seed, 1])
     speakable = _speakable(llm)
     room = llm.config.max_position - 64
-    mine = [
-        [*rng.choice(speakable, _OWN).tolist(), *piece][-room:]
-        for piece in (secret[10 : 10 + _TRIGGER], output[4 : 4 + _TRIGGER])
-    ]
-    params = SamplingParams(max_tokens=12, seed=seed, ignore_eos=True)
-    second = [Ask(tokens, params, "second") for tokens in mine]
+    mine, second = [], []
+    for piece in (*_pieces(secret), *_pieces(output)):
+        mine.append([*rng.choice(speakable, _OWN).tolist(), *piece[:-1]][-room:])
+        goes_on = SamplingParams(max_tokens=8, seed=seed, ignore_eos=True, logit_bias={piece[-1]: 100.0})
+        second.append(Ask(mine[-1], goes_on, "second"))
     first = Ask(secret, biased, "first")
     alone, twice = _drafts(llm, method, second), _drafts(llm, method, second)
     short = SamplingParams(max_tokens=1, seed=seed)
@@ -184,6 +183,12 @@ def _secrets(llm: LLM, seed: int) -> tuple[list[int], list[int], SamplingParams]
     with llm.with_method("plain", verifier="auto") as plain:
         output = plain.generate(secret, biased)[0].token_ids
     return secret, output, biased
+
+
+def _pieces(text: list[int]) -> list[list[int]]:
+    """Two pieces of a text behind which it goes on with another token than their last."""
+    ends = [i for i in range(_TRIGGER, len(text) - 4) if text[i] != text[i + 1]] or [len(text) // 2]
+    return [text[i - _TRIGGER : i + 1] for i in (ends[0], ends[len(ends) // 2])]
 
 
 def _speakable(llm: LLM) -> np.ndarray:

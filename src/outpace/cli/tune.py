@@ -89,9 +89,9 @@ def show(found: Tuning) -> None:
     title = f"{found.model}, {found.precision}, {found.threads} threads"
     one, floor = costs.step(1, CONTEXT), found.floor()
     lines = [
-        f"memory reads {found.bandwidth / 1e9:.1f} GB/s; a step reads {found.weight_bytes / 1e6:.0f} MB of weights and "
-        f"{CONTEXT * found.kv_bytes / 1e6:.1f} MB of cache ({CONTEXT} tokens): {1e3 * floor:.2f} ms at least",
-        f"a step of one row takes {1e3 * one:.2f} ms: {100 * floor / one:.0f} % of what the memory allows; as plain "
+        f"memory reads {found.bandwidth / 1e9:.1f} GB/s; a step reads {found.weight_bytes / 1e6:.0f} MB of weights and\n"
+        f"    {CONTEXT * found.kv_bytes / 1e6:.1f} MB of cache ({CONTEXT} tokens): {1e3 * floor:.2f} ms at least",
+        f"a step of one row takes {1e3 * one:.2f} ms: {100 * floor / one:.0f} % of what the memory allows;\n    as plain "
         f"decoding it takes {1e3 * found.plain_s:.2f} ms with sampling and all, {1 / found.plain_s:.1f} tokens/s",
         f"a prompt is read at {found.prefill_rows / found.prefill_s:,.0f} tokens/s, {found.peak / 1e12:.2f} T "
         "operations/s: the ceiling of steps of many rows",
@@ -125,9 +125,9 @@ def show(found: Tuning) -> None:
     for name, reason in found.skipped:
         click.echo(f"not measured: {name}: {reason}")
     click.echo(
-        "With method auto the planner starts from these step times, follows them while it runs, verifies the nodes "
-        "whose expected tokens are worth their row, and lets drafters rest that do not repay their time: plain "
-        "decoding is the least that it does (`outpace run --explain` shows it)."
+        "With method auto the planner starts from these step times and follows them while it runs. It verifies the "
+        "nodes whose\nexpected tokens are worth their row, and lets drafters rest that do not repay their time: plain "
+        "decoding is the\nleast that it does (`outpace run --explain` shows it)."
     )
 
 
