@@ -176,14 +176,14 @@ def lines(
 def _names(svg: Svg, ends: Sequence[tuple[float, Series]], x: float, top: float, bottom: float) -> None:
     """The names of lines beside their ends, moved apart where they would overlap."""
     at = top - 8
-    placed = []
+    placed: list[tuple[float, Series]] = []
     for y, s in sorted(ends, key=lambda end: end[0]):
         at = max(y + 4, at + 13)
-        placed.append([at, s])
+        placed.append((at, s))
     over = placed[-1][0] - bottom - 4 if placed else 0
     for y, s in placed:
         name = s.name if len(s.name) <= 16 else s.name[:15] + "…"
-        svg.text(x, y - max(over, 0), name, cls=f"small name c{s.number % 8}")
+        svg.text(x, y - max(over, 0), name, cls=f"small name c{(s.number or 0) % 8}")
 
 
 def bars(rows: Mapping[str, Mapping[str, float]], label: str, title: str) -> str:

@@ -44,8 +44,8 @@ class Report:
                 batch = [f"batch {line['batch']}"] if line["batch"] is not None else []
                 found[", ".join([w for w in what if w] + batch), line["reason"]] = None
             elif line["kind"] == "measurement" and line["error"]:
-                cell = f"{line['workload']}, batch {line['batch']}, temperature {line['temperature']:g}"
-                found[f"{line['model']}, {line['method']}, {cell}", line["error"]] = None
+                where = f"{line['workload']}, batch {line['batch']}, temperature {line['temperature']:g}"
+                found[f"{line['model']}, {line['method']}, {where}", line["error"]] = None
             elif line["kind"] == "model":
                 alike: dict[str, list[str]] = {}
                 for name, why in line["skipped"]:
@@ -128,7 +128,7 @@ def cell_text(row: Summary | None) -> str:
     if row.state != "ok":
         return row.state
     if row.method == PLAIN:
-        return f"{number(row.speed and row.speed.value)} tokens/s"
+        return f"{number(row.speed.value if row.speed else None)} tokens/s"
     return ratio_text(row.ratio) + ("" if row.holds else " NOT IDENTICAL")
 
 

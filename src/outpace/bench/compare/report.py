@@ -69,7 +69,7 @@ def _lead(report: Report) -> str:
     found = "".join(f"<li>{escape(line)}</li>" for line in headline(report))
     cls = "bad" if report.broken else "good"
     lost = len(report.lost)
-    failures = f'<li class="bad">{lost} things have no figure; see <a href="#lost">below</a>.</li>' if lost else ""
+    failures = f'<li>{lost} things have no figure; see <a href="#lost">below</a>.</li>' if lost else ""
     return (
         f'<p class="lead">Language models write one token after another. Decoding methods try to get several from one '
         f"step of the model. This page compares them on one machine: {escape(machine)}.</p>"
@@ -220,7 +220,7 @@ def _table(rows: Sequence[Summary]) -> str:
         mine = {r.cell.workload: r for r in rows if r.method == name}
         mean = "1" if name == PLAIN else f"{ranked[name]:.2f}" if name in ranked else "-"
         body.append([name, output_text(list(mine.values())), mean, *(cell_text(mine.get(g)) for g in groups)])
-    head = ["method", "output", "times plain, mean", *(f"{g}: times plain" for g in groups)]
+    head = ["method", "output", "times plain, mean", *groups]
     return _html_table(head, body, left={1})
 
 
@@ -250,7 +250,7 @@ def _all_of(r: Summary) -> list[str]:
     ]
     return [
         r.method, r.cell.workload, str(r.cell.batch), f"{r.cell.temperature:g}",
-        number(r.speed and r.speed.value), ratio_text(r.ratio), spread, str(r.speed.rounds) if r.speed else "0",
+        number(r.speed.value if r.speed else None), ratio_text(r.ratio), spread, str(r.speed.rounds) if r.speed else "0",
         number(r.first_s, 2), number(r.tau, 2), share(r.alpha), *shares, share(r.memory_share),
         share(r.arithmetic_share), number(r.kv_bytes and r.kv_bytes / 1e6),
         number(r.memory_bytes and r.memory_bytes / 1e6, 0), output_text([r]), "; ".join(note),

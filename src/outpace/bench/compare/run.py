@@ -217,8 +217,8 @@ class Comparison:
                     struck.append((name, failed))
             lines.append(line | {"t": round(self.elapsed, 3)})
         self.store.append(lines)
-        for name, failed in struck:
-            self._strike(entry, name, str(failed), failed.fatal)
+        for name, why in struck:
+            self._strike(entry, name, str(why), why.fatal)
 
     def _patience(self, entry: Entry, cell: Cell) -> float:
         """Seconds that one answer may take."""

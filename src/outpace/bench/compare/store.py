@@ -30,7 +30,8 @@ class Store:
     def __init__(self, out: Path, header: Line) -> None:
         """`header["identity"]` tells one comparison from another. Raises ParameterError when the folder holds the
         results of another one, or cannot be written."""
-        self.path, self.lines = out / NAME, []
+        self.path = out / NAME
+        self.lines: list[Line] = []
         try:
             out.mkdir(parents=True, exist_ok=True)
             self._read()
