@@ -251,8 +251,8 @@ def _all_of(r: Summary) -> list[str]:
     return [
         r.method, r.cell.workload, str(r.cell.batch), f"{r.cell.temperature:g}",
         number(r.speed.value if r.speed else None), ratio_text(r.ratio), spread,
-        str(r.speed.rounds) if r.speed else "0", number(r.first_s, 2), number(r.tau, 2), share(r.alpha), *shares, share(r.memory_share),
-        share(r.arithmetic_share), number(r.kv_bytes and r.kv_bytes / 1e6),
+        str(r.speed.rounds) if r.speed else "0", number(r.first_s, 2), number(r.tau, 2), share(r.alpha),
+        *shares, share(r.memory_share), share(r.arithmetic_share), number(r.kv_bytes and r.kv_bytes / 1e6),
         number(r.memory_bytes and r.memory_bytes / 1e6, 0), output_text([r]), "; ".join(note),
     ]  # fmt: skip
 
