@@ -35,7 +35,7 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> dict:
         "--temperature",
         "0.8",
         "--check",
-        "ragged",
+        "tokens",
         "--json",
         str(path),
     ]
