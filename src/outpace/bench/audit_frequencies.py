@@ -84,10 +84,11 @@ def check_frequencies(
     checks: int = 1,
 ) -> Check:
     """`texts` answers of `depth` tokens, one seed each, to one prompt. `verifier` None: the model's own. `checks`: how
-    many such checks the audit makes, for the level at which it fails. Raises ParameterError for a greedy setting."""
+    many such checks the audit makes, for the level at which it fails. The prompt is given twice, with a greedy answer
+    between, so that drafters have what to draft from the first token on. Raises ParameterError for a greedy setting."""
     if setting.base.greedy:
         raise ParameterError("frequencies need a setting that samples: greedy output is one text")
-    tokens = llm.tokens(ask_of(llm, prompt))
+    tokens = _twice(llm, llm.tokens(ask_of(llm, prompt)))
     # as many more tokens as a draft may hold: a step near the end of the answer would be cut short
     params = replace(setting.base, max_tokens=depth + 4, seed=seed)
     cells = expected_cells(llm, tokens, params, depth, texts)
@@ -101,12 +102,12 @@ def check_frequencies(
     merged_o, merged_e = _merged(observed, expected)
     statistic, freedom, p = chi_square(merged_o, merged_e)
     variation = total_variation(observed, expected)
-    accepted = sum(r.stats.accepted for r in results)
+    accepted = sum(source != "target" for r in results for source in r.sources[:depth])
     limit = ALARM / max(checks, 1)
     claimed = max((r.exactness for r in results), key=("identical", "distribution", "approximate").index)
     said = (
         f"{texts} texts of {depth} tokens in {len(merged_e)} cells: chi-square {statistic:.1f}, p = {p:.2g}, "
-        f"total variation {variation:.3f} ({_by_chance(expected):.3f} by chance), {accepted} draft tokens accepted"
+        f"total variation {variation:.3f} ({_by_chance(expected):.3f} by chance), {accepted} of the tokens were drafted"
     )
     numbers: dict[str, Any] = {
         "p": p, "chi_square": statistic, "freedom": freedom, "total_variation": variation,
@@ -114,6 +115,15 @@ def check_frequencies(
     }  # fmt: skip
     holds = p > limit or claimed == "approximate"
     return Check("frequencies", f"{method}, {judged_by}, {setting.name}, {prompt.id}", holds, said, numbers)
+
+
+def _twice(llm: LLM, prompt: list[int]) -> list[int]:
+    """Prompt, greedy answer, prompt: a text that is likely to go on as before. The prompt where that does not fit."""
+    if 2 * len(prompt) + 64 > llm.config.max_position:
+        return prompt
+    with llm.with_method("plain", verifier="auto") as plain:
+        (answer,) = plain.generate(prompt, SamplingParams(max_tokens=24))
+    return [*prompt, *answer.token_ids, *prompt]
 
 
 def _merged(observed: Sequence[int], expected: Sequence[float]) -> tuple[list[float], list[float]]:

@@ -128,7 +128,7 @@ def tune(
     missing = [name for name in chosen if name not in have]
     total = len(missing) + (3 if kept is None else 0)
     if kept is None:
-        kept = _measure(llm, total, told)
+        kept = _measure(llm, again, total, told)
     done = total - len(missing)
     if missing:
         plain = _drafter(llm, "plain", prompts, max_tokens)
@@ -150,12 +150,13 @@ def tune(
     )
 
 
-def _measure(llm: LLM, total: int, told: Told) -> Tuning:
+def _measure(llm: LLM, again: bool, total: int, told: Told) -> Tuning:
+    """`again`: the step times too, where the engine has measured them already."""
     decoder, threads = llm.decoder, int(getattr(llm.decoder, "threads", usable_cores()))
     told("memory bandwidth", 0, total)
     bandwidth = max(read_bandwidth(threads, decoder.device, size=1 << 28))
     told("step times", 1, total)
-    costs = step_costs(decoder, llm.name, again=True)
+    costs = step_costs(decoder, llm.name, again=again)
     told("prompts", 2, total)
     rows, prefill_s = _prefill(llm)
     storage = decoder.new_storage(1)

@@ -88,13 +88,14 @@ def show(found: Tuning) -> None:
     costs = found.costs
     title = f"{found.model}, {found.precision}, {found.threads} threads"
     one, floor = costs.step(1, CONTEXT), found.floor()
+    weights, cache, least = found.weight_bytes / 1e6, CONTEXT * found.kv_bytes / 1e6, 1e3 * floor
+    prompt, peak = found.prefill_rows / found.prefill_s, found.peak / 1e12
     lines = [
-        f"memory reads {found.bandwidth / 1e9:.1f} GB/s; a step reads {found.weight_bytes / 1e6:.0f} MB of weights and\n"
-        f"    {CONTEXT * found.kv_bytes / 1e6:.1f} MB of cache ({CONTEXT} tokens): {1e3 * floor:.2f} ms at least",
-        f"a step of one row takes {1e3 * one:.2f} ms: {100 * floor / one:.0f} % of what the memory allows;\n    as plain "
-        f"decoding it takes {1e3 * found.plain_s:.2f} ms with sampling and all, {1 / found.plain_s:.1f} tokens/s",
-        f"a prompt is read at {found.prefill_rows / found.prefill_s:,.0f} tokens/s, {found.peak / 1e12:.2f} T "
-        "operations/s: the ceiling of steps of many rows",
+        f"memory reads {found.bandwidth / 1e9:.1f} GB/s",
+        f"a step reads {weights:.0f} MB of weights and {cache:.1f} MB of cache ({CONTEXT} tokens): {least:.2f} ms",
+        f"a step of one row takes {1e3 * one:.2f} ms: {100 * floor / one:.0f} % of what the memory allows",
+        f"plain decoding takes {1e3 * found.plain_s:.2f} ms a token, {1 / found.plain_s:.1f} tokens/s",
+        f"a prompt is read at {prompt:,.0f} tokens/s, {peak:.2f} T operations/s: the ceiling of steps of many rows",
     ]
     click.echo(title)
     for line in lines:
@@ -122,8 +123,8 @@ def show(found: Tuning) -> None:
         for drafter in sorted(found.drafters, key=lambda d: -d.speedup(found.plain_s)):
             table.add_row(*_drafter_row(drafter, found))
         _print(table)
-    for name, reason in found.skipped:
-        click.echo(f"not measured: {name}: {reason}")
+    for reason, names_of in _by_reason(found).items():
+        click.echo(f"not measured: {', '.join(names_of)}: {reason}")
     click.echo(
         "With method auto the planner starts from these step times and follows them while it runs. It verifies the "
         "nodes whose\nexpected tokens are worth their row, and lets drafters rest that do not repay their time: plain "
@@ -139,6 +140,14 @@ def _drafter_row(drafter: DrafterCost, found: Tuning) -> tuple[str, ...]:
         verdict += f": {drafter.gained:.2f} accepted for a time worth {price:.2f}"
     cells = (1e3 * drafter.draft_s, drafter.rows, drafter.gained, speedup)
     return drafter.method, *(f"{x:.2f}" for x in cells), verdict
+
+
+def _by_reason(found: Tuning) -> dict[str, list[str]]:
+    """Names of drafters that were not measured; what differs in the reason by the name alone is one reason."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in found.skipped:
+        reasons.setdefault(reason.removeprefix(f"method {name!r} "), []).append(name)
+    return reasons
 
 
 def _table(title: str, columns: tuple[str, ...], left: int = 0) -> Any:
