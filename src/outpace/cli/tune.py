@@ -88,11 +88,11 @@ def show(found: Tuning) -> None:
     costs = found.costs
     title = f"{found.model}, {found.precision}, {found.threads} threads"
     one, floor = costs.step(1, CONTEXT), found.floor()
-    weights, cache, least = found.weight_bytes / 1e6, CONTEXT * found.kv_bytes / 1e6, 1e3 * floor
+    weights, cache, read_ms = found.weight_bytes / 1e6, CONTEXT * found.kv_bytes / 1e6, 1e3 * floor
     prompt, peak = found.prefill_rows / found.prefill_s, found.peak / 1e12
     lines = [
         f"memory reads {found.bandwidth / 1e9:.1f} GB/s",
-        f"a step reads {weights:.0f} MB of weights and {cache:.1f} MB of cache ({CONTEXT} tokens): {least:.2f} ms",
+        f"a step reads {weights:.0f} MB of weights and {cache:.1f} MB of cache ({CONTEXT} tokens): {read_ms:.2f} ms",
         f"a step of one row takes {1e3 * one:.2f} ms: {100 * floor / one:.0f} % of what the memory allows",
         f"plain decoding takes {1e3 * found.plain_s:.2f} ms a token, {1 / found.plain_s:.1f} tokens/s",
         f"a prompt is read at {prompt:,.0f} tokens/s, {peak:.2f} T operations/s: the ceiling of steps of many rows",
