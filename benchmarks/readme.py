@@ -259,7 +259,13 @@ def batches_table() -> str:
 def load_table() -> str:
     """Requests a second that were answered in time, of those that arrived."""
     rows = [
-        [link(r, r["config"]["model"]), rate, server, f"{f['requests'] / r['config']['seconds']:.2f}", f"{f['goodput']:.2f}"]
+        [
+            link(r, r["config"]["model"]),
+            rate,
+            server,
+            f"{f['requests'] / r['config']['seconds']:.2f}",
+            f"{f['goodput']:.2f}",
+        ]
         for r in records("load")
         for rate, found in r["results"]["rates"].items()
         for server, f in found.items()

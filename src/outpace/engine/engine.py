@@ -148,7 +148,6 @@ class Engine:
         if not params.ignore_eos:
             stop_ids |= self._eos_ids
         method = "" if options.method in (None, self.method) else str(options.method)
-        self.scheduler.check(len(prompt), params.max_tokens)
         sequence = TokenSequence(
             self._next_id,
             prompt,
