@@ -112,7 +112,7 @@ class Runner:
             stats.verify_s += step_s / len(verified)
             stats.plain_s += plain_s * len(v.accepted.tokens)
             if v.draft is not None:
-                stats.expected_tokens += 1 + promise(v.draft)
+                stats.expected_tokens += 1 + (promise(v.draft) if len(v.draft) else 0.0)
 
     def commit(self, verified: Verified, kept: Accepted) -> None:
         """Keep the KV of the accepted path and append its tokens; the drafter observes."""

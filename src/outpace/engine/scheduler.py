@@ -38,7 +38,9 @@ Predict = Callable[[Job], int]  # tokens of output; what is out of range is brou
 
 def largest(most: int, holds: Callable[[int], bool]) -> int:
     """The largest of 1 to `most` for which `holds`, which does for all below one for which it does; 0 if for none."""
-    low, high = 0, most
+    if most > 0 and holds(most):  # nearly always
+        return most
+    low, high = 0, max(most - 1, 0)
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if holds(middle) else (low, middle - 1)

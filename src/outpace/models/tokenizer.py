@@ -26,6 +26,9 @@ _ROLE = re.compile(r"[A-Za-z0-9_-]{1,40}")
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 MOST_ID = 2**22  # of a token, ten times the largest vocabulary there is: lists go by ids
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_WINDOW = (
+    16  # tokens that a detokenizer decodes again and again; few, since the time is theirs, and more than one piece
+)
 
 
 class Tokenizer:
@@ -210,28 +213,29 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._ids: list[int] = []  # from the start of the last emitted piece: decoders look back one piece
+        self._ids: list[int] = []  # the last ones: a decoder looks back one piece, so the last emitted one is kept
         self._emitted = 0  # how many of `_ids` have been emitted
+        self._known = ""  # what these decode to
 
     def add(self, ids: Iterable[int]) -> str:
         """The text that has become certain with these tokens; may be empty."""
         self._ids += ids
-        piece = self._pending()
+        text = self._tokenizer.decode(self._ids)
+        piece = text[len(self._known) :]
         if piece.endswith(_REPLACEMENT):
             return ""  # the bytes of a character are still incomplete
         if piece:
-            self._ids, self._emitted = self._ids[self._emitted :], len(self._ids) - self._emitted
+            if len(self._ids) > _WINDOW:
+                self._ids = self._ids[self._emitted :]
+                text = self._tokenizer.decode(self._ids)
+            self._emitted, self._known = len(self._ids), text
         return piece
 
     def finish(self) -> str:
         """What is left, incomplete characters included. The stream is over."""
-        piece = self._pending()
-        self._ids, self._emitted = [], 0
+        piece = self._tokenizer.decode(self._ids)[len(self._known) :]
+        self._ids, self._emitted, self._known = [], 0, ""
         return piece
-
-    def _pending(self) -> str:
-        known = self._tokenizer.decode(self._ids[: self._emitted])
-        return self._tokenizer.decode(self._ids)[len(known) :]
 
 
 def _content(token: Any) -> str | None:

@@ -119,9 +119,14 @@ class Merged(Drafter):
             self._asked[sequence.id] = []
         if not any(budgets):
             return merged
+        places_with_room = [i for i, n in enumerate(budgets) if n > 0]
+        asking = [sequences[i] for i in places_with_room]
         for index in range(len(self.drafters)):
             promised = [promise(draft) if self.price > 0 and len(draft) else 0.0 for draft in merged]
-            places = [i for i, n in enumerate(budgets) if n > 0 and self._pays(index, sequences[i], promised[i])]
+            places = places_with_room
+            if self.price > 0:
+                expected = [promised[i] for i in places]
+                places = [places[k] for k in self.worths[index].paying(asking, expected, self.price)]
             if places:
                 drafts, seconds = self._ask(index, [sequences[i] for i in places], [budgets[i] for i in places])
                 for i, draft in zip(places, drafts, strict=True):
@@ -130,9 +135,6 @@ class Merged(Drafter):
                     # A draft that stays alone keeps what merging loses: q.
                     merged[i] = merge([merged[i], corrected], budgets[i]) if len(merged[i]) else corrected
         return merged
-
-    def _pays(self, index: int, sequence: Sequence, promised: float) -> bool:
-        return self.price <= 0 or self.worths[index].pays(sequence, promised, self.price)
 
     def _ask(self, index: int, sequences: list[Sequence], nodes: list[int]) -> tuple[list[Draft], float]:
         drafter, worth = self.drafters[index], self.worths[index]

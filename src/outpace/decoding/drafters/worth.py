@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from math import inf
 
 from ...types import Draft
 from ..contracts import Sequence, node_depths
@@ -66,41 +67,56 @@ class Worth:
         self.seconds = self.gained = 0.0
 
     def pays(self, sequence: Sequence, promised: float, price: float) -> bool:
-        """Whether to ask, because it pays or as a trial.
+        """Whether to ask for one sequence, because it pays or as a trial.
 
         `price`: tokens that a second is worth; `promised`: tokens that the drafters before it are expected to bring.
         """
-        customer, expected = self._customers.setdefault(sequence.id, _Customer()), self._per_second(promised)
-        if price * self.forward_s > _HOPELESS or not self._readable(sequence, customer, price):
-            self.skipped += 1
-            return False
-        if expected is None:
-            customer.skipped = 0
-            return True
-        if expected * customer.gained / customer.foretold >= price:
-            customer.skipped, customer.nap = 0, _SHORT
-            return True
-        customer.skipped += 1
-        trial_s = min(self._call_s, _TRIAL_FORWARDS * self.forward_s)
-        if customer.skipped > min(max(customer.nap, price * trial_s / (_EXPLORING * (1 + promised))), _LONG):
-            customer.skipped, customer.nap = 0, min(2 * customer.nap, _LONG)
-            return True
-        self.skipped += 1
-        return False
+        return bool(self.paying([sequence], [promised], price))
 
-    def _readable(self, sequence: Sequence, customer: _Customer, price: float) -> bool:
+    def paying(self, sequences: Seq[Sequence], promised: Seq[float], price: float) -> list[int]:
+        """`pays` for each of a batch: the places for which to ask. Mostly none are, in a large batch, where this is
+        most of what drafting costs: what is the same for all is worked out once."""
+        if price * self.forward_s > _HOPELESS:
+            self.skipped += len(sequences)
+            return []
+        trial = price * min(self._call_s, _TRIAL_FORWARDS * self.forward_s) / _EXPLORING
+        needed: dict[int, float] = {}  # by bin: how many times what the table foretells is worth the price
+        customers, chosen = self._customers, []
+        for place, (sequence, tokens) in enumerate(zip(sequences, promised, strict=True)):
+            customer = customers.get(sequence.id)
+            if customer is None:
+                customer = customers[sequence.id] = _Customer()
+            if not customer.known and not self._readable(sequence, price):
+                continue
+            cell = bisect_right(_EDGES, tokens)
+            if cell not in needed:
+                needed[cell] = self._needed(cell, price)
+            if customer.gained >= needed[cell] * customer.foretold:
+                customer.skipped, customer.nap = 0, _SHORT
+            else:
+                customer.skipped += 1
+                nap = max(customer.nap, trial / (1 + tokens))
+                if customer.skipped <= nap and customer.skipped <= _LONG:
+                    continue
+                customer.skipped, customer.nap = 0, min(2 * customer.nap, _LONG)
+            chosen.append(place)
+        self.skipped += len(sequences) - len(chosen)
+        return chosen
+
+    def _readable(self, sequence: Sequence, price: float) -> bool:
         """Whether reading the text, which a draft model must do first, is a small part of what is still to come."""
         remaining = sequence.params.max_tokens - (len(sequence.tokens) - sequence.prompt_length)
-        return customer.known or price * self._read_s * len(sequence.tokens) <= _READING * remaining
+        return price * self._read_s * len(sequence.tokens) <= _READING * remaining
 
-    def _per_second(self, promised: float) -> float | None:
-        """Tokens that a second of drafting is expected to gain, from the nearest bin that was tried; None: none was."""
-        cell = bisect_right(_EDGES, promised)
+    def _needed(self, cell: int, price: float) -> float:
+        """How many times the gain that the table foretells is worth the price: from the nearest bin that was tried,
+        0 (any) if none was."""
         for distance in range(len(self._bins)):
             for other in (cell - distance, cell + distance):
                 if 0 <= other < len(self._bins) and self._bins[other].trials >= _TRIALS:
-                    return self._bins[other].per_second
-        return None
+                    per_second = self._bins[other].per_second
+                    return price / per_second if per_second > 0 else inf
+        return 0.0
 
     def took(self, seconds: float, sequences: Seq[Sequence], drafts: Seq[Draft]) -> float:
         """A call of `propose`. Returns seconds of drafting for each sequence, the first reading of its text apart."""

@@ -36,8 +36,8 @@ class CoupledVerifier(Verifier):
     exactness: ClassVar[Exactness] = "identical"
 
     def verify(self, sequence: Sequence, draft: Draft, outputs: TargetOutputs) -> Accepted:
-        lookup = child_lookup(draft)
         params = sequence.params
+        lookup = child_lookup(draft)
         if params.greedy and not params.edits_logits and params.logprobs is None:
             best = outputs.argmax().tolist()
             path: list[int] = []
