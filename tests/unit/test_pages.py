@@ -243,6 +243,39 @@ def test_commit_refuses_paths_that_do_not_ascend_within_the_region(path):
         cache.commit(seq, path)
 
 
+def two_sequences_and_one_out_of_the_cache() -> PagedKVCache:
+    cache = PagedKVCache(ArrayStorage(12))
+    seq = cache.new()
+    cache.reserve(seq, 40)
+    cache.commit(seq, range(40))
+    cache.swap_out(cache.fork(seq))  # holds what `seq` uses
+    cache.reserve(cache.fork(seq), 3)
+    return cache
+
+
+@pytest.mark.parametrize(
+    ("spoil", "notice"),
+    [
+        (lambda c, s: c._pages.references.__setitem__(s.pages[0], 5), "do not add up"),
+        (lambda c, s: c._pages.free.append(c._pages.free[0]), "free twice"),
+        (lambda c, s: c._pages.free.pop(), "lost"),
+        (lambda c, s: setattr(c._pages, "idle", 1), "0 pages are idle, not 1"),
+        (lambda c, s: s.pages.pop(), "2 pages for 40 places"),
+        (lambda c, s: s.table.__setitem__(1, 11), "page table"),
+        (lambda c, s: s.slots.__setitem__(20, 7), "slots"),
+        (lambda c, s: setattr(s, "reserved", 8), "provisional page"),
+        (lambda c, s: c._swapped[0].pages.pop(), "a swapped page is lost"),
+        (lambda c, s: c._swapped[0].pages.__setitem__(1, -1), "neither here nor there"),
+    ],
+)
+def test_the_books_notice_what_is_wrong_with_them(spoil, notice):
+    cache = two_sequences_and_one_out_of_the_cache()
+    cache.check_integrity()
+    spoil(cache, cache._sequences[0])
+    with pytest.raises(AssertionError, match=notice):
+        cache.check_integrity()
+
+
 def test_page_tables_pads_with_zeros():
     cache = PagedKVCache(ArrayStorage(4))
     long, short = cache.new(), cache.new()

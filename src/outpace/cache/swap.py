@@ -27,10 +27,11 @@ class HostPages:
         return {i for _, indices in self.copies for i in indices}
 
     def read(self, storage: KVStorage, pages: list[int], indices: list[int]) -> None:
-        """Copy `pages[i]` for each of the indices; one copy for all of them."""
-        if indices:
-            blob = storage.read_pages(np.array([pages[i] for i in indices], dtype=np.int64))
-            self.copies.append((blob, indices))
+        """Copy `pages[i]` for each of the indices without a copy; one copy for all of them."""
+        known = self.indices
+        new = [i for i in indices if i not in known]
+        if new:
+            self.copies.append((storage.read_pages(np.array([pages[i] for i in new], dtype=np.int64)), new))
 
     def write(self, storage: KVStorage, pages: dict[int, int]) -> None:
         """Put the copies of some indices into pages; one copy for each time that pages were read."""
