@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,39 @@ def test_the_network_is_shut_off_where_it_says_so() -> None:
 
     with socket.create_server(("127.0.0.1", 0)) as server:
         verdict = run_program(source.replace("PORT", str(server.getsockname()[1])), QUICK)
-    assert verdict.passed == verdict.network
+    assert verdict.passed == ("network" in verdict.open)
+
+
+@sandboxed
+@pytest.mark.parametrize(
+    "what, source",
+    [
+        ("processes", "import os\nif os.fork() == 0: os._exit(0)\nos.wait()"),
+        ("processes", "import subprocess; subprocess.run(['/bin/true'], check=True)"),
+        ("processes", "import os; os.kill(os.getppid(), 0)"),
+        ("files", "open(OUTSIDE, 'w').write('mine')"),
+        ("files", "import os; os.unlink(OUTSIDE)"),
+        ("files", "print(open(OUTSIDE).read())"),
+        ("files", "open('here', 'w').write('mine')"),
+    ],
+)
+def test_what_a_program_has_no_need_of_is_shut_off_where_it_says_so(what: str, source: str, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.write_text("yours")
+    verdict = run_program(source.replace("OUTSIDE", repr(str(outside))), QUICK)
+    assert verdict.passed == (what in verdict.open), verdict
+    assert what in verdict.open or outside.read_text() == "yours"
+
+
+@sandboxed
+def test_this_system_is_told_apart_by_what_it_can_shut_off() -> None:
+    """Where the kernel has the means, all of it is shut off; threads are not."""
+    from outpace.bench.quality.confine import CALLS
+
+    verdict = run_program("import threading; t = threading.Thread(target=print); t.start(); t.join()", QUICK)
+    assert verdict.passed, verdict
+    if platform.machine() in CALLS and Path("/proc/sys/kernel/seccomp").is_dir():
+        assert "processes" not in verdict.open and "network" not in verdict.open
 
 
 @sandboxed

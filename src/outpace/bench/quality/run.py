@@ -62,8 +62,9 @@ def humaneval_suite(tasks: Sequence[humaneval.Task], limits: Limits, notes: list
 
     def judge(place: int, text: str, chat: bool) -> bool:
         verdict = humaneval.judge(tasks[place], text, chat, limits)
-        if verdict.network and not notes:
-            notes.append("this system gives no network namespace: the code that was run could use the network")
+        note = f"this system cannot shut off {', '.join(verdict.open)}: the code that was run could use them"
+        if verdict.open and note not in notes:
+            notes.append(note)
         return verdict.passed
 
     questions, continued = tuple(t.question for t in tasks), tuple(t.prompt for t in tasks)

@@ -1,13 +1,13 @@
 """Runs a Python program that a model wrote, in a process of its own, with limits.
 
-What it holds back (Linux): time (CPU and wall clock; the whole process group is killed), memory (address space), the
-size of files, the number of open files, core dumps; environment and stdin are empty, the working folder is a temporary
-one that is deleted; where the system allows it, the process has a network namespace without any interface.
+What it holds back: time (wall clock and CPU), memory (address space), the size of files, the number of open files, core
+dumps; environment and stdin are empty. Where Linux has the means (`confine`), the program also starts no process and no
+other program, sends no signal, opens no socket, writes, makes and removes no file, and reads none but those of Python
+and the system's libraries. `Verdict.open` names what could not be shut off.
 
-What it does NOT protect from: the program runs as the same user on the same file system, so it can read, change and
-delete whatever that user can. Where no namespace can be made (`Verdict.network` says so) it can use the network. A
-process that starts a session of its own outlives the kill of its group until its CPU time is spent. For programs that
-are not trusted use a container or a virtual machine around the whole command.
+It is a fence against accidents, not against an enemy of the kernel: for programs that are not trusted use a virtual
+machine around the whole command. And the tests run in the program's own process, so one that is written to cheat can
+pretend to have passed them.
 """
 
 from __future__ import annotations
@@ -25,33 +25,7 @@ from pathlib import Path
 
 from ...errors import ParameterError
 
-# Runs the program, in its process. Its first word tells whether the network is shut off, its last one that the program
-# came to its end: an exit code of 0 alone may be the program's own.
-_AROUND = """
-import ctypes, os, resource, sys
-cpu, memory, files, size = (int(x) for x in sys.argv[1:5])
-path, done = sys.argv[5:7]
-NEW_USER, NEW_NET = 0x10000000, 0x40000000
-libc = ctypes.CDLL(None)
-shut = not libc.unshare(NEW_USER | NEW_NET) or not libc.unshare(NEW_NET)
-def limit(what, value):
-    most = resource.getrlimit(what)[1]
-    value = value if most == resource.RLIM_INFINITY else min(value, most)
-    resource.setrlimit(what, (value, value))
-limit(resource.RLIMIT_CPU, cpu)
-limit(resource.RLIMIT_AS, memory)
-limit(resource.RLIMIT_NOFILE, files)
-limit(resource.RLIMIT_FSIZE, size)
-limit(resource.RLIMIT_NPROC, 0)
-limit(resource.RLIMIT_CORE, 0)
-os.write(1, b"shut " if shut else b"open ")
-sys.argv = [path]
-with open(path, encoding="utf-8") as file:
-    source = file.read()
-exec(compile(source, "program.py", "exec"), {"__name__": "__main__"})
-sys.stdout.flush()
-os.write(1, done.encode())
-"""
+_INSIDE = Path(__file__).with_name("confine.py")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +45,12 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """`passed`: the program came to its end. `why`: what happened otherwise; `network`: whether it
-    could have used the network."""
+    """`passed`: the program came to its end. `why`: what happened otherwise. `open`: what this system could not shut
+    off, of "processes", "network" and "files"."""
 
     passed: bool
     why: str
-    network: bool
+    open: tuple[str, ...]
 
 
 @cache
@@ -98,7 +72,7 @@ def run_program(source: str, limits: Limits | None = None) -> Verdict:
         path.write_text(source, "utf-8", errors="replace")
         with out.open("wb") as sink:
             process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", _AROUND, *map(str, numbers), str(path), done],
+                [sys.executable, "-I", "-S", str(_INSIDE), *map(str, numbers), str(path), done],
                 cwd=folder,
                 env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
                 stdin=subprocess.DEVNULL,
@@ -115,12 +89,15 @@ def run_program(source: str, limits: Limits | None = None) -> Verdict:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         said = out.read_bytes() if out.is_file() else b""
-    network = not said.startswith(b"shut ")
+    head, _, rest = said.partition(b"] ")
+    if not head.startswith(b"["):
+        return Verdict(False, f"it did not begin: {said.decode(errors='replace').strip()[-300:]}", ())
+    left = tuple(head[1:].decode().split())
     if code is None:
-        return Verdict(False, f"it took more than {limits.seconds:g} s", network)
+        return Verdict(False, f"it took more than {limits.seconds:g} s", left)
     if code == 0:
-        whole = said.endswith(done.encode())
-        return Verdict(whole, "" if whole else "it ended before its tests were through", network)
-    lines = said[5:].decode(errors="replace").strip().splitlines()
+        whole = rest.endswith(done.encode())
+        return Verdict(whole, "" if whole else "it ended before its tests were through", left)
+    lines = rest.decode(errors="replace").strip().splitlines()
     killed = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-    return Verdict(False, lines[-1][:300] if lines else killed, network)
+    return Verdict(False, lines[-1][:300] if lines else killed, left)
