@@ -180,6 +180,20 @@ def test_a_closed_llm_says_so() -> None:
         llm.generate("x")
     with pytest.raises(ParameterError, match="closed"):
         llm.room("x")
+    with pytest.raises(ParameterError, match="closed"):
+        llm.superposed("x")
+
+
+def test_a_stream_that_outlives_its_llm_says_so() -> None:
+    llm = LLM(toy_loaded(), kv_tokens=64)
+    begun, waiting = (llm.stream("x", SamplingParams(max_tokens=8)) for _ in range(2))
+    steps = iter(begun)
+    next(steps)
+    llm.close()
+    for stream in (steps, iter(waiting)):
+        with pytest.raises(ParameterError, match="closed"):
+            list(stream)
+    assert begun.result is None and waiting.result is None
 
 
 def test_devices_and_precisions() -> None:

@@ -18,7 +18,8 @@ from ..models.catalog import DEFAULT_MODEL
 from ..types import Precision, Result, SamplingParams
 
 if TYPE_CHECKING:
-    from ..engine.llm import LLM, Stream
+    from ..engine.inboxes import Stream
+    from ..engine.llm import LLM
 
 F = TypeVar("F", bound=Callable[..., Any])
 DEFAULTS = {f.name: f.default for f in fields(SamplingParams) if f.default is not MISSING}

@@ -25,7 +25,9 @@ from .common import (
 )
 
 if TYPE_CHECKING:
-    from ..engine.llm import LLM, Prompt, Stream
+    from ..engine.inboxes import Stream
+    from ..engine.llm import LLM
+    from ..engine.prompts import Prompt
 
 PALETTE = ("green", "cyan", "magenta", "yellow", "blue", "bright_red")
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any
 
-from ..cache.storage import PAGE_SIZE
-from ..decoding.contracts import DrafterContext, Verifier
-from ..decoding.grammar import grammars_of
-from ..decoding.methods import make_drafter, make_planner, make_verifier, split_spec
+from ..decoding.contracts import Verifier
+from ..decoding.methods import make_verifier, split_spec
 from ..decoding.modes.superposed import Suggestions, suggest
 from ..decoding.planners.costs import StepCosts
 from ..errors import MethodError, ParameterError
@@ -19,8 +17,10 @@ from ..models.decoder import Decoder
 from ..models.tokenizer import Tokenizer
 from ..registry import Method, method
 from ..types import Precision, RequestOptions, Result, SamplingParams
+from .assemble import assemble
 from .bar import Bar
-from .engine import Engine, EngineConfig, new_cache
+from .engine import Engine, EngineConfig
+from .inboxes import Inboxes, Stream
 from .load import LoadedModel, Progress, load_draft_model, load_model, size_of_cache
 from .measure import step_costs
 from .metrics import metrics
@@ -33,10 +33,8 @@ from .needs import (
     check_vocabulary,
     needs_draft_model,
 )
+from .prompts import Prompt, as_prompts, token_ids
 from .request import StepEvent
-
-#: Text to continue, token ids, or the messages of a chat
-Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
 
 class LLM:
@@ -128,54 +126,34 @@ class LLM:
         return LOSSLESS_METHOD if self.loaded.decoder.row_invariant else "plain"
 
     def _open(self, judge: Verifier, limits: dict[str, int], wanted: int | None) -> None:
-        decoder = self.loaded.decoder
-        kv_tokens = size_of_cache(decoder, wanted, limits["max_batch"])
-        config = EngineConfig(**{**limits, **self._serving, "kv_tokens": kv_tokens})
-        cache = new_cache(decoder, config)
-        drafts = (config.kv_tokens + limits["max_batch"] * (limits["max_rows"] + PAGE_SIZE)) // PAGE_SIZE + 1
-        context = DrafterContext(
-            vocab_size=decoder.config.vocab_size,
-            draft=self.draft_loaded.decoder if self.draft_loaded is not None else None,
-            draft_pages=drafts,  # everything that the target's cache holds, and a draft for each sequence
-            sampled=judge.uses_q,
-            owner_of=lambda sequence: sequence.owner,
-            target=decoder,
-            cache=cache,
-            target_in=self.loaded.in_precision,
-            tokenizer=self.tokenizer,
-            draft_tokenizer=self.draft_loaded.tokenizer if self.draft_loaded is not None else None,
-        )
-        planned = self.planner != "fixed"
-        self._drafter = make_drafter(self.method, context, planned)
-        others = {name: make_drafter(name, context, planned) for name in self._methods if name != self.method}
-        self._engine = Engine(
-            decoder,
-            self._drafter,
-            judge,
-            detokenizer=self.tokenizer.detokenizer,
-            eos_ids=self.tokenizer.eos_ids,
-            grammars=grammars_of(self.tokenizer, decoder.config.vocab_size),
+        kv_tokens = size_of_cache(self.decoder, wanted, limits["max_batch"])
+        engine, self._drafter = assemble(
+            self.loaded,
+            self.draft_loaded,
+            EngineConfig(**{**limits, **self._serving, "kv_tokens": kv_tokens}),
             method=self.method,
-            config=config,
-            cache=cache,
-            planner=make_planner(self.planner, self._costs),
-            methods=others,
-            step_seconds=None if config.step_s is None else self._costs().step,
+            others=self._methods,
+            verifier=judge,
+            planner=self.planner,
+            costs=self._costs,
         )
+        self._inboxes = Inboxes(engine)
         self._limits, self._wanted = limits, wanted
-        self._inbox: dict[int, list[StepEvent]] = {}
-        self._events: list[StepEvent] = []  # of submitted requests, for the next `step`
-        self._closed = False
 
     def _costs(self) -> StepCosts:
         told = self._told
         note = None if told is None else lambda done, total: told("timing steps", done, total)
         return step_costs(self.loaded.decoder, self.loaded.name, note)
 
+    @property
+    def _engine(self) -> Engine:
+        """Raises ParameterError when closed."""
+        return self._inboxes.engine
+
     def explain(self) -> list[str]:
         """What the planner and the drafters did so far, and why, in lines for a person."""
-        engine = self._open_engine()
-        return [f"planner {self.planner}, method {self.method}", *engine.planner.explain(), *self._drafter.explain()]
+        planner = self._engine.planner
+        return [f"planner {self.planner}, method {self.method}", *planner.explain(), *self._drafter.explain()]
 
     # -- what it is --------------------------------------------------------------------------------------------
 
@@ -259,9 +237,9 @@ class LLM:
                 ids.append(self._add(prompt, param, text))
             with Bar(len(ids), progress) as advance:
                 while len(results) < len(ids):
-                    self._pump()
+                    self._inboxes.pump()
                     for id in ids:
-                        for event in self._take(id):
+                        for event in self._inboxes.take(id):
                             if event.error is not None:
                                 raise event.error
                             if event.result is not None:
@@ -270,8 +248,8 @@ class LLM:
         finally:
             for id in ids:
                 if id not in results:
-                    self._cancel(id)
-                self._inbox.pop(id, None)
+                    self._inboxes.cancel(id)
+                self._inboxes.leave(id)
         return [results[id] for id in ids]
 
     def chat(self, messages: str | Sequence[Mapping[str, Any]], params: SamplingParams | None = None) -> Result:
@@ -282,7 +260,7 @@ class LLM:
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, prediction: str = "") -> Stream:
         """Answer one prompt step by step. Refusals are raised here, before the first step."""
-        return Stream(self, self._add(prompt, params, prediction))
+        return Stream(self._inboxes, self._add(prompt, params, prediction))
 
     def superposed(
         self,
@@ -295,21 +273,17 @@ class LLM:
         """`k` different continuations of one prompt for about the price of one (decoding.modes.superposed). They are
         approximate: only with k = 1 is the draft that of greedy decoding. `ngram_texts` are texts of the kind that is
         being written; they help to tell the drafts apart."""
-        self._open_engine()
+        decoder = self._engine.decoder
         params = params if params is not None else SamplingParams(max_tokens=16)
-        return suggest(self.decoder, self.tokenizer, self.tokens(prompt), params, ngram_texts, k=k, **options)
+        return suggest(decoder, self.tokenizer, self.tokens(prompt), params, ngram_texts, k=k, **options)
 
     def tokens(self, prompt: Prompt) -> list[int]:
         """The token ids that the model reads for a prompt."""
-        if isinstance(prompt, str):
-            return self.tokenizer.prompt(prompt)
-        if prompt and isinstance(prompt[0], Mapping):
-            return self.tokenizer.chat(prompt)  # type: ignore[arg-type]
-        return [int(t) for t in prompt]  # type: ignore[arg-type]
+        return token_ids(self.tokenizer, prompt)
 
     def room(self, prompt: Prompt) -> int:
         """The largest `max_tokens` that fits behind a prompt; CapacityError if there is no room at all."""
-        return self._open_engine().room(len(self.tokens(prompt)))
+        return self._engine.room(len(self.tokens(prompt)))
 
     # -- for servers: many requests, one loop that steps -----------------------------------------------------------
 
@@ -330,50 +304,42 @@ class LLM:
                 raise MethodError(f"method 'auto' is not offered here, the default is {self.method!r}: name no method")
             options = replace(options, method=None)
         expected = self.tokenizer.encode(prediction) if prediction else []
-        return self._open_engine().add(self.tokens(prompt), params, expected, options)
+        return self._engine.add(self.tokens(prompt), params, expected, options)
 
     def step(self) -> list[StepEvent]:
         """One step of everybody; the events of submitted requests. None when `idle`.
 
         An exception is of the whole step: cancel the requests in `in_step`, the others go on.
         """
-        for event in self._open_engine().step():
-            self._inbox.get(event.id, self._events).append(event)
-        events, self._events = self._events, []
-        return events
+        return self._inboxes.step()
 
     def cancel(self, id: int) -> Result | None:
         """End a submitted request between steps. Returns what it has, or None if it was over."""
-        return self._cancel(id)
+        return self._inboxes.cancel(id)
 
     @property
     def idle(self) -> bool:
-        return self._open_engine().idle
+        return self._engine.idle
 
     @property
     def in_step(self) -> list[int]:
         """The requests of the last step."""
-        return self._open_engine().in_step
+        return self._engine.in_step
 
     @property
     def methods(self) -> list[str]:
         """What a request may name: the default first."""
-        return list(dict.fromkeys([self.asked_method, self.method, *self._open_engine().methods]))
+        return list(dict.fromkeys([self.asked_method, self.method, *self._engine.methods]))
 
     def metrics(self) -> dict[str, float]:
         """Plain numbers of this moment, and counts since the start."""
-        return metrics(self._open_engine())
+        return metrics(self._engine)
 
     # -- life --------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Give back the KV cache. The weights stay as long as another LLM uses them. Safe to call twice."""
-        if not self._closed:
-            for id in list(self._inbox):
-                self._cancel(id)
-            self._inbox.clear()
-            self._closed = True
-            del self._engine
+        self._inboxes.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -387,82 +353,8 @@ class LLM:
         """Compare the books of the engine; AssertionError if they differ."""
         self._engine.check_integrity()
 
-    # -- inside: several streams may be open at once, whoever steps fills everyone's inbox -----------------------
-
     def _add(self, prompt: Prompt, params: SamplingParams | None, prediction: str) -> int:
-        expected = self.tokenizer.encode(prediction) if prediction else []
-        id = self._open_engine().add(self.tokens(prompt), params, expected)
-        self._inbox[id] = []
+        """Queue a request with an inbox of its own."""
+        id = self.submit(prompt, params, prediction)
+        self._inboxes.open(id)
         return id
-
-    def _open_engine(self) -> Engine:
-        if self._closed:
-            raise ParameterError("this LLM is closed: make another one")
-        return self._engine
-
-    def _pump(self) -> None:
-        self._events = self.step()
-
-    def _take(self, id: int) -> list[StepEvent]:
-        events, self._inbox[id] = self._inbox[id], []
-        return events
-
-    def _cancel(self, id: int) -> Result | None:
-        return None if self._closed else self._engine.cancel(id)
-
-
-class Stream:
-    """Iterates over the steps of one request; `result` is set when it is over, however it ends.
-
-    Leaving the loop early cancels the request. `cancel` may be called from a signal handler: the loop ends after
-    the current step.
-    """
-
-    def __init__(self, llm: LLM, id: int) -> None:
-        self._llm, self._id = llm, id
-        self.result: Result | None = None
-        self.cancelled = False
-
-    def cancel(self) -> None:
-        self.cancelled = True
-
-    def __iter__(self) -> Iterator[StepEvent]:
-        shown = 0
-        try:
-            while self.result is None:
-                for event in self._llm._take(self._id):
-                    if event.error is not None:
-                        self.result = event.result
-                        raise event.error
-                    shown += len(event.text)
-                    self.result = event.result
-                    yield event
-                if self.result is not None:
-                    return
-                if self.cancelled:
-                    self.result = self._llm._cancel(self._id)
-                    if self.result is not None and len(self.result.text) > shown:
-                        yield StepEvent(self._id, [], [], self.result.text[shown:], None, self.result)
-                    return
-                self._llm._pump()
-        finally:
-            if self.result is None:
-                self.result = self._llm._cancel(self._id)
-            self._llm._inbox.pop(self._id, None)
-
-
-def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt or many, as a list. A list of numbers, or of messages, is one prompt."""
-    if isinstance(prompts, str):
-        return [prompts]
-    if isinstance(prompts, Mapping) or not isinstance(prompts, Iterable):
-        raise ParameterError(f"a prompt is text, token ids or messages, not {prompts!r}")
-    found = list(prompts)
-    if found and all(isinstance(p, Mapping) for p in found):
-        return [found]  # type: ignore[list-item]
-    if found and all(hasattr(p, "__index__") for p in found):
-        return [found]  # type: ignore[list-item]
-    for p in found:
-        if isinstance(p, Mapping) or hasattr(p, "__index__") or not isinstance(p, Sequence):
-            raise ParameterError(f"a prompt is text, token ids or messages, not {p!r}")
-    return found  # type: ignore[return-value]
