@@ -24,8 +24,9 @@ from ..types import DecodingStats, Exactness, RequestOptions, Result, SamplingPa
 from .jobs import Job, Preempt, SchedulerLimits, Start
 from .memory import KVMemory
 from .request import DraftTrace, Request, StepEvent, truncate
+from .rows import StepSeconds
 from .runner import Runner, Verified
-from .scheduler import Scheduler, StepSeconds
+from .scheduler import Scheduler
 from .text import Detokenizer, TextStream
 
 RANKS: tuple[Exactness, ...] = ("identical", "distribution", "approximate")  # the best first

@@ -124,6 +124,11 @@ class Job:
         return self.running and self.read == self.target
 
     @property
+    def unread(self) -> int:
+        """Tokens to read before it decodes."""
+        return self.target - self.read
+
+    @property
     def remaining(self) -> int:
         return self.max_tokens - self.generated
 

@@ -28,23 +28,12 @@ from time import monotonic
 from ..errors import ParameterError, QueueFull
 from .fairness import Groups, Line, Served
 from .jobs import Job, Memory, Preempt, SchedulerLimits, SchedulerStats, Start, StepPlan
+from .rows import Rows, StepSeconds, largest
 
 WORST = 2**31  # of priorities: nobody's
 _FINISHES = 32  # the last ones, from which the rate of finishing is taken
 
-StepSeconds = Callable[[int, float], float]  # of so many rows behind so many cached tokens; more rows never take less
 Predict = Callable[[Job], int]  # tokens of output; what is out of range is brought into it
-
-
-def largest(most: int, holds: Callable[[int], bool]) -> int:
-    """The largest of 1 to `most` for which `holds`, which does for all below one for which it does; 0 if for none."""
-    if most > 0 and holds(most):  # nearly always
-        return most
-    low, high = 0, max(most - 1, 0)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle - 1)
-    return low
 
 
 class Scheduler:
@@ -60,10 +49,9 @@ class Scheduler:
     ) -> None:
         if limits.shortest_first and predict is None:
             raise ParameterError("shortest_first needs predicted lengths: give `predict`, or leave shortest_first out")
-        if limits.step_s is not None and step_seconds is None:
-            raise ParameterError("step_s needs measured step times: give `step_seconds`, or leave step_s out")
         self.limits, self.memory = limits, memory
-        self._clock, self._step_seconds, self._predict = clock, step_seconds, predict
+        self._clock, self._predict = clock, predict
+        self._rows = Rows(limits, step_seconds)
         self._served = Served()
         self._line = Line(self._served, limits.ageing_s, limits.shortest_first)
         self._jobs: dict[int, Job] = {}
@@ -171,13 +159,10 @@ class Scheduler:
         """Pages that running jobs are still to get before anybody else starts. Those that start now are counted
         already."""
         return sum(
-            self.memory.pages_needed(job.id, self._unread(job) + self._headroom(job) + job.decoding)
+            self.memory.pages_needed(job.id, job.unread + self._headroom(job) + job.decoding)
             for job in self._running.values()
             if job.id not in self._starting
         )
-
-    def _unread(self, job: Job) -> int:
-        return job.target - job.read
 
     def _begin(self, job: Job, level: int) -> None:
         now = self._clock()
@@ -219,7 +204,7 @@ class Scheduler:
         self._make_way(plan)
         self._check_predictions(plan)
         spare = self._decodes(plan)
-        rows, drafts = self._rows(plan)
+        rows, drafts = self._rows.share(self._running.values(), [self._jobs[id] for id in plan.decoding])
         spare = self._chunks(plan, rows, spare)
         self._drafts(plan, drafts, spare)
         return plan
@@ -245,7 +230,7 @@ class Scheduler:
             if n < len(victims):
                 v = victims[n]
                 available += self.memory.pages_held(v.id)
-                future -= self.memory.pages_needed(v.id, self._unread(v) + self._headroom(v) + v.decoding)
+                future -= self.memory.pages_needed(v.id, v.unread + self._headroom(v) + v.decoding)
                 running -= 1
 
     def _check_predictions(self, plan: StepPlan) -> None:
@@ -280,31 +265,11 @@ class Scheduler:
     def _available(self) -> int:
         return self.memory.available_pages + self._freed
 
-    def _rows(self, plan: StepPlan) -> tuple[int, int]:
-        """Rows for prompts and for drafts. Drafts get what prompts leave, and at least their share."""
-        limits, decoding = self.limits, len(plan.decoding)
-        drafts = min(max(limits.max_step_rows - decoding, 0), sum(self._cap(self._jobs[id]) for id in plan.decoding))
-        unread = min(sum(self._unread(job) for job in self._running.values()), limits.prefill_rows)
-        if not decoding:
-            return unread, 0
-        spare = min(drafts + unread, max(drafts, limits.prefill_rows))
-        if limits.step_s is not None:
-            spare = max(self._rows_within(limits.step_s, decoding + spare) - decoding, 0)
-        drafts = min(drafts, max(int(limits.draft_share * spare), spare - unread))
-        return min(unread, max(spare - drafts, limits.least_chunk)), drafts
-
-    def _rows_within(self, seconds: float, most: int) -> int:
-        """The largest number of rows, at most `most`, of a step that takes no longer; 0 if one row does."""
-        step_seconds, jobs = self._step_seconds, self._running.values()
-        assert step_seconds is not None
-        context = sum(job.context for job in jobs) / len(jobs)
-        return largest(most, lambda rows: step_seconds(rows, context) <= seconds)
-
     def _chunks(self, plan: StepPlan, rows: int, spare: int) -> int:
         """Deal prompt rows out by rank, as far as pages go. If nobody runs otherwise, the worst ranked give way for the
         first. Returns the pages left."""
         for job in self._ranked():
-            n = self._rows_in(job.id, min(self._unread(job), rows), spare)
+            n = self._rows_in(job.id, min(job.unread, rows), spare)
             if n:
                 plan.chunks.append((job.id, n))
                 rows -= n
@@ -328,17 +293,12 @@ class Scheduler:
         """The largest number of rows, at most `most`, of a running job that so many pages hold."""
         return largest(most, lambda rows: self.memory.pages_needed(id, rows) <= pages)
 
-    def _cap(self, job: Job) -> int:
-        """Most draft rows of a decoding job: no more than could still be emitted."""
-        most = self.limits.max_rows - 1
-        return max(min(job.remaining - 1, most if job.max_draft is None else min(job.max_draft, most)), 0)
-
     def _drafts(self, plan: StepPlan, rows: int, spare: int) -> None:
         """Caps by rank, as far as pages go: what the drafts of all may need is there."""
         plan.draft_rows = rows
         for id in plan.decoding:
             own = self.memory.pages_needed(id, 1)  # taken off already
-            plan.caps[id] = self._rows_in(id, 1 + min(self._cap(self._jobs[id]), rows), spare + own) - 1
+            plan.caps[id] = self._rows_in(id, 1 + min(self._rows.cap(self._jobs[id]), rows), spare + own) - 1
             spare -= self.memory.pages_needed(id, 1 + plan.caps[id]) - own
         plan.draft_rows = min(rows, sum(plan.caps.values()))
 

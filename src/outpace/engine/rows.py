@@ -1,0 +1,59 @@
+"""How the rows of a step are shared between prompts and drafts, beside the one that every decoding job has.
+
+After Sarathi-Serve (Agrawal et al., 2024, https://arxiv.org/abs/2403.02310, algorithm 3): decodes in every step, and
+prompts in chunks that fill it, as far as rows or the measured seconds of a step allow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+from ..errors import ParameterError
+from .jobs import Job, SchedulerLimits
+
+StepSeconds = Callable[[int, float], float]  # of so many rows behind so many cached tokens; more rows never take less
+
+
+def largest(most: int, holds: Callable[[int], bool]) -> int:
+    """The largest of 1 to `most` for which `holds`, which does for all below one for which it does; 0 if for none."""
+    if most > 0 and holds(most):  # nearly always
+        return most
+    low, high = 0, max(most - 1, 0)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle - 1)
+    return low
+
+
+class Rows:
+    """Shares the rows of one step after the other; keeps nothing."""
+
+    def __init__(self, limits: SchedulerLimits, step_seconds: StepSeconds | None) -> None:
+        if limits.step_s is not None and step_seconds is None:
+            raise ParameterError("step_s needs measured step times: give `step_seconds`, or leave step_s out")
+        self._limits, self._step_seconds = limits, step_seconds
+
+    def cap(self, job: Job) -> int:
+        """Most draft rows of a decoding job: no more than could still be emitted."""
+        most = self._limits.max_rows - 1
+        return max(min(job.remaining - 1, most if job.max_draft is None else min(job.max_draft, most)), 0)
+
+    def share(self, running: Collection[Job], decoding: Collection[Job]) -> tuple[int, int]:
+        """Rows for prompts and for drafts. Drafts get what prompts leave, and at least their share."""
+        limits, own = self._limits, len(decoding)
+        drafts = min(max(limits.max_step_rows - own, 0), sum(map(self.cap, decoding)))
+        unread = min(sum(job.unread for job in running), limits.prefill_rows)
+        if not decoding:
+            return unread, 0
+        spare = min(drafts + unread, max(drafts, limits.prefill_rows))
+        if limits.step_s is not None:
+            context = sum(job.context for job in running) / len(running)
+            spare = max(self._within(limits.step_s, own + spare, context) - own, 0)
+        drafts = min(drafts, max(int(limits.draft_share * spare), spare - unread))
+        return min(unread, max(spare - drafts, limits.least_chunk)), drafts
+
+    def _within(self, seconds: float, most: int, context: float) -> int:
+        """The largest number of rows, at most `most`, of a step that takes no longer; 0 if one row does."""
+        step_seconds = self._step_seconds
+        assert step_seconds is not None
+        return largest(most, lambda rows: step_seconds(rows, context) <= seconds)
