@@ -25,10 +25,11 @@ class OneIn500(Verifier):
 
     name = "one-in-500"
     exactness: ClassVar[Exactness] = "identical"
+    rate: ClassVar[float] = 1 / 500
 
     def verify(self, sequence: TokenSequence, draft: Draft, outputs: TargetOutputs) -> Accepted:
         seen = CoupledVerifier().verify(sequence, draft, outputs)
-        fault = uniform(sequence.params.seed, len(sequence.tokens), Stream.ACCEPT, 99) < 1 / 500
+        fault = uniform(sequence.params.seed, len(sequence.tokens), Stream.ACCEPT, 99) < self.rate
         if fault and len(draft) and not len(seen.path):
             with Recorder(sequence) as record:
                 record.emit(record.process(target_row(outputs, -1)), int(draft.tokens[0]), 0)
@@ -36,6 +37,14 @@ class OneIn500(Verifier):
                 record.emit(behind, record.choose(behind), None)
                 return record.result()
         return seen
+
+
+class OnlyDistribution(OneIn500):
+    """Claims no more than the distribution, and lets a wrong greedy token pass, more often."""
+
+    name = "only-distribution"
+    exactness: ClassVar[Exactness] = "distribution"
+    rate: ClassVar[float] = 1 / 40
 
 
 class CountedFault(OneIn500):
@@ -110,6 +119,17 @@ class Leaky(Drafter):
         start = self.read[sequence.id]
         self.index.extend(sequence.tokens[start:])
         self.read[sequence.id] = len(sequence.tokens)
+
+
+class LeaksWhileShared(Leaky):
+    """The same as long as somebody else is being answered, and not a step longer."""
+
+    name = "leaks-while-shared"
+
+    def end(self, sequence: TokenSequence) -> None:
+        del self.read[sequence.id]
+        if not self.read:
+            self.index = NgramIndex(2, 4)
 
 
 class ForgetsNothing(Drafter):

@@ -5,25 +5,47 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import islice
 
+import numpy as np
 import pytest
-from faulty import CountedFault, ForgetsNothing, Leaky, OneIn500, WrongResidual, registered
+from faulty import (
+    CountedFault,
+    ForgetsNothing,
+    Leaky,
+    LeaksWhileShared,
+    OneIn500,
+    OnlyDistribution,
+    WrongResidual,
+    registered,
+)
 from hashing import HashDecoder, toy_loaded
 
 from outpace import LLM, ParameterError
-from outpace.bench import audit_verifiers, language
+from outpace.bench import audit_samplers, audit_verifiers, language
 from outpace.bench.audit import AuditConfig, AuditSection, audit
 from outpace.bench.audit_checks import prove
 from outpace.bench.audit_engine import check_owners, check_ragged, check_seeds, stream_fault
 from outpace.bench.audit_frequencies import check_frequencies
+from outpace.bench.audit_samplers import check_samplers
 from outpace.bench.audit_verifiers import check_verifier
-from outpace.bench.evidence import chi_square, sign_test, total_variation, wilson
+from outpace.bench.evidence import (
+    chi_square,
+    looks_for,
+    seen_one_in,
+    seen_variation,
+    sign_test,
+    total_variation,
+    wilson,
+)
 from outpace.bench.requests import Ask, run_all
 from outpace.bench.settings import Setting, of_temperature, setting
 from outpace.bench.workloads import Prompt
+from outpace.decoding import sampling
 from outpace.engine.engine import Engine
 from outpace.types import SamplingParams
 
 PROMPTS = [Prompt(f"p{i}", "chat", (text,)) for i, text in enumerate(["abcabcabcabc", "hello", "xyxyxyxy", "0101"])]
+
+LONG = [Prompt(f"p{i}", "chat", (f"{i}abcabcab" * 3,)) for i in range(40)]
 
 
 def toy(**options: object) -> LLM:
@@ -33,6 +55,8 @@ def toy(**options: object) -> LLM:
 @pytest.fixture(autouse=True)
 def shorter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer steps and texts, enough for these faults."""
+    monkeypatch.setattr(audit_samplers, "_ROWS", 20)
+    monkeypatch.setattr(audit_samplers, "_DRAWS", 1600)
     monkeypatch.setattr(audit_verifiers, "_WALKS", 500)
     monkeypatch.setattr(audit_verifiers, "_TEXTS", 600)
 
@@ -62,9 +86,8 @@ def test_one_wrong_token_in_500_is_found_without_a_model(cls: type, monkeypatch:
     some = {name: language.SAMPLERS[name] for name in ("greedy", "temperature", "penalties")}
     monkeypatch.setattr(language, "SAMPLERS", some)
     with registered(cls) as name:
-        failed = [check for check in check_verifier(name) if not check.holds]
-    assert {"walk"} <= {check.kind for check in failed}
-    assert any("differ from plain sampling" in check.evidence for check in failed)
+        failed = next(check for check in check_verifier(name) if check.kind == "walk" and not check.holds)
+    assert "differ from plain sampling" in failed.evidence and failed.numbers["wrong"] < 40
 
 
 def test_a_fault_that_is_drawn_is_found_by_enumeration() -> None:
@@ -76,8 +99,44 @@ def test_a_fault_that_is_drawn_is_found_by_enumeration() -> None:
 
 def test_a_residual_from_the_wrong_position_is_found() -> None:
     with registered(WrongResidual, "distribution") as name:
-        failed = {c.subject for c in check_verifier(name) if not c.holds}
-    assert f"{name}, temperature" in failed and f"{name}, greedy" not in failed
+        failed = {(c.kind, c.subject) for c in check_verifier(name) if not c.holds}
+    assert ("enumeration", f"{name}, temperature") in failed
+    assert ("frequencies", f"{name}, steps in a row") in failed
+
+
+def test_a_greedy_text_has_a_distribution_of_one_text() -> None:
+    """What keeps the distribution keeps the tokens at temperature 0: a fault there is no chance."""
+    with registered(OnlyDistribution, "distribution") as name:
+        walk = next(c for c in check_verifier(name) if c.kind == "walk")
+        section = audit(toy(verifier=name), PROMPTS, AuditConfig(("recycling",), (4,), (0.0, 0.8)))
+    assert not walk.holds and walk.subject == f"{name}, greedy"
+    greedy, sampled = (row for row in section.rows if row.method == "recycling")
+    assert greedy.exactness == sampled.exactness == "distribution"
+    assert greedy.differing and not greedy.holds and sampled.differing and sampled.holds
+    assert all("BROKEN PROMISE" in d.explanation for d in greedy.divergences)
+
+
+# -- the sampler ----------------------------------------------------------------------------------------------------
+
+
+def test_a_sound_sampler_is_its_definition() -> None:
+    checks = list(check_samplers([of_temperature(0.8), of_temperature(0.3)]))
+    assert all(c.holds for c in checks) and len(checks) == 10 + 9  # of each a definition; greedy is not drawn
+    assert all(c.numbers["seen_variation"] < 0.12 for c in checks if "drawn" in c.subject)
+
+
+def test_a_biased_draw_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = sampling.draw
+    monkeypatch.setattr(sampling, "draw", lambda weights, u: draw(weights, min(u * 1.2, 0.999999)))
+    failed = {c.subject for c in check_samplers() if not c.holds}
+    assert {"temperature, drawn", "top-p, drawn"} <= failed and not any("definition" in s for s in failed)
+
+
+def test_a_filter_that_keeps_too_much_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    cut = sampling._nucleus_cut
+    monkeypatch.setattr(sampling, "_nucleus_cut", lambda weights, top_p: cut(weights, min(1.0, top_p + 0.01)))
+    failed = {c.subject for c in check_samplers() if not c.holds}
+    assert "top-p, definition" in failed and "top-k, definition" not in failed
 
 
 # -- with an engine -------------------------------------------------------------------------------------------------
@@ -96,7 +155,7 @@ def test_a_sound_engine_passes() -> None:
     section = proved(toy(), ("ngram", "suffix", "recycling", "suffix+recycling", "auto"), ("ragged", "seeds", "owners"))
     assert section.holds, [(c.subject, c.evidence) for c in section.checks if not c.holds]
     kinds = [check.kind for check in section.checks]
-    assert kinds.count("owners") == 5 * 3 and kinds.count("seeds") == 6
+    assert kinds.count("owners") == 5 * 4 and kinds.count("seeds") == 6
     assert kinds.count("ragged") == kinds.count("streams") == 6 * 2
     # the comparison was of something: nodes were proposed, and the same as alone after another's prompt
     nodes = [c.numbers["nodes"] for c in section.checks if c.subject == "recycling, prompts"]
@@ -105,23 +164,33 @@ def test_a_sound_engine_passes() -> None:
 
 
 def test_one_wrong_token_in_500_is_found_in_the_tokens() -> None:
-    prompts = [Prompt(f"p{i}", "chat", (f"{i}abcabcab" * 3,)) for i in range(40)]
     with registered(OneIn500) as name:
         llm = toy(verifier=name, method="recycling")
         config = AuditConfig(methods=("recycling",), batch_sizes=(8,), max_tokens=64, temperatures=(0.8,))
-        section = audit(llm, prompts, config)
+        section = audit(llm, LONG, config)
     row = section.rows[-1]
     assert row.method == "recycling" and row.exactness == "identical"
     assert row.differing and not section.holds
     assert "BROKEN PROMISE" in row.divergences[0].explanation
 
 
-@pytest.mark.parametrize("cls, where", [(Leaky, "prompts"), (Leaky, "outputs"), (ForgetsNothing, "outputs")])
+@pytest.mark.parametrize(
+    "cls, where",
+    [
+        (Leaky, "prompts"),
+        (Leaky, "outputs"),
+        (Leaky, "together"),
+        (ForgetsNothing, "outputs"),
+        (LeaksWhileShared, "together"),
+    ],
+)
 def test_a_drafter_that_leaks_another_owners_text_is_found(cls: type, where: str) -> None:
     with registered(cls) as name:
         found = {c.subject: c for c in check_owners(toy(), name)}
     check = found[f"{name}, {where}"]
     assert not check.holds and check.numbers["leaked"] > 0, check.evidence
+    if cls is LeaksWhileShared:
+        assert found[f"{name}, outputs"].holds  # nobody is there any more
     assert found[f"{name}, prefixes"].holds
 
 
@@ -197,6 +266,20 @@ def test_frequencies_of_a_sound_verifier_hold_and_of_a_biased_one_do_not() -> No
         check_frequencies(llm, "plain", prompt, setting("greedy"))
 
 
+@pytest.mark.parametrize("cells", [2, 12])
+def test_a_shift_that_would_have_been_seen_is_seen(cells: int) -> None:
+    """Of the shape that is the hardest to see: every cell off by the same share of itself."""
+    texts, level, rng = 2000, 1e-4, np.random.default_rng(0)
+    shift = seen_variation(texts, cells - 1, level)
+    p = np.full(cells, 1 / cells)
+    moved = p * (1 + 2 * shift * np.where(np.arange(cells) % 2, 1, -1))
+    expected = (texts * p).tolist()
+    found = [chi_square(c.tolist(), expected)[2] < level for c in rng.multinomial(texts, moved, size=400)]
+    assert 0.92 < sum(found) / len(found) < 0.98
+    assert seen_variation(4 * texts, cells - 1, level) == pytest.approx(shift / 2, rel=0.01)
+    assert seen_variation(texts, 0, level) == float("inf")
+
+
 def test_settings_and_statistics() -> None:
     assert setting("0.8") == of_temperature(0.8) and setting("mixed").base.top_k == 50
     with pytest.raises(ParameterError, match="no sampler setting 'warm'"):
@@ -209,6 +292,7 @@ def test_settings_and_statistics() -> None:
     assert (statistic, freedom) == (0.16, 1) and p == pytest.approx(0.6892, abs=1e-4)
     assert chi_square([1, 99], [0, 100])[2] == 0.0
     assert total_variation([1, 3], [2, 2]) == 0.25
+    assert looks_for(500) == 1497 and seen_one_in(1497) == 500 and seen_one_in(0) == 0
     assert wilson(8, 10) == pytest.approx((0.490, 0.943), abs=1e-3)
     assert sign_test(0, 5) == 0.0625 and sign_test(3, 3) == 1.0
     with pytest.raises(ParameterError, match="no check 'luck'"):

@@ -17,7 +17,7 @@ from ..errors import MethodError, ParameterError
 from ..registry import methods
 from ..types import Exactness, Result, SamplingParams
 from .audit_engine import ask_of as ask
-from .evidence import Check
+from .evidence import Check, seen_one_in
 from .settings import Setting, of_temperature, setting
 from .workloads import Prompt
 
@@ -85,7 +85,8 @@ class Divergence:
 @dataclass(slots=True)
 class AuditRow:
     """One combination. `tokens_per_s` counts all sequences and the wall clock, prefill included; `sampler` is the name
-    of the setting."""
+    of the setting; `accepted` and `declined` are the drafted tokens that the verifier let pass, and those that it
+    looked at and did not."""
 
     method: str
     batch: int
@@ -99,11 +100,39 @@ class AuditRow:
     divergences: list[Divergence] = field(default_factory=list)
     reference: bool = False
     sampler: str = ""
+    accepted: int = 0
+    declined: int = 0
+
+    @property
+    def promised(self) -> bool:
+        """Whether its tokens are to be those of plain decoding: a greedy text has a distribution of one text."""
+        return self.exactness == "identical" or (self.exactness == "distribution" and self.temperature == 0)
 
     @property
     def holds(self) -> bool:
         """Whether what was claimed is what was found."""
-        return self.exactness != "identical" or self.differing == 0
+        return not self.promised or self.differing == 0
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """How much of a method was compared where tokens are promised: of each setting the batch size with the most. The
+    same prompts at another batch size are no new looks."""
+
+    method: str
+    tokens: int
+    accepted: int
+    declined: int
+
+    @property
+    def wrong_token_in(self) -> int:
+        """One wrong token among so many would have been seen, see `seen_one_in`."""
+        return seen_one_in(self.tokens)
+
+    @property
+    def wrong_draft_in(self) -> int:
+        """One wrong draft token let pass among so many that are to be declined would have been seen."""
+        return seen_one_in(self.declined)
 
 
 @dataclass(slots=True)
@@ -128,14 +157,33 @@ class AuditSection:
         """Plain decoding first."""
         return list(dict.fromkeys(row.method for row in self.rows))
 
+    @property
+    def coverage(self) -> list[Coverage]:
+        """Of each method that promises tokens."""
+        found = []
+        for method in self.methods:
+            most: dict[str, AuditRow] = {}
+            for row in self.rows:
+                if row.method == method and row.promised and not row.reference:
+                    best = most.get(row.sampler)
+                    most[row.sampler] = row if best is None else max(best, row, key=lambda r: (r.tokens, r.declined))
+            if most:
+                sums = (sum(getattr(row, name) for row in most.values()) for name in ("tokens", "accepted", "declined"))
+                found.append(Coverage(method, *sums))
+        return found
+
     def to_json(self) -> dict[str, Any]:
         rows = [{**asdict(row), "holds": row.holds} for row in self.rows]
+        covered = [
+            {**asdict(c), "wrong_token_in": c.wrong_token_in, "wrong_draft_in": c.wrong_draft_in} for c in self.coverage
+        ]
         return {
             "model": self.model,
             "precision": self.precision,
             "row_invariant": self.row_invariant,
             "holds": self.holds,
             "rows": rows,
+            "coverage": covered,
             "checks": [check.to_json() for check in self.checks],
             "skipped": [{"method": name, "reason": reason} for name, reason in self.skipped],
         }
@@ -248,6 +296,7 @@ def _generate(
 def _row(method: str, batch: int, how: Setting, results: Sequence[Result], seconds: float) -> AuditRow:
     tokens = sum(r.stats.tokens for r in results)
     steps = sum(r.stats.steps for r in results)
+    sources = [source for r in results for source in r.stats.sources.values()]
     return AuditRow(
         method=method,
         batch=batch,
@@ -259,6 +308,8 @@ def _row(method: str, batch: int, how: Setting, results: Sequence[Result], secon
         tokens=tokens,
         mean_accepted=(tokens - len(results)) / steps if steps else 1.0,
         tokens_per_s=tokens / seconds if seconds > 0 else 0.0,
+        accepted=sum(sum(s.right) for s in sources),
+        declined=sum(sum(s.tested) - sum(s.right) for s in sources),
     )
 
 
@@ -277,7 +328,7 @@ def _explain(llm: LLM, prompt: Prompt, params: SamplingParams, expected: Result,
     else:
         asked = llm.tokens(ask(llm, prompt))
         margin, why = _margin(llm, asked, expected.token_ids[:at], params, a, b)
-    if got.exactness == "identical":
+    if got.exactness == "identical" or (got.exactness == "distribution" and params.greedy):
         why = f"BROKEN PROMISE of identical tokens, please report it. {why}"
     return Divergence(prompt.id, at, a, b, text(a), text(b), margin, why)
 

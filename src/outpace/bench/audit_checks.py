@@ -10,6 +10,7 @@ from ..errors import ParameterError
 from .audit import PLAIN, AuditConfig, AuditSection, Progress
 from .audit_engine import check_owners, check_ragged, check_seeds
 from .audit_frequencies import check_frequencies
+from .audit_samplers import check_samplers
 from .audit_verifiers import check_verifier
 from .evidence import Check
 from .settings import Setting, setting
@@ -18,7 +19,7 @@ from .workloads import Prompt
 if TYPE_CHECKING:
     from ..engine.llm import LLM
 
-KINDS = ("verifiers", "ragged", "seeds", "owners", "frequencies")
+KINDS = ("samplers", "verifiers", "ragged", "seeds", "owners", "frequencies")
 _PROMPTS, _TOKENS = 6, 24  # of the checks of the loop: enough to part, few enough for every method
 
 Task = Callable[[], Iterator[Check]]
@@ -52,6 +53,8 @@ def _tasks(
 ) -> Iterator[tuple[str, Task]]:
     how = _sampled(config)
     few, tokens = list(prompts[:_PROMPTS]), min(config.max_tokens, _TOKENS)
+    if "samplers" in kinds:
+        yield "samplers", lambda: check_samplers(config.settings)
     if "verifiers" in kinds:
         for spec in dict.fromkeys((llm.verifier, "coupled", "rejection", "block")):
             yield f"verifier {spec}", lambda spec=spec: check_verifier(spec)  # type: ignore[misc]

@@ -2,7 +2,9 @@
 shorter, nor a text that is the beginning of another for equal.
 
 Three kinds are known, told apart by what they hold:
-    batch       lines of `outpace batch` or OpenAI's batches, each with the answer to one custom_id
+    batch       lines of `outpace batch` or OpenAI's batches, each with the answer to one custom_id; whether answers are
+                missing behind the last line is known only beside the requests
+    comparison  `results.jsonl` of `outpace compare`: heats are whole, and each model has come to its end
     reference   outputs that `outpace audit --save-reference` keeps: a head, one line a prompt, an end with a digest
     JSON        one object (a report), or lines of objects
 No torch.
@@ -70,6 +72,8 @@ def check_file(path: Path, requests: Path | None = None) -> list[Check]:
         faults, said = [fault] if fault else [], "a whole reference: its digest is right"
     elif (found := _whole_object(raw)) is not None:
         said = f"one JSON object with {', '.join(sorted(found)[:8])}"
+    elif raw.startswith(b'{"kind": "comparison"'):
+        faults, said = _comparison_faults(raw)
     else:
         faults, said = _line_faults(raw, asked)
     shown = "; ".join(faults[:_SHOWN]) + (f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else "")
@@ -119,7 +123,26 @@ def _line_faults(raw: bytes, asked: Sequence[str] | None) -> tuple[list[str], st
         if strange:
             faults.append(f"{len(strange)} answers are to nobody's request, the first is {strange[0]!r}")
     whole = f"{len(seen)} answers, {errors} of them errors" if seen else f"{len([x for x in lines if x])} lines"
-    return faults, whole + (", one for each request" if asked is not None else "")
+    if asked is not None:
+        return faults, f"{whole}, one for each request"
+    unseen = "; lines that are missing at its end cannot be seen" + " without --requests" * bool(seen)
+    return faults, whole + unseen
+
+
+def _comparison_faults(raw: bytes) -> tuple[list[str], str]:
+    """The same of what `outpace compare` writes."""
+    from .compare.store import whole_lines
+
+    lines, length = whole_lines(raw)
+    faults = [] if length == len(raw) else [f"from byte {length} on it is torn: a line or a heat was cut short"]
+    ended = {line.get("model") for line in lines if line["kind"] == "end"}
+    models = [str(line.get("model")) for line in lines if line["kind"] == "model"]
+    faults += [
+        f"the rounds of {name} have no end: it was cut short, or still runs" for name in models if name not in ended
+    ]
+    if not models:
+        faults.append("no model was measured")
+    return faults, f"a whole comparison of {', '.join(models)} in {len(lines)} lines"
 
 
 def _answer_fault(item: dict[str, Any]) -> str | None:

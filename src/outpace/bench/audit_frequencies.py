@@ -18,7 +18,7 @@ from ..decoding.sampling import History, distribution
 from ..errors import ParameterError
 from ..types import SamplingParams
 from .audit_engine import ask_of
-from .evidence import ALARM, Check, chi_square, total_variation
+from .evidence import ALARM, Check, chi_square, seen_variation, total_variation
 from .settings import Setting
 from .teacher import last_logits
 from .workloads import Prompt
@@ -104,14 +104,16 @@ def check_frequencies(
     variation = total_variation(observed, expected)
     accepted = sum(source != "target" for r in results for source in r.sources[:depth])
     limit = ALARM / max(checks, 1)
+    seen = seen_variation(texts, freedom, limit)
     claimed = max((r.exactness for r in results), key=("identical", "distribution", "approximate").index)
     said = (
         f"{texts} texts of {depth} tokens in {len(merged_e)} cells: chi-square {statistic:.1f}, p = {p:.2g}, "
-        f"total variation {variation:.3f} ({_by_chance(expected):.3f} by chance), {accepted} of the tokens were drafted"
+        f"total variation {variation:.3f} ({_by_chance(expected):.3f} by chance; a shift of {seen:.2g} would have been "
+        f"seen), {accepted} of the tokens were drafted"
     )
     numbers: dict[str, Any] = {
         "p": p, "chi_square": statistic, "freedom": freedom, "total_variation": variation,
-        "texts": texts, "cells": len(merged_e), "accepted": accepted, "claimed": claimed,
+        "seen_variation": seen, "texts": texts, "cells": len(merged_e), "accepted": accepted, "claimed": claimed,
     }  # fmt: skip
     holds = p > limit or claimed == "approximate"
     return Check("frequencies", f"{method}, {judged_by}, {setting.name}, {prompt.id}", holds, said, numbers)

@@ -5,6 +5,7 @@ A server that differs from itself when it is asked twice is told apart from one 
 
 from __future__ import annotations
 
+import http.client
 import json
 import urllib.error
 import urllib.request
@@ -15,7 +16,7 @@ from typing import Any
 
 from ..errors import ParameterError
 from .audit_files import text_difference
-from .evidence import Check
+from .evidence import Check, seen_one_in
 from .workloads import Prompt
 
 _SHOWN = 3
@@ -47,14 +48,23 @@ class Endpoint:
             return self.model
         try:
             return str(self.get("/models")["data"][0]["id"])
-        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
             raise ParameterError(
                 f"{self.url} names no model ({error}): is it the address of a /v1? Else name one"
             ) from None
 
 
-def answer(endpoint: Endpoint, model: str, prompt: str, max_tokens: int) -> tuple[str, str]:
-    """(text, "") of a greedy answer, or ("", what went wrong)."""
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A greedy text. `tokens`: as the server counts them, 0 if it does not; `wrong`: what went wrong."""
+
+    text: str = ""
+    tokens: int = 0
+    wrong: str = ""
+
+
+def answer(endpoint: Endpoint, model: str, prompt: str, max_tokens: int) -> Answer:
+    """A failed request is an answer that says so."""
     body = {
         "model": model,
         "messages": [{"role": "user", "content": prompt}],
@@ -62,15 +72,20 @@ def answer(endpoint: Endpoint, model: str, prompt: str, max_tokens: int) -> tupl
         "temperature": 0,
     }
     try:
-        choice = endpoint.get("/chat/completions", body)["choices"][0]
-        text = choice["message"]["content"] or ""
+        got = endpoint.get("/chat/completions", body)
+        choice, usage = got["choices"][0], got.get("usage") or {}
+        message = choice["message"]
+        # models that think aloud say part of it under another name
+        text = (message.get("reasoning_content") or "") + (message["content"] or "")
+        tokens = int(usage.get("completion_tokens") or 0)
+        ended = choice.get("finish_reason")
     except urllib.error.HTTPError as error:
-        return "", f"HTTP {error.code}: {error.read(300).decode(errors='replace')}"
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        return "", f"{type(error).__name__}: {error}"
-    if choice.get("finish_reason") is None:
-        return "", "the answer has no finish_reason: it was cut short"
-    return text, ""
+        return Answer(wrong=f"HTTP {error.code}: {error.read(300).decode(errors='replace')}")
+    except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError) as error:
+        return Answer(wrong=f"{type(error).__name__}: {error}")
+    if ended is None:
+        return Answer(wrong="the answer has no finish_reason: it was cut short")
+    return Answer(text, tokens)
 
 
 def check_urls(
@@ -86,11 +101,11 @@ def check_urls(
 
     A failed request fails the check. Raises ParameterError when a server is not there.
     """
-    total, texts = 3 * len(prompts), list[list[tuple[str, str]]]()
+    total, texts = 3 * len(prompts), list[list[Answer]]()
     for n, endpoint in enumerate((plain, plain, other)):
         model = endpoint.named()
         with ThreadPoolExecutor(at_once if n else 1) as pool:
-            got = []
+            got: list[Answer] = []
             asked = pool.map(lambda p, e=endpoint, m=model: answer(e, m, p.text, max_tokens), prompts)  # type: ignore[misc]
             for one in asked:
                 got.append(one)
@@ -104,17 +119,24 @@ def check_urls(
     return [alone, _compare(f"{other.url} against {plain.url}", prompts, first, others)]
 
 
-def _compare(
-    subject: str, prompts: Sequence[Prompt], a: Sequence[tuple[str, str]], b: Sequence[tuple[str, str]]
-) -> Check:
-    failed, found = [], []
-    for prompt, (expected, wrong), (got, broken) in zip(prompts, a, b, strict=True):
-        if wrong or broken:
-            failed.append(f"{prompt.id}: {wrong or broken}")
-        elif difference := text_difference(expected, got):
+def _compare(subject: str, prompts: Sequence[Prompt], a: Sequence[Answer], b: Sequence[Answer]) -> Check:
+    failed, found, tokens = [], [], 0
+    for prompt, expected, got in zip(prompts, a, b, strict=True):
+        if expected.wrong or got.wrong:
+            failed.append(f"{prompt.id}: {expected.wrong or got.wrong}")
+        elif difference := text_difference(expected.text, got.text):
             found.append(f"{prompt.id}: {difference}")
+        else:
+            tokens += expected.tokens
+    if not failed and not any(one.text for one in (*a, *b)):
+        failed.append("every text is empty: there is nothing to compare")
     said = f"{len(found)} of {len(prompts)} texts differ, {len(failed)} requests failed"
     shown = [*failed, *found]
     said += "".join(f"; {one}" for one in shown[:_SHOWN])
-    numbers = {"differing": len(found), "failed": len(failed), "prompts": len(prompts), "differences": shown}
+    if tokens and not shown:
+        said += f"; {tokens:,} tokens are the same: one wrong in {seen_one_in(tokens):,} would have been seen"
+    numbers = {
+        "differing": len(found), "failed": len(failed), "prompts": len(prompts), "differences": shown,
+        "tokens": tokens, "wrong_token_in": 0 if shown else seen_one_in(tokens),
+    }  # fmt: skip
     return Check("url", subject, not shown, said, numbers)

@@ -25,7 +25,7 @@ from ..registry import methods
 from ..types import NO_PARENT, Draft, Exactness, SamplingParams
 from . import language
 from .enumeration import scripted
-from .evidence import ALARM, Check, chi_square
+from .evidence import ALARM, Check, chi_square, seen_one_in
 
 EXACT = 1e-9  # total variation that rounding of float64 sums may leave
 _WALKS, _NODES, _VOCAB = 4000, 5, 12  # steps that are walked with each sampler: a fault in 500 shows some ten times
@@ -45,6 +45,7 @@ def check_verifier(spec: str) -> Iterator[Check]:
         for n, name in enumerate(("greedy", "temperature", "penalties")):
             yield _walked(spec, name, n * _WALKS)
     elif declared == "distribution":
+        yield _walked(spec, "greedy", 0)  # a greedy text has a distribution of one text
         yield _counted(spec)
 
 
@@ -99,6 +100,7 @@ def _walked(spec: str, sampler: str, seed: int) -> Check:
             wrong += 1
             first = first or f"; first: {seen.tokens.tolist()} for {tokens} at seed {n}"
     evidence = f"{wrong} of {_WALKS} steps differ from plain sampling{first}"
+    evidence += "" if wrong else f"; one in {seen_one_in(_WALKS)} would have been seen"
     return Check("walk", f"{spec}, {sampler}", not wrong, evidence, {"steps": _WALKS, "wrong": wrong})
 
 

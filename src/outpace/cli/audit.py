@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
+from ..bench.evidence import SURE, looks_for
 from ..bench.workloads import Prompt, load_prompts, own_prompts, select
 from ..errors import ParameterError
 from ..types import Precision
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 QUICK_PROMPTS, QUICK_TOKENS = 8, 24
 FILE = click.Path(path_type=Path, dir_okay=False)
+WANTED = 500  # one wrong token in so many is to be seen; less is told
 SHOWN = 10  # divergences printed for one row; --json has all of them
 
 
@@ -83,7 +85,7 @@ SHOWN = 10  # divergences printed for one row; --json has all of them
     "--check",
     "checks",
     multiple=True,
-    type=click.Choice(["tokens", "verifiers", "ragged", "seeds", "owners", "frequencies"]),
+    type=click.Choice(["tokens", "samplers", "verifiers", "ragged", "seeds", "owners", "frequencies"]),
     help="Beside the comparison of tokens only these.  Repeatable.  [default: all]",
 )
 @click.option("--texts", type=click.IntRange(50), help="Seeds of a check of frequencies.  [default: 600]")
@@ -215,7 +217,7 @@ def audit_section(llm: LLM, options: dict[str, Any], config: AuditConfig, chosen
         say(f"left out, longer than the context of {llm.config.max_position} tokens: {names}")
     if not prompts:
         raise ParameterError(f"no prompt fits the context of {llm.config.max_position} tokens: use shorter ones")
-    kinds = options["checks"] or (("verifiers",) if options["quick"] else KINDS)
+    kinds = options["checks"] or (("samplers", "verifiers") if options["quick"] else KINDS)
     with progress_bar() as progress:
         section = audit(llm, prompts, config, progress)
         prove(llm, prompts, config, section, [k for k in kinds if k != "tokens"], texts=options["texts"] or 600,
@@ -294,6 +296,7 @@ def show(section: AuditSection, config: AuditConfig) -> None:
         )
     console.print(table)
     console.print(escape(promise(section)))
+    show_coverage(section, console)
     if any(row.batch > row.sequences for row in section.rows):
         console.print(
             f"note: with {section.rows[0].sequences} prompts, larger batches hold no more sequences than that"
@@ -308,6 +311,32 @@ def show(section: AuditSection, config: AuditConfig) -> None:
             console.print(f"... and {len(row.divergences) - SHOWN} more of that row; --json lists all")
 
 
+def show_coverage(section: AuditSection, console: Any) -> None:
+    """What equality over so many tokens is worth."""
+    from rich.table import Table
+
+    covered = section.coverage
+    if not covered:
+        return
+    table = Table(title=f"what this would have seen ({100 * SURE:.0f} %)", title_justify="left")
+    table.add_column("method")
+    for name in ("tokens compared", "one wrong in", "drafts accepted", "declined", "one let pass in"):
+        table.add_column(name, justify="right")
+    for c in covered:
+        figures = (c.tokens, c.wrong_token_in, c.accepted, c.declined, c.wrong_draft_in)
+        table.add_row(c.method, *(f"{n:,}" if n else "-" for n in figures))
+    console.print(table)
+    idle = [c.method for c in covered if c.method != "plain" and not c.accepted and not c.declined]
+    if idle:
+        console.print(f"note: nothing was drafted by {', '.join(idle)}: equal tokens prove nothing about it there")
+    blunt = [c.method for c in covered if c.wrong_token_in < WANTED]
+    if blunt:
+        console.print(
+            f"note: one wrong token in {WANTED} may have gone unseen with {', '.join(blunt)}: it takes "
+            f"{looks_for(WANTED):,} tokens; raise --n or --max-tokens"
+        )
+
+
 def promise(section: AuditSection) -> str:
     if section.row_invariant:
         return f"{section.precision}: a row's result does not depend on its neighbours; identical is promised."
@@ -319,7 +348,7 @@ def promise(section: AuditSection) -> str:
 
 def verdict(sections: list[AuditSection]) -> str:
     """The last line."""
-    claims = [row for s in sections for row in s.rows if row.exactness == "identical" and not row.reference]
+    claims = [row for s in sections for row in s.rows if row.promised and not row.reference]
     compared = sum(row.sequences for row in claims)
     broken = sum(row.differing for row in claims)
     checks = [check for s in sections for check in s.checks]
