@@ -18,7 +18,7 @@ import numpy as np
 from numba import njit, types
 from numba.core import cgutils
 
-from .simd import (
+from .emit import (
     F32,
     I32,
     I64,
@@ -31,16 +31,18 @@ from .simd import (
     emit,
     fma,
     high_bf16,
+    load,
+    low_bf16,
+    splat,
+    store,
+)
+from .simd import (
     hmax,
     hsum,
-    load,
     load_bf16_even,
     load_bf16_odd,
     load_f32,
     load_i32,
-    low_bf16,
-    splat,
-    store,
     store_f32,
     vadd,
     vexp,

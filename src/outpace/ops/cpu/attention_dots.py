@@ -12,8 +12,7 @@ import llvmlite.ir as ir
 from numba import njit, types
 from numba.core import cgutils
 
-from .isa import HAS_BF16
-from .simd import (
+from .emit import (
     I32,
     LANES,
     VF,
@@ -29,6 +28,7 @@ from .simd import (
     splat,
     store,
 )
+from .isa import HAS_BF16
 from .tiles import unavailable
 
 

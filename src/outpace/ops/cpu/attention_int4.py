@@ -20,30 +20,17 @@ from numba import njit, types
 from numba.core import cgutils
 
 from .attention import _add_path, _all_scores, _all_values, _fill, _softmax, row_span, to_position_order
+from .emit import I32, VF, VI, Accumulators, at, call, const, emit, fma, load, prefetch, splat, splat_int, store
 from .isa import HAS_VNNI
 from .kv_int4 import NOTHING, key_codes, key_mids, value_codes, value_scales
 from .simd import (
-    I32,
-    VF,
-    VI,
-    Accumulators,
-    at,
-    call,
-    const,
-    emit,
-    fma,
     hmax,
     hsum,
     iload,
-    load,
     load_bf16,
     load_f32,
     load_i32,
     load_i64,
-    prefetch,
-    splat,
-    splat_int,
-    store,
     store_f32,
     store_i8,
     to_float,

@@ -17,22 +17,15 @@ from numba.core import cgutils
 
 from .attention import row_span, to_position_order
 from .attention_dots import scores_by_dots, values_by_dots
+from .emit import I8, at, const, emit, i32x16, page_address, prefetch_page, splat_int
 from .isa import AMX, HAS_AMX
 from .simd import (
-    I8,
-    at,
-    const,
-    emit,
     hmax,
     hsum,
-    i32x16,
     iload,
     istore,
     load_f32,
     load_i32,
-    page_address,
-    prefetch_page,
-    splat_int,
     store_bf16,
     store_f32,
     vadd,

@@ -6,9 +6,11 @@ import ctypes
 import platform
 from functools import cache
 
+import llvmlite.binding as llvm
 import numpy as np
 
-from .simd import HOST_FEATURES, IS_X86
+HOST_FEATURES = {name for name, on in llvm.get_host_cpu_features().items() if on}
+IS_X86 = "x86_64" in llvm.get_default_triple()
 
 # Levels of integer and bf16 matrix products, each with what those below it have. Integer results are the same at every
 # level, bit for bit; attention rounds queries and probabilities to bf16 from BF16 on.

@@ -22,22 +22,14 @@ import numpy as np
 from numba import njit, types
 
 from .compiled import compiled
+from .emit import F32, I32, VI, const, emit, f32x16, i32x16, splat, splat_int
 from .simd import (
-    F32,
-    I32,
-    VI,
-    const,
-    emit,
-    f32x16,
     hmax,
-    i32x16,
     iload,
     istore,
     load_bf16_even,
     load_bf16_odd,
     load_f32,
-    splat,
-    splat_int,
     store_f32,
     store_u16,
     vabs,

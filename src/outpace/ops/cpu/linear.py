@@ -17,6 +17,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from .emit import LANES
 from .isa import AMX, PORTABLE, VNNI
 from .products import (
     GROUP_BYTES,
@@ -55,7 +56,6 @@ from .products import (
     vnni_16x1,
 )
 from .simd import (
-    LANES,
     iload,
     isplat,
     isub,

@@ -9,8 +9,7 @@ import llvmlite.ir as ir
 from numba import types
 from numba.core import cgutils
 
-from .isa import HAS_AMX, HAS_VNNI
-from .simd import (
+from .emit import (
     F32,
     I8,
     I16,
@@ -32,6 +31,7 @@ from .simd import (
     splat_int,
     store,
 )
+from .isa import HAS_AMX, HAS_VNNI
 from .tiles import amx_call, tile_number, unavailable
 
 TILE_ROW = 64  # bytes

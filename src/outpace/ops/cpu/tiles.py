@@ -5,8 +5,8 @@ from __future__ import annotations
 import llvmlite.ir as ir
 from numba import types
 
+from .emit import I8, call, const, emit
 from .isa import HAS_AMX
-from .simd import I8, call, const, emit
 
 
 def amx_call(b: ir.IRBuilder, name: str, *args: ir.Value) -> None:
