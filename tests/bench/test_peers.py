@@ -6,96 +6,24 @@ The misbehaving ones are small scripts run by the same machinery as the real eng
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from peering import Letters, ask, fake, gone
 
+from outpace.bench.compare.contestant import run_of_answers
+from outpace.bench.compare.sets import Unit
 from outpace.bench.peers.open import PeerSpec, open_peer
 from outpace.bench.peers.openai import OpenAIPeer
 from outpace.bench.peers.peer import PeerAnswer, PeerConfig, PeerError, PeerPrompt
-from outpace.bench.peers.process import SCRIPTS, ScriptPeer
+from outpace.bench.peers.process import SCRIPTS
 from outpace.errors import ParameterError
-
-EOS = 0
-
-
-class Letters:
-    """A token is a character; 0 ends."""
-
-    eos_ids = frozenset({EOS})
-    vocab_size = 128
-
-    def encode(self, text, special=False):
-        return [ord(c) for c in text]
-
-    prompt = encode
-
-    def decode(self, ids, skip_special=True):
-        return "".join(chr(i) for i in ids if i)
-
-    def chat(self, messages, add_generation_prompt=True, **values):
-        return self.encode("".join(f"<{m['role']}>{m['content']}" for m in messages))
-
-
-GOOD = """
-import sys
-sys.path.insert(0, {scripts!r})
-from peer_loop import serve
-
-class Engine:
-    def __init__(self, hello):
-        self.hello = hello
-        self.about = {{"version": "fake 1", "settings": hello["settings"]}}
-        {at_start}
-
-    def generate(self, request):
-        answers = [dict(token_ids=list(reversed(p))[: request["max_tokens"]], first_token_s=0.0, total_s=0.0, steps=1)
-                   for p in request["prompts"]]
-        {at_batch}
-        return answers
-
-serve(Engine)
-"""
-
-
-def fake(tmp_path, at_batch="pass", at_start="pass", source=None, **config):
-    """A peer whose script answers a prompt with its tokens backwards, with something done to it."""
-    script = tmp_path / "engine.py"
-    script.write_text(source or GOOD.format(scripts=str(SCRIPTS), at_start=at_start, at_batch=at_batch))
-
-    class Fake(ScriptPeer):
-        engine, package = "fake", "fake-engine"
-
-        def command(self):
-            return [sys.executable, str(script)]
-
-    sizes = {"context": 64, "max_batch": 4, "start_timeout_s": 30.0} | config
-    return Fake(PeerConfig(tmp_path / "model.gguf", Letters(), **sizes))
-
-
-def ask(peer, *texts, timeout_s=20.0, max_tokens=8):
-    return peer.generate([PeerPrompt(text) for text in texts or ("abc",)], max_tokens, 0.0, 0, timeout_s)
-
-
-def gone(pid):
-    """Ended, reaped by us or by whoever inherited it (a zombie of another parent counts as ended)."""
-    for _ in range(250):
-        try:
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-                return True
-        except OSError:
-            return True
-        time.sleep(0.02)
-    return False
 
 
 def test_answers_in_order_counted_by_ids(tmp_path):
@@ -115,6 +43,24 @@ def test_answers_in_order_counted_by_ids(tmp_path):
         assert peer.generate([PeerPrompt(token_ids=[65, 66])], 50, 0.0, 0, 20)[0].text == "BA"
     assert gone(pid) and peer.memory_bytes is None
     assert ask(peer)[0].error == "fake was closed"
+
+
+def test_tokens_of_a_first_step_that_verified_a_draft_are_not_counted_as_decoding(tmp_path):
+    """Ten tokens, six of them at once after the prompt: four were decoded."""
+    told = "first_tokens=6, first_token_s=0.01, total_s=0.03, token_ids=[65] * 10, steps=2"
+    with fake(tmp_path, at_batch=f"import time; time.sleep(0.05); [a.update({told}) for a in answers]") as peer:
+        answers = ask(peer, "abc", "def", max_tokens=10)
+    assert [a.first_tokens for a in answers] == [6, 6]
+    assert answers[0].decode_tokens_per_s == pytest.approx(4 / 0.02)
+    run = run_of_answers(answers, Unit(("a", "b"), ((1,), (2,)), ("", ""), (0, 1)), None)
+    assert (run.tokens, run.decode_tokens, run.turns) == (20, pytest.approx(8), 4)
+    assert PeerAnswer("x", None, 6, 1.0, 3.0, first_tokens=6).decode_tokens_per_s is None
+
+
+@pytest.mark.parametrize("past_end", [False, True])
+def test_a_peer_is_told_whether_an_end_token_ends(tmp_path, past_end):
+    with fake(tmp_path, at_start="self.about = {'told': hello['past_end']}", past_end=past_end) as peer:
+        assert peer.about()["told"] is past_end
 
 
 def test_long_messages_pass_both_ways(tmp_path):
@@ -209,6 +155,8 @@ def test_a_peer_that_fails_midway_is_closed_and_can_start_again(tmp_path, at_bat
         ("answers[0]['total_s'] = 1000.0", "it took"),
         ("answers[0]['first_token_s'] = 0.01", "0.01 s to the first token"),
         ("answers[0]['steps'] = 1.5", "no number of steps"),
+        ("answers[0]['first_tokens'] = 0", "says that 0 of 3 tokens came first"),
+        ("answers[0]['first_tokens'] = 4", "says that 4 of 3 tokens came first"),
     ],
 )
 def test_a_wrong_answer_is_an_error_and_the_peer_lives_on(tmp_path, at_batch, says):
@@ -259,18 +207,18 @@ PARENT = """
 import sys, time, threading, os, signal
 sys.path[:0] = {path!r}
 from pathlib import Path
-import test_peers
-peer = test_peers.fake(Path({tmp!r}), at_batch="import time; time.sleep(60)")
+import peering
+peer = peering.fake(Path({tmp!r}), at_batch="import time; time.sleep(60)")
 peer.start()
 print(peer._child.pid, flush=True)
-test_peers.ask(peer, timeout_s=50)
+peering.ask(peer, timeout_s=50)
 """
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_the_end_of_the_caller_ends_the_peer(tmp_path, how):
     """Ctrl-C while a peer works, without a context manager; and a caller that had no time for anything."""
-    code = PARENT.format(path=[str(Path(__file__).parent), *sys.path], tmp=str(tmp_path))
+    code = PARENT.format(path=sys.path, tmp=str(tmp_path))
     caller = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     pid = int(caller.stdout.readline())
     time.sleep(0.3)
@@ -359,143 +307,6 @@ def test_look_up_takes_the_longest_then_the_newest_match():
     assert look_up([1, 2, 8, 1, 2, 9, 1, 2], 2, 1) == [9]
     assert look_up([5, 2, 7, 1, 2], 3, 4) == [7, 1, 2]  # only the last token stood before
     assert look_up([1, 2, 3], 3, 4) == [] and look_up([1], 3, 4) == [] and look_up([4, 4], 3, 4) == [4]
-
-
-# servers
-
-
-def chunk(text="", reason=None, usage=None, **more):
-    choices = [{"index": 0, "text": text, "finish_reason": reason}] if usage is None else []
-    return {"choices": choices, "usage": usage, **more}
-
-
-def stream(*events, done=True):
-    lines = [f"data: {json.dumps(e)}\n\n" for e in events] + ["data: [DONE]\n\n"] * done
-    return "".join(lines).encode()
-
-
-@contextmanager
-def server(behaviour):
-    """`behaviour(handler, body)` answers a completion, after the headers when it returns bytes."""
-
-    class Handler(BaseHTTPRequestHandler):
-        asked: list = []  # noqa: RUF012
-
-        def log_message(self, *_):
-            pass
-
-        def send(self, status, data, kind="application/json"):
-            self.send_response(status)
-            self.send_header("Content-Type", kind)
-            self.end_headers()
-            self.wfile.write(data)
-
-        def do_GET(self):
-            if self.path == "/v1/models":
-                self.send(200, json.dumps({"data": [{"id": "folder/tiny"}]}).encode())
-            else:
-                self.send(404, b'{"error": {"message": "no such page"}}')
-
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            Handler.asked.append((self.path, body))
-            data = behaviour(self, body)
-            if data is not None:
-                self.send(200, data, "text/event-stream")
-
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    http.daemon_threads = True
-    thread = threading.Thread(target=http.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{http.server_port}", Handler.asked
-    finally:
-        http.shutdown()
-        http.server_close()
-        thread.join()
-
-
-def test_a_server_is_measured_from_its_stream():
-    def answer(handler, body):
-        role = {"choices": [{"delta": {"role": "assistant", "content": ""}, "finish_reason": None}]}
-        handler.send(200, stream(role, done=False), "text/event-stream")
-        time.sleep(0.2)
-        handler.wfile.write(stream({"choices": [{"delta": {"content": "he"}}]}, done=False))
-        time.sleep(0.2)
-        handler.wfile.write(
-            b": a comment\n\n" + stream(chunk("llo"), chunk("", "stop"), chunk(usage={"completion_tokens": 6}))
-        )
-
-    with server(answer) as (url, asked), open_peer(f"mine={url}", Letters(), Path("m.gguf")) as peer:
-        assert peer.name == "mine"
-        assert peer.about() == {"engine": "server", "url": url + "/v1", "model": "tiny", "batches": "requests at once"}
-        prompts = [
-            PeerPrompt("abc"),
-            PeerPrompt(messages=[{"role": "user", "content": "hi"}]),
-            PeerPrompt(token_ids=[7]),
-        ]
-        answers = peer.generate(prompts, 8, 0.5, 10, 20)
-        for one in answers:
-            assert (one.text, one.tokens, one.reported_tokens, one.error) == ("hello", 6, 6, None)
-            assert 0.2 <= one.first_token_s < one.total_s - 0.15
-        by_seed = {body["seed"]: (path, body) for path, body in asked}
-        assert by_seed[10][0] == "/v1/completions" and by_seed[10][1]["prompt"] == "abc"
-        assert by_seed[11][0] == "/v1/chat/completions" and by_seed[11][1]["messages"][0]["content"] == "hi"
-        assert by_seed[12][1]["prompt"] == [7] and by_seed[12][1]["temperature"] == 0.5
-
-
-def wait(handler, body):
-    time.sleep(1.5)
-
-
-def drip(handler, body):
-    """Never a whole line, never silent."""
-    handler.send(200, b"data: ", "text/event-stream")
-    for _ in range(40):
-        time.sleep(0.05)
-        handler.wfile.write(b"x")
-
-
-@pytest.mark.parametrize(
-    ("answer", "says"),
-    [
-        (wait, "gave no answer within 0.5 s"),
-        (drip, "gave no answer within 0.5 s"),
-        (lambda h, b: h.send(500, b'{"error": {"message": "out of\\nmemory"}}'), "status 500: out of memory"),
-        (lambda h, b: h.send(502, b"<html>bad gateway"), "status 502: <html>bad gateway"),
-        (lambda h, b: h.connection.close(), "RemoteDisconnected"),
-        (lambda h, b: stream(chunk("hel"), done=False), "broke off after 3 characters"),
-        (lambda h, b: stream(chunk("hel"), {"error": {"message": "boom"}}), "broke off: boom"),
-        (lambda h, b: b'{"choices": [{"text": "hello"}]}\n', "does not stream"),
-        (lambda h, b: b"data: {nonsense\n\n", "no completion"),
-        (lambda h, b: b"data: 5\n\n", "no completion"),
-        (lambda h, b: stream({"choices": [5]}), "no completion"),
-        (lambda h, b: stream(chunk("x" * 50, "length")), "gave 50 tokens when asked for at most 8"),
-        (lambda h, b: stream(chunk("hello", "stop"), chunk(usage={"completion_tokens": 60})), "its text has 6"),
-        (lambda h, b: stream(chunk("", "length")), "gave no token"),
-        (lambda h, b: stream(chunk("a", "content_filter")), "content_filter"),
-    ],
-)
-def test_a_server_that_fails(answer, says):
-    with server(lambda h, b: stream(chunk("ok", "stop")) if b["prompt"] == "good" else answer(h, b)) as (url, _):
-        with OpenAIPeer(url, Letters()) as peer:
-            began = time.monotonic()
-            bad, good = peer.generate([PeerPrompt("bad"), PeerPrompt("good")], 8, 0.0, 0, 0.5 if "0.5" in says else 10)
-            assert time.monotonic() - began < 5
-            assert says in bad.error and bad.tokens == 0 and "\n" not in bad.error
-            assert good.text == "ok" and good.tokens == 3
-            assert ask(peer, "good")[0].text == "ok"
-        assert "was not started" in ask(peer, "good")[0].error
-
-
-def test_nobody_answers_at_the_url():
-    with server(lambda h, b: None) as (url, _):
-        with pytest.raises(PeerError, match="no model 'big'; it has folder/tiny"):
-            OpenAIPeer(url, Letters(), model="big").start()
-        with pytest.raises(PeerError, match="status 404: no such page"):
-            OpenAIPeer(url + "/api", Letters()).start()
-    with pytest.raises(PeerError, match="is a server with OpenAI's API running at"):
-        OpenAIPeer(url, Letters()).start()
 
 
 # real engines

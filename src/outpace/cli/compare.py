@@ -182,6 +182,7 @@ def peer_opener(options: dict[str, Any]) -> Callable[[str, str, LLM, int], Peer]
             context=min(llm.config.max_position, CONTEXT),
             max_batch=batch,
             python=options["peer_python"],
+            past_end=True,
         )
 
     return open_one

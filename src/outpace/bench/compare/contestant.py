@@ -233,8 +233,8 @@ class Engine(Contestant):
 
 
 def run_of_answers(answers: Sequence[PeerAnswer], unit: Unit, memory: int | None) -> Run:
-    """Of another engine, as far as it tells. An answer's tokens after its first are spread evenly over their time, to
-    say how many came after everybody had a first one."""
+    """Of another engine, as far as it tells. An answer's tokens after its first ones are spread evenly over their time,
+    to say how many came after everybody had a first one."""
     total = max(a.total_s for a in answers)
     tokens = sum(a.tokens for a in answers)
     run = Run(tokens=tokens, total_s=total, memory_bytes=memory)
@@ -242,20 +242,21 @@ def run_of_answers(answers: Sequence[PeerAnswer], unit: Unit, memory: int | None
     run.digests = [digest(a.token_ids) for a in answers if a.token_ids is not None]
     if all(a.steps is not None for a in answers):
         run.all_turns = run.turns = sum(a.steps or 0 for a in answers)
-        run.decode_tokens = tokens - len(answers)
+        run.decode_tokens = tokens - sum(a.first_tokens for a in answers)
     firsts = [a.first_token_s for a in answers if a.first_token_s is not None]
     if len(firsts) < len(answers) or max(firsts) >= total:
         return run
     run.first_s = max(firsts)
     run.decode_s = total - run.first_s
     parts = [
-        (a.tokens - 1) * (a.total_s - run.first_s) / (a.total_s - first)
+        (a.tokens - a.first_tokens) * (a.total_s - run.first_s) / (a.total_s - first)
         for a, first in zip(answers, firsts, strict=True)
         if a.total_s > run.first_s
     ]
     run.decode_tokens = sum(parts)
     if run.turns:  # of the whole answers, cut to the same part
-        run.turns = round(run.turns * run.decode_tokens / max(tokens - len(answers), 1))
+        later = tokens - sum(a.first_tokens for a in answers)
+        run.turns = round(run.turns * run.decode_tokens / max(later, 1))
     return run
 
 

@@ -62,8 +62,10 @@ def open_peer(
     max_batch: int = 1,
     python: Path | None = None,
     start_timeout_s: float = 600.0,
+    past_end: bool = False,
 ) -> Peer:
-    """Not started yet. `draft` is used by the mode that drafts with it. `words`: the tokenizer of `model`.
+    """Not started yet. `draft` is used by the mode that drafts with it. `words`: the tokenizer of `model`. `past_end`:
+    answers go on behind an end token, except those of a server, whose text would not show it.
 
     Raises ParameterError for a peer that does not exist, or that cannot take such a model.
     """
@@ -83,6 +85,7 @@ def open_peer(
         python,
         start_timeout_s,
         dict(spec.settings),
+        past_end,
     )
     return ENGINES[spec.engine](config, spec.name)
 

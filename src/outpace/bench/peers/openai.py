@@ -251,7 +251,8 @@ class _Answer:
             raise Refusal(f"gave {tokens} tokens when asked for at most {max_tokens}")
         if self._reported is not None and abs(self._reported - tokens) > slack:
             raise Refusal(f"says that it gave {self._reported} tokens, and its text has {tokens}")
-        return PeerAnswer(text, None, tokens, self._first, self._last, None, None, self._reported)
+        at_first = min(max(len(words.encode(self._pieces[0])), 1), tokens) if self._pieces else 1
+        return PeerAnswer(text, None, tokens, self._first, self._last, None, None, self._reported, at_first)
 
 
 def _refused(status: int, body: bytes) -> str:

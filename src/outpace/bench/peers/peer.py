@@ -81,13 +81,15 @@ class PeerAnswer:
     error: str | None = None
     steps: int | None = None  # target forwards that decoded, the one over the prompt apart; None: it does not tell
     reported_tokens: int | None = None  # by the peer's own count
+    first_tokens: int = 1  # that came at `first_token_s`: a first step that verifies a draft gives more than one
 
     @property
     def decode_tokens_per_s(self) -> float | None:
-        """Tokens after the first, a second; None where that cannot be said."""
-        if self.error or self.first_token_s is None or self.tokens < 2 or self.total_s <= self.first_token_s:
+        """Tokens after the first ones, a second; None where that cannot be said."""
+        later = self.tokens - self.first_tokens
+        if self.error or self.first_token_s is None or later < 1 or self.total_s <= self.first_token_s:
             return None
-        return (self.tokens - 1) / (self.total_s - self.first_token_s)
+        return later / (self.total_s - self.first_token_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +109,7 @@ class PeerConfig:
     python: Path | None = None  # None: the one that runs this
     start_timeout_s: float = 600.0
     settings: Mapping[str, Any] = field(default_factory=dict)
+    past_end: bool = False  # an end token does not end an answer, so that all have the same work
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:

@@ -3,10 +3,11 @@
 The script (`scripts/`) imports nothing of this package, so that any Python that has the engine can run it. It reads a
 line of JSON and answers with one:
 
-    {"model", "mode", "draft", "threads", "context", "max_batch", "stop_ids", "settings", "parent"}
+    {"model", "mode", "draft", "threads", "context", "max_batch", "stop_ids", "past_end", "settings", "parent"}
         -> {"about": {...}}  |  {"error": "...", "missing": "the module that is not installed" | null}
     {"id", "prompts": [[token, ...], ...], "max_tokens", "temperature", "seed"}
-        -> {"id", "answers": [{"token_ids" | "text", "ended", "first_token_s", "total_s", "steps"} | {"error"}, ...]}
+        -> {"id", "answers": [{"token_ids" | "text", "ended", "first_token_s", "first_tokens", "total_s", "steps"}
+            | {"error"}, ...]}
         |  {"id", "error": "..."}
 
 Every engine gets the token ids that ours would read, and answers with ids where it can.
@@ -66,6 +67,7 @@ class ScriptPeer(Peer):
             "context": config.context,
             "max_batch": config.max_batch,
             "stop_ids": sorted(config.words.eos_ids),
+            "past_end": config.past_end,
             "settings": dict(config.settings),
             "parent": os.getpid(),
         }
@@ -155,6 +157,7 @@ class ScriptPeer(Peer):
         first: Any = raw.get("first_token_s")
         total: Any = raw.get("total_s")
         steps: Any = raw.get("steps")
+        at_first: Any = raw.get("first_tokens", 1)
         if not _seconds(total) or not (first is None or _seconds(first)):
             return PeerAnswer(error=f"{self.name}: its times {first!r} and {total!r} are no durations")
         if total > elapsed + _CLOCKS or (first is not None and first > total):
@@ -175,9 +178,10 @@ class ScriptPeer(Peer):
             tokens = len(words.encode(text)) + bool(raw.get("ended"))
         if wrong := _wrong_count(raw, tokens, ids is not None, max_tokens):
             return PeerAnswer(error=f"{self.name}: {wrong}")
-        return PeerAnswer(
-            text, None if ids is None else tuple(ids), tokens, first, total, None, steps, raw.get("tokens")
-        )
+        if type(at_first) is not int or not 1 <= at_first <= tokens:
+            return PeerAnswer(error=f"{self.name}: says that {at_first!r} of {tokens} tokens came first")
+        told = raw.get("tokens")
+        return PeerAnswer(text, None if ids is None else tuple(ids), tokens, first, total, None, steps, told, at_first)
 
     def _drop(self, why: str) -> None:
         child, self._child = self._child, None

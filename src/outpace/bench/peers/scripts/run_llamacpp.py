@@ -98,7 +98,7 @@ class LlamaCpp:
             raise ValueError(f"no setting {', '.join(sorted(unknown))}; there are: {', '.join(SETTINGS)}")
         self.lib: Any = llama_cpp
         self.settings = settings = SETTINGS | hello["settings"]
-        self.mode, self.stop = hello["mode"], frozenset(hello["stop_ids"])
+        self.mode, self.stop = hello["mode"], frozenset(() if hello["past_end"] else hello["stop_ids"])
         self.lib.llama_backend_init()
         self.target = Context(self.lib, hello["model"], hello, settings)
         self.drafter = Context(self.lib, hello["draft"], hello, settings) if self.mode == "draft" else None

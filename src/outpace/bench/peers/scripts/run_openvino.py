@@ -26,6 +26,7 @@ class OpenVino:
         settings = SETTINGS | hello["settings"]
         self.np, self.ov, self.genai = np, ov, genai
         self.mode, self.stop, self.settings = hello["mode"], hello["stop_ids"], settings
+        self.past_end = hello["past_end"]
         options: dict[str, Any] = {"INFERENCE_NUM_THREADS": hello["threads"], "PERFORMANCE_HINT": "LATENCY"}
         if settings["kv"]:
             options["KV_CACHE_PRECISION"] = settings["kv"]
@@ -58,8 +59,9 @@ class OpenVino:
         """Prompts of a batch are padded on the left. Seconds are those of the whole batch."""
         config = self.genai.GenerationConfig()
         config.max_new_tokens = request["max_tokens"]
-        config.stop_token_ids = set(self.stop)
+        config.stop_token_ids = set() if self.past_end else set(self.stop)
         config.eos_token_id = self.stop[0]
+        config.ignore_eos = self.past_end
         config.apply_chat_template = False
         config.do_sample = request["temperature"] > 0
         if config.do_sample:
@@ -85,7 +87,7 @@ class OpenVino:
 
     def _whole(self, tokens: list[int], most: int) -> list[int]:
         """With the end token, which the pipeline generates and may keep to itself."""
-        ended = len(tokens) < most and not (tokens and tokens[-1] in self.stop)
+        ended = not self.past_end and len(tokens) < most and not (tokens and tokens[-1] in self.stop)
         return [*tokens, self.stop[0]] if ended else tokens
 
 

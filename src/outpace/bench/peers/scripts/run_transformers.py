@@ -29,8 +29,10 @@ class Transformers:
         if settings["dtype"] == "auto":
             settings["dtype"] = "bfloat16" if has_bfloat16() else "float32"
         self.torch, self.transformers = torch, transformers
-        self.mode, self.stop = hello["mode"], hello["stop_ids"]
+        self.mode, self.stop, self.past_end = hello["mode"], hello["stop_ids"], hello["past_end"]
         self.model = load(transformers, hello["model"], getattr(torch, settings["dtype"]))
+        if self.past_end:  # what `generate` is not told it takes from here
+            self.model.generation_config.eos_token_id = None
         self.extra: dict[str, Any] = {}
         if self.mode == "draft":
             assistant = load(transformers, hello["draft"], getattr(torch, settings["dtype"]))
@@ -68,13 +70,14 @@ class Transformers:
         torch, width = self.torch, max(map(len, prompts))
         ids = torch.tensor([[self.stop[0]] * (width - len(p)) + p for p in prompts])
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-        watch = Watch(torch, width, frozenset(self.stop), len(prompts), began)
+        ends = None if self.past_end else self.stop
+        watch = Watch(torch, width, frozenset(ends or ()), len(prompts), began)
         torch.manual_seed(seed)
         chosen: dict[str, Any] = {"do_sample": False}
         if temperature > 0:
             chosen = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
         config = self.transformers.GenerationConfig(
-            max_new_tokens=most, eos_token_id=self.stop, pad_token_id=self.stop[0], use_cache=True, **chosen
+            max_new_tokens=most, eos_token_id=ends, pad_token_id=self.stop[0], use_cache=True, **chosen
         )
         extra = dict(self.extra)
         if lookup := extra.pop("prompt_lookup_num_tokens", None):
@@ -96,6 +99,7 @@ class Watch:
     def __init__(self, torch: Any, width: int, stop: frozenset[int], count: int, began: float) -> None:
         self.torch, self.stop, self.began, self.seen = torch, stop, began, width
         self.first: float | None = None
+        self.at_first = 1
         self.ends: list[float | None] = [None] * count
         self.steps = [0] * count
         self.calls = 0
@@ -104,6 +108,8 @@ class Watch:
         now = perf_counter() - self.began
         self.first = self.first or now
         new = input_ids[:, self.seen :].tolist()
+        if not self.calls:
+            self.at_first = len(new[0])  # more than one when a draft was verified together with the prompt
         self.seen = input_ids.shape[1]
         for i, tokens in enumerate(new):
             if self.ends[i] is None:
@@ -117,7 +123,13 @@ class Watch:
         """Up to the end token, this included; behind it is padding."""
         size = next((at + 1 for at, token in enumerate(tokens) if token in self.stop), len(tokens))
         total = end if self.ends[i] is None else self.ends[i]
-        return {"token_ids": tokens[:size], "first_token_s": self.first, "total_s": total, "steps": self.steps[i]}
+        return {
+            "token_ids": tokens[:size],
+            "first_token_s": self.first,
+            "first_tokens": min(self.at_first, size),
+            "total_s": total,
+            "steps": self.steps[i],
+        }
 
 
 def load(transformers: Any, path: str, dtype: Any) -> Any:
