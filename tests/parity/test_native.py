@@ -115,6 +115,34 @@ def check_company(decoder: NativeDecoder) -> None:
 
 @each_precision
 @each_architecture
+def test_rows_without_logits_leave_the_others_and_the_cache_as_they_are(architecture, precision):
+    """The last layer does no more for them than keys and values, unless its hidden states are asked for."""
+    texts = [random_tokens(n, n) for n in (5, 21, 18, 2)]
+    rows = {"none": slice(0, 0), "last": slice(-1, None), "all": slice(None)}
+    kinds: list[Any] = ["none", "last", "all", "last"]
+    wanted = [one_by_one(native(architecture, precision), np.append(text, 7)) for text in texts]
+    for threads, layers in ((1, ()), (3, ()), (2, (1,))):
+        decoder = native(architecture, precision, threads)
+        cache = PagedKVCache(decoder.new_storage(16))
+        seqs = [cache.new() for _ in texts]
+        for seq, text in zip(seqs, texts, strict=True):
+            cache.reserve(seq, len(text))
+        spans = [Span(text, 0, logits=kind) for text, kind in zip(texts, kinds, strict=True)]
+        out = decoder.forward(pack(spans, cache.page_tables(seqs)), cache.storage, layers)
+        expected = [whole[:-1][rows[kind]] for whole, kind in zip(wanted, kinds, strict=True)]
+        assert (out.logits.numpy() == np.concatenate(expected)).all()
+        assert all(len(hidden) == sum(map(len, texts)) for hidden in out.hidden.values())
+        for seq, text, whole in zip(seqs, texts, wanted, strict=True):
+            cache.commit(seq, range(len(text)))
+            cache.reserve(seq, 1)
+            span = Span(np.array([7]), len(text))
+            (logits,) = decoder.forward(pack([span], cache.page_tables([seq])), cache.storage).logits.numpy()
+            assert (logits == whole[-1]).all(), "what was left in the cache"
+            cache.commit(seq, range(1))
+
+
+@each_precision
+@each_architecture
 def test_threads_change_no_bit(architecture, precision):
     tokens = random_tokens(45, 2)
     single, *others = (in_chunks(native(architecture, precision, n), tokens, [30, 1, 1]) for n in (1, 2, 3))

@@ -93,10 +93,22 @@ def _norm_and_pack(c, me, threads, x, rows, norm, eps, space):
 
 
 @njit
-def _pack(c, me, threads, x, width, rows, space):
+def _pack(c, me, threads, x, width, rows, chosen, space):
+    """`chosen`: the rows to pack, i64[rows], one behind the other; 0: the first."""
     packed, stride, kind = _get(c, C_PACKED), _get(c, C_PACKED_STRIDE), _get(c, C_KIND)
-    for t in range(me, rows, threads):
-        pack_row(kind, x + 4 * t * width, width, space, packed + t * stride, _get(c, C_PACKED_SCALE) + 8 * t)
+    for r in range(me, rows, threads):
+        t = load_i64(chosen + 8 * r) if chosen != 0 else r
+        pack_row(kind, x + 4 * t * width, width, space, packed + r * stride, _get(c, C_PACKED_SCALE) + 8 * r)
+
+
+@njit
+def _gather(rows, count, x, width):
+    """Rows `rows` (ascending, i64[count]) of x to its beginning, in place. By one thread: they may overlap."""
+    for r in range(count):
+        t = load_i64(rows + 8 * r)
+        if t != r:
+            for i in range(0, width, 16):
+                vstore(x + 4 * (r * width + i), vload(x + 4 * (t * width + i)))
 
 
 @njit
@@ -190,7 +202,8 @@ def _post_norm(c, me, threads, rows, norm, eps):
 
 
 @njit
-def _attention_sublayer(c, layer, index, me, threads, arrived, space, eps, attention_scale):
+def _attention_sublayer(c, layer, index, me, threads, arrived, space, eps, attention_scale, narrow):
+    """`narrow`: of the rows, those that give logits alone go on behind the keys and values, moved to the beginning."""
     rows, x, width, post = _get(c, C_ROWS), _get(c, C_X), _get(c, C_WIDTH), _get(c, C_POST_NORMS)
     heads, kv_heads, head = _get(c, C_HEADS), _get(c, C_KV_HEADS), _get(c, C_HEAD)
     columns = (heads + 2 * kv_heads) * head
@@ -209,7 +222,12 @@ def _attention_sublayer(c, layer, index, me, threads, arrived, space, eps, atten
     arrived = meet(c, threads, arrived)
     _attention(c, layer, index, keys, values, space)
     arrived = meet(c, threads, arrived)
-    _pack(c, me, threads, _get(c, C_ATTENTION), heads * head, rows, space)
+    chosen = 0
+    if narrow:
+        rows, chosen = _get(c, C_LOGIT_ROWS), _get(c, C_LOGIT_INDEX)
+        if me == 0:
+            _gather(chosen, rows, x, width)
+    _pack(c, me, threads, _get(c, C_ATTENTION), heads * head, rows, chosen, space)
     arrived = meet(c, threads, arrived)
     _product(
         c, me, threads, mode, rows, _get(c, C_STEPS_ATTENTION), _get(layer, L_OUT_W), _get(layer, L_OUT_SCALE),
@@ -223,8 +241,8 @@ def _attention_sublayer(c, layer, index, me, threads, arrived, space, eps, atten
 
 
 @njit
-def _mlp_sublayer(c, layer, me, threads, arrived, space, eps):
-    rows, x, width, post = _get(c, C_ROWS), _get(c, C_X), _get(c, C_WIDTH), _get(c, C_POST_NORMS)
+def _mlp_sublayer(c, layer, me, threads, arrived, space, eps, rows):
+    x, width, post = _get(c, C_X), _get(c, C_WIDTH), _get(c, C_POST_NORMS)
     hidden = _get(c, C_HIDDEN)
     mode, target = (STORE, _get(c, C_SUBLAYER)) if post else (ADD, x)
 
@@ -235,7 +253,7 @@ def _mlp_sublayer(c, layer, me, threads, arrived, space, eps):
         _get(layer, L_GATE_UP_SCALE), 0, 2 * hidden // 16, _get(c, C_GATED), 4 * hidden, space,
     )  # fmt: skip
     arrived = meet(c, threads, arrived)
-    _pack(c, me, threads, _get(c, C_GATED), hidden, rows, space)
+    _pack(c, me, threads, _get(c, C_GATED), hidden, rows, 0, space)
     arrived = meet(c, threads, arrived)
     _product(
         c, me, threads, mode, rows, _get(c, C_STEPS_HIDDEN), _get(layer, L_DOWN_W), _get(layer, L_DOWN_SCALE),
@@ -249,13 +267,13 @@ def _mlp_sublayer(c, layer, me, threads, arrived, space, eps):
 
 
 @njit
-def _layer(c, layer, index, me, threads, arrived, space, eps, attention_scale):
+def _layer(c, layer, index, me, threads, arrived, space, eps, attention_scale, narrow):
     """A sublayer that is skipped touches nothing: neither the residual stream nor the layer's keys and values."""
     rows, x, width = _get(c, C_ROWS), _get(c, C_X), _get(c, C_WIDTH)
     if _get(layer, L_SKIP_ATTENTION) == 0:
-        arrived = _attention_sublayer(c, layer, index, me, threads, arrived, space, eps, attention_scale)
+        arrived = _attention_sublayer(c, layer, index, me, threads, arrived, space, eps, attention_scale, narrow)
     if _get(layer, L_SKIP_MLP) == 0:
-        arrived = _mlp_sublayer(c, layer, me, threads, arrived, space, eps)
+        arrived = _mlp_sublayer(c, layer, me, threads, arrived, space, eps, _get(c, C_LOGIT_ROWS) if narrow else rows)
     save = _get(layer, L_SAVE_HIDDEN)
     if save >= 0:
         out = _get(c, C_HIDDEN_OUT) + 4 * save * rows * width
@@ -282,13 +300,16 @@ def decoder_step(c, me):
         token = load_i64(_get(c, C_TOKENS) + 8 * t)
         embed_row(_get(c, C_EMBEDDING), _get(c, C_EMBEDDING_BF16), token, width, embedding_scale, x + 4 * t * width)
     arrived = meet(c, threads, arrived)
-    for i in range(_get(c, C_LAYERS)):
+    # What the last layer makes of a row that gives no logits, beyond its keys and values, nobody reads.
+    layers, wanted, narrow = _get(c, C_LAYERS), _get(c, C_LOGIT_ROWS), False
+    for i in range(layers):
         layer = _get(c, C_LAYER_TABLE) + i * LAYER_STRIDE
-        arrived = _layer(c, layer, i, me, threads, arrived, space, eps, attention_scale)
-    wanted = _get(c, C_LOGIT_ROWS)
+        if i == layers - 1 and wanted < rows:
+            narrow = _get(layer, L_SAVE_HIDDEN) < 0 and _get(layer, L_SKIP_ATTENTION) == 0
+        arrived = _layer(c, layer, i, me, threads, arrived, space, eps, attention_scale, narrow)
     packed, stride, kind = _get(c, C_PACKED), _get(c, C_PACKED_STRIDE), _get(c, C_KIND)
     for r in range(me, wanted, threads):
-        t = load_i64(_get(c, C_LOGIT_INDEX) + 8 * r)
+        t = r if narrow else load_i64(_get(c, C_LOGIT_INDEX) + 8 * r)
         norm_row(x + 4 * t * width, _get(c, C_FINAL_NORM), space, width, _get(c, C_TRUE_WIDTH), eps)
         pack_row(kind, space, width, space + 4 * width, packed + r * stride, _get(c, C_PACKED_SCALE) + 8 * r)
     arrived = meet(c, threads, arrived)
