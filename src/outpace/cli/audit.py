@@ -128,11 +128,13 @@ def audit(**options: Any) -> None:
       outpace audit --url http://localhost:8000/v1 --against-url http://localhost:8001/v1
       outpace audit --check-file answers.jsonl --requests questions.jsonl
 
-    Tokens are compared with plain decoding, one sequence at a time. Verifiers are enumerated on a small vocabulary;
-    ragged batches, streams, seeds and owners are tried out; texts of many seeds are counted against the model's own
-    distribution. For approximate methods --humaneval, --gsm8k and --perplexity tell the quality lost.
+    Tokens are compared with plain decoding, one sequence at a time; a table then tells how rare a fault this would have
+    seen. The sampler is held against its definition and verifiers are enumerated on a small vocabulary; ragged batches,
+    streams, seeds and owners are tried out; texts of many seeds are counted against the model's own distribution. For
+    approximate methods --humaneval, --gsm8k and --perplexity tell the quality lost. docs/audit.md explains how to read
+    it.
 
-    Exit code 0: everything is what it claims to be. 1: something is not.
+    Exit code 0: everything is what it claims to be. 1: something is not. 2: the audit could not be made.
     """
     path: Path | None = options["json_path"]
     for file in (path, options["save_reference"]):
