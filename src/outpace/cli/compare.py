@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -64,7 +64,10 @@ def many(*names: str, help: str, **more: Any) -> Callable[[Any], Any]:
     help="Another engine in the same run: llama.cpp, transformers or openvino, each also with :draft or :lookup, or "
     "the URL of an OpenAI-compatible server.",
 )  # fmt: skip
-@click.option("--peer-python", type=click.Path(path_type=Path), help="The Python that has the peers.  [default: ours]")
+@many(
+    "--peer-python", "pythons", metavar="[ENGINE=]PATH",
+    help="The Python that has the peers, or that one.  [default: ours]",
+)  # fmt: skip
 @click.option("--budget", type=Budget(), default="15m", show_default=True, help="Time for everything.")
 @click.option("--rounds", type=click.IntRange(1), help="At most so many.  [default: what the budget allows]")
 @click.option(
@@ -134,7 +137,7 @@ def configuration(options: dict[str, Any]) -> CompareConfig:
         if slash:
             make_verifier(verifier)
     for peer in options["peers"]:
-        PeerSpec.parse(peer)
+        python_of(PeerSpec.parse(peer).engine, options["pythons"])
     names = ("precision", "threads", "device")
     draft = options["draft_model"]
     return CompareConfig(
@@ -181,11 +184,24 @@ def peer_opener(options: dict[str, Any]) -> Callable[[str, str, LLM, int], Peer]
             threads=getattr(llm.decoder, "threads", 0) or 1,
             context=min(llm.config.max_position, CONTEXT),
             max_batch=batch,
-            python=options["peer_python"],
+            python=python_of(PeerSpec.parse(spec).engine, options["pythons"]),
             past_end=True,
         )
 
     return open_one
+
+
+def python_of(engine: str, given: Sequence[str]) -> Path | None:
+    """What `--peer-python` says of an engine, else of all. Raises ParameterError for an engine that does not exist."""
+    from ..bench.peers.open import ENGINES
+
+    found: dict[str, Path] = {}
+    for value in given:
+        head, equals, path = value.rpartition("=")
+        if equals and head not in ENGINES and "/" not in head:
+            raise ParameterError(f"--peer-python {value!r}: no engine {head!r}; there are: {', '.join(ENGINES)}")
+        found |= {head: Path(path)} if head in ENGINES else {"": Path(value)}
+    return found.get(engine) or found.get("")
 
 
 def command(ctx: click.Context) -> str:
@@ -194,8 +210,9 @@ def command(ctx: click.Context) -> str:
     here = Path.cwd()
 
     def shown(word: str) -> str:
-        path = Path(word)
-        return path.name if path.is_absolute() and not path.is_relative_to(here) else word
+        head, equals, last = word.rpartition("=") if "://" not in word else ("", "", word)
+        path = Path(last)
+        return head + equals + (path.name if path.is_absolute() and not path.is_relative_to(here) else last)
 
     return shlex.join(["outpace", *map(shown, words)])
 

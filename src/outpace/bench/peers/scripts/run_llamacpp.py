@@ -111,6 +111,11 @@ class LlamaCpp:
             "settings": {name: settings[name] for name in ("flash", "kv", "batch", *used)} | {"kv_unified": False},
             "batches": "in one step",
         }
+        if used:
+            self.about["output"] = (
+                "may differ from llama.cpp's plain decoding where two tokens are nearly as likely: depending on the "
+                "weights' format, a step of four or more rows rounds otherwise than one of a single row"
+            )
 
     def generate(self, request: dict[str, Any]) -> list[dict[str, Any]]:
         began = perf_counter()
