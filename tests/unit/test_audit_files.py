@@ -81,7 +81,8 @@ def test_references_are_whole_or_refused(tmp_path: Path) -> None:
         with pytest.raises(ParameterError, match="cannot be used"):
             load_reference(path)
     path.write_bytes(whole.replace(b"[4, 5]", b"[4, 6]"))
-    assert "digest" in check_file(path)[0].evidence
+    (changed,) = check_file(path)
+    assert not changed.holds and "digest is wrong" in changed.evidence
     lines = whole.splitlines(keepends=True)
     path.write_bytes(b"".join([*lines[:1], *lines[2:]]))
     assert "2 of 3 outputs" in check_file(path)[0].evidence
@@ -132,7 +133,8 @@ class Server:
                     return
                 text = "an answer to " + body["messages"][0]["content"]
                 text = owner.fault(text) if owner.fault else text
-                self.send({"choices": [{"message": {"content": text}, "finish_reason": "stop"}]})
+                choice = {"message": {"content": text}, "finish_reason": "stop"}
+                self.send({"choices": [choice], "usage": {"completion_tokens": 30}})
 
             def send(self, found: object, status: int = 200) -> None:
                 raw = json.dumps(found).encode()
@@ -143,7 +145,7 @@ class Server:
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
 
 
 @pytest.fixture
@@ -165,6 +167,7 @@ def test_two_servers_that_say_the_same(servers: tuple[Server, Server]) -> None:
         Endpoint(plain.url), Endpoint(other.url), PROMPTS, at_once=3, told=lambda what, done, total: told.append(done)
     )
     assert [c.holds for c in checks] == [True, True] and told == list(range(1, 13))
+    assert checks[1].numbers["tokens"] == 120 and "one wrong in 40 would have been seen" in checks[1].evidence
     assert len(plain.asked) == 8 and len(other.asked) == 4
     assert all(body["temperature"] == 0 and body["model"] == "toy" for body in other.asked)
 
@@ -175,7 +178,9 @@ def test_a_server_whose_text_differs_or_fails_is_found(servers: tuple[Server, Se
     alone, between = check_urls(Endpoint(plain.url), Endpoint(other.url), PROMPTS)
     assert alone.holds and not between.holds and between.numbers["differing"] == 1
     assert "p2: cut short" in between.evidence
-    other.fault = 500
+    plain.fault = other.fault = lambda text: ""
+    assert not any(c.holds for c in check_urls(Endpoint(plain.url), Endpoint(other.url), PROMPTS))  # nothing compared
+    plain.fault, other.fault = None, 500
     _, between = check_urls(Endpoint(plain.url), Endpoint(other.url), PROMPTS)
     assert between.numbers["failed"] == 4 and "HTTP 500" in between.evidence
     with pytest.raises(ParameterError, match="names no model"):
