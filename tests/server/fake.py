@@ -16,7 +16,7 @@ from tokenizers.models import BPE
 
 from outpace.engine.request import DraftTrace, StepEvent
 from outpace.engine.text import TextStream
-from outpace.errors import CapacityError, MethodError, ParameterError, QueueFull
+from outpace.errors import CapacityError, GrammarError, MethodError, ParameterError, QueueFull
 from outpace.models.checkpoint import TokenizerFiles
 from outpace.models.tokenizer import Tokenizer
 from outpace.types import DecodingStats, RequestOptions, Result, SamplingParams
@@ -80,6 +80,8 @@ class FakeEngine:
         self.asked: list[Asked] = []
         self.cancelled: list[int] = []
         self.hold = threading.Event()
+        self.prepared = threading.Event()  # cleared: grammars take until it is set
+        self.prepared.set()
         self.fail: Exception | None = None
         self.fail_cancel: Exception | None = None
         self.wrong_books = False
@@ -100,6 +102,12 @@ class FakeEngine:
         if len(prompt) >= self._context:
             raise CapacityError(f"the prompt has {len(prompt)} tokens and leaves no room")
         return self._context - len(prompt)
+
+    def prepare(self, params: SamplingParams) -> None:
+        assert threading.get_ident() != self._thread, "a grammar is compiled by the thread that steps"
+        assert self.prepared.wait(30)
+        if params.regex == "(":
+            raise GrammarError("regex='(': unclosed group")
 
     @property
     def idle(self) -> bool:

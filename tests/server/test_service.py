@@ -20,7 +20,7 @@ import pytest
 from fake import FakeEngine, lines
 from live import Live
 
-from outpace.errors import ParameterError, QueueFull
+from outpace.errors import GrammarError, ParameterError, QueueFull
 from outpace.server import service as service_module
 from outpace.server import stream as stream_module
 from outpace.server.service import Ask, EngineService, Gone, ServiceError
@@ -88,6 +88,24 @@ def test_all_or_none_is_submitted() -> None:
 
     with_service(engine, use)
     assert engine.cancelled == [1, 2, 3, 4], "stopping cancels what runs"
+
+
+def test_a_heavy_grammar_holds_up_nobody_else() -> None:
+    engine = FakeEngine()
+    engine.prepared.clear()
+
+    async def use(service: EngineService) -> None:
+        slow = asyncio.create_task(service.submit([Ask([1], SamplingParams(regex="a+"))] * 3))
+        quick = await service.submit([ask(7)])
+        assert len(await quick.wait()) == 1
+        assert not slow.done() and len(engine.asked) == 1, "it waits for its grammar, in nobody's way"
+        engine.prepared.set()
+        assert len(await (await slow).wait()) == 3
+        with pytest.raises(GrammarError, match="unclosed"):
+            await service.submit([ask(1), Ask([1], SamplingParams(regex="("))])
+        assert len(engine.asked) == 4, "all or none"
+
+    with_service(engine, use)
 
 
 def test_closing_a_ticket_cancels_what_is_unfinished() -> None:

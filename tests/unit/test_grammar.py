@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import builtins
 import json
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -134,6 +136,25 @@ def test_each_grammar_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
         grammars.matcher(SamplingParams(regex=f"x{i}"), STOP)
     assert len(grammars._compiled) == 32
     assert grammars_of(TOKENIZER, V) is GRAMMARS
+
+
+def test_who_finds_its_grammar_waits_for_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    grammars, begun, go_on = Grammars(TOKENIZER, V), Event(), Event()
+    whole = grammars._compile
+    grammars.prepare(("regex", "a+"))
+
+    def slowly(kind: str, text: str) -> Any:
+        begun.set()
+        assert go_on.wait(30)
+        return whole(kind, text)
+
+    monkeypatch.setattr(grammars, "_compile", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(grammars.prepare, ("regex", "b+")) for _ in range(2)]
+        assert begun.wait(30)
+        assert may_follow(grammars.matcher(SamplingParams(regex="a+"), STOP)) == "a"
+        go_on.set()
+        assert both[0].result() is both[1].result(), "compiled once"
 
 
 def test_a_schema_may_be_text_or_an_object() -> None:

@@ -100,7 +100,8 @@ class Grammars:
         self._eos_ids, self._vocab_size = sorted(tokenizer.eos_ids), vocab_size
         self._vocabulary: Any = None  # of the library
         self._compiled: OrderedDict[tuple[str, str], Any] = OrderedDict()
-        self._lock = Lock()
+        self._lock = Lock()  # of the table
+        self._compiling = Lock()
 
     def matcher(self, params: SamplingParams, stop_ids: Iterable[int]) -> Matcher:
         """At the beginning of the grammar of `params`. `stop_ids` are what may end the output.
@@ -109,14 +110,29 @@ class Grammars:
         is missing.
         """
         assert params.constraint is not None
+        start = self.prepare(params.constraint)
+        return Matcher(start, self._vocab_size, stop_ids, self._eos_ids)
+
+    def prepare(self, constraint: tuple[str, str]) -> Any:
+        """Compile a grammar now, so that `matcher` finds it; a heavy one takes seconds. Returns the library's matcher at
+        its beginning, and raises what `matcher` does. Who asks for one that is there waits for no other."""
+        found = self._known(constraint)
+        if found is None:
+            with self._compiling:
+                found = self._known(constraint)
+                if found is None:
+                    found = self._compile(*constraint)
+                    with self._lock:
+                        self._compiled[constraint] = found
+                        if len(self._compiled) > _KEPT:
+                            self._compiled.popitem(last=False)
+        return found
+
+    def _known(self, constraint: tuple[str, str]) -> Any:
         with self._lock:
-            found = self._compiled.get(params.constraint)
-            if found is None:
-                found = self._compiled[params.constraint] = self._compile(*params.constraint)
-            self._compiled.move_to_end(params.constraint)
-            if len(self._compiled) > _KEPT:
-                self._compiled.popitem(last=False)
-            return Matcher(found, self._vocab_size, stop_ids, self._eos_ids)
+            if constraint in self._compiled:
+                self._compiled.move_to_end(constraint)
+            return self._compiled.get(constraint)
 
     def _compile(self, kind: str, text: str) -> Any:
         try:

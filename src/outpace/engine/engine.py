@@ -203,15 +203,24 @@ class Engine:
                     f"exactness {options.exactness!r} cannot be had with method {method!r} here, only {declared!r}{why}"
                 )
 
+    def prepare(self, params: SamplingParams) -> None:
+        """Compile the grammar of `params`, if it has one, so that `add` need not. The only method, beside `room`, that
+        other threads may call. Raises GrammarError, and ParameterError without a tokenizer or the library."""
+        if params.constraint is not None:
+            if self._grammars is None:
+                name = params.constraint[0]
+                raise ParameterError(f"{name} needs a tokenizer, and this engine has none: use logit_bias on token ids")
+            self._grammars.prepare(params.constraint)
+
     def _matcher(self, params: SamplingParams, stop_ids: frozenset[int]) -> Matcher | None:
         if params.constraint is None:
             return None
-        name = params.constraint[0]
-        if self._grammars is None:
-            raise ParameterError(f"{name} needs a tokenizer, and this engine has none: use logit_bias on token ids")
+        self.prepare(params)
+        assert self._grammars is not None
         if not stop_ids:
             raise ParameterError(
-                f"{name} needs a token that ends the output, and the model has none: name one in stop_token_ids"
+                f"{params.constraint[0]} needs a token that ends the output, and the model has none: name one in "
+                "stop_token_ids"
             )
         return self._grammars.matcher(params, stop_ids)
 

@@ -306,6 +306,11 @@ class LLM:
         expected = self.tokenizer.encode(prediction) if prediction else []
         return self._engine.add(self.tokens(prompt), params, expected, options)
 
+    def prepare(self, params: SamplingParams) -> None:
+        """Compile the grammar of `params`, if it has one: `submit` then does not hold up the steps of others. May be
+        called from any thread. Raises GrammarError for one that does not compile."""
+        self._engine.prepare(params)
+
     def step(self) -> list[StepEvent]:
         """One step of everybody; the events of submitted requests. None when `idle`.
 

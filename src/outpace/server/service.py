@@ -26,7 +26,7 @@ IDLE_CHECK_S = 1.0  # the books are compared when the engine has been idle for s
 
 class ServingEngine(Protocol):
     """What is served: an `LLM`, or whatever keeps to this. Used by one thread at a time, but for `tokenizer`, `name`,
-    `method`, `precision` and `room`, which only read what never changes."""
+    `method`, `precision` and `room`, which only read what never changes, and `prepare`."""
 
     @property
     def name(self) -> str: ...
@@ -43,6 +43,7 @@ class ServingEngine(Protocol):
     @property
     def methods(self) -> Sequence[str]: ...
     def room(self, prompt: Sequence[int]) -> int: ...
+    def prepare(self, params: SamplingParams) -> None: ...
     def submit(
         self,
         prompt: Sequence[int],
@@ -194,6 +195,9 @@ class EngineService:
 
     async def submit(self, asks: Sequence[Ask]) -> Ticket:
         """Queue all asks, or none. Raises what the engine refuses them with, QueueFull among it, and ServiceError."""
+        self.check_open()
+        for params in {ask.params.constraint: ask.params for ask in asks if ask.params.constraint}.values():
+            await asyncio.to_thread(self.engine.prepare, params)  # others go on while a heavy grammar is compiled
         self.check_open()
         ticket = Ticket(self, asks)
         self._tickets.add(ticket)
