@@ -71,7 +71,7 @@ def many(*names: str, help: str, **more: Any) -> Callable[[Any], Any]:
 @click.option("--budget", type=Budget(), default="15m", show_default=True, help="Time for everything.")
 @click.option("--rounds", type=click.IntRange(1), help="At most so many.  [default: what the budget allows]")
 @click.option(
-    "--prompts", type=click.IntRange(1), default=3, show_default=True, help="Of a workload, or batches of it."
+    "--prompts", type=click.IntRange(1), default=2, show_default=True, help="Of a workload, or batches of it."
 )
 @click.option("-n", "--max-tokens", type=click.IntRange(2), default=64, show_default=True, help="Of each answer.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("outpace-compare"),

@@ -114,8 +114,8 @@ class Grammars:
         return Matcher(start, self._vocab_size, stop_ids, self._eos_ids)
 
     def prepare(self, constraint: tuple[str, str]) -> Any:
-        """Compile a grammar now, so that `matcher` finds it; a heavy one takes seconds. Returns the library's matcher at
-        its beginning, and raises what `matcher` does. Who asks for one that is there waits for no other."""
+        """Compile a grammar now, so that `matcher` finds it; a heavy one takes seconds. Who asks for one that is there
+        waits for no other. Returns the library's matcher at its beginning; raises what `matcher` does."""
         found = self._known(constraint)
         if found is None:
             with self._compiling:

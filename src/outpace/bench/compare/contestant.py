@@ -41,7 +41,8 @@ class Run:
 
     `tokens` of all answers. Of decoding, as defined above: `decode_tokens` in `decode_s`; `steps` of the target, in
     which `turns` sequences took part together and `rows` tokens were computed; `draft_s`, `verify_s` (the target's
-    forwards) and `sample_s` (choosing tokens, judging drafts). Of the whole answers: `drafted`, `accepted`,
+    forwards; `forwards` has them by their number of rows: [rows, how many, seconds]) and `sample_s` (choosing tokens,
+    judging drafts). Of the whole answers: `drafted`, `accepted`,
     `tested[d]` and `right[d]` draft nodes of depth d, in `all_turns` turns.
     """
 
@@ -56,6 +57,7 @@ class Run:
     draft_s: float | None = None
     verify_s: float | None = None
     sample_s: float | None = None
+    forwards: list[tuple[int, int, float]] = field(default_factory=list)
     drafted: int = 0
     accepted: int = 0
     all_turns: int = 0
@@ -140,8 +142,10 @@ class _Watch:
         self.results: dict[int, Result] = {}
         self.all_first: float | None = None
         self.before: dict[str, float] = {}
+        self.last: dict[str, float] | None = None
         self.first_tokens = self.turns = 0
         self.kv_bytes, self.ended = 0, 0.0
+        self.forwards: dict[int, tuple[int, float]] = {}  # rows -> how many, seconds
 
     def step(self, clock: Clock) -> None:
         events = self.llm.step()
@@ -155,6 +159,11 @@ class _Watch:
                 self.results[event.id] = event.result
         now = self.llm.metrics()
         self.kv_bytes = max(self.kv_bytes, int(now["kv_bytes"]))
+        if self.last is not None and self.all_first is not None:
+            rows, seconds = (now[name] - self.last[name] for name in ("rows", "forward_seconds"))
+            count, total = self.forwards.get(int(rows), (0, 0.0))
+            self.forwards[int(rows)] = count + 1, total + seconds
+        self.last = now
         if self.all_first is None and all(self.counts.values()):
             self.all_first, self.before, self.first_tokens = clock(), now, sum(self.counts.values())
 
@@ -180,6 +189,7 @@ class _Watch:
             draft_s=spent("draft_seconds"),
             verify_s=spent("forward_seconds"),
             sample_s=spent("judge_seconds"),
+            forwards=[(rows, *of) for rows, of in sorted(self.forwards.items())],
             drafted=sum(r.stats.drafted for r in results),
             accepted=sum(r.stats.accepted for r in results),
             all_turns=sum(r.stats.steps for r in results),

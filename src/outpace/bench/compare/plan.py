@@ -42,7 +42,7 @@ class CompareConfig:
     temperatures: tuple[float, ...] = (0.0,)
     peers: tuple[str, ...] = ()
     max_tokens: int = 64
-    prompts: int = 3
+    prompts: int = 2
     rounds: int | None = None
     budget_s: float = 900.0
     seed: int = 0

@@ -319,7 +319,10 @@ def _how(report: Report) -> str:
             rows.append([f"peer {name}", ", ".join(f"{k}: {v}" for k, v in about.items())])
     text = (
         "<p>Contestants take turns: plain decoding and up to four methods answer the same prompts one after the other "
-        "(a heat), in an order that changes, and each ratio is made of two runs of one heat. Drafters remember nothing "
+        "(a heat), in an order that changes, and each ratio is made of two runs of one heat. How fast the machine was "
+        "at that moment is seen from the model's own forwards, the same work whoever asks for them, and taken out of "
+        "the seconds of our methods; what a method slows the machine down by itself stays. Drafters remember "
+        "nothing "
         "from one round over the prompts to the next. Text that a prompt expects back (code to be edited) is given to "
         "all methods alike. Speeds leave the reading of prompts out; the time to the first token is told apart. "
         "The memory of the process is that of all methods of this run together; other engines have processes of their "

@@ -1,6 +1,7 @@
 """From measurements to figures: medians, confidence intervals, ratios to plain pair by pair, identity.
 
-A ratio is made of two runs of one heat: the same prompts, seconds apart. A cell's ratio is the geometric mean over its
+A ratio is made of two runs of one heat: the same prompts, seconds apart, each at the machine's usual pace as far as its
+forwards tell (see pace). A cell's ratio is the geometric mean over its
 units of the median over the rounds. Its interval says how far noise of the machine could move it: rounds are drawn
 again with replacement, each unit's among themselves, and the middle 95 % of 1,000 such draws are shown. How much the
 figure depends on the prompt is another question: the lowest and highest median of a unit are told beside it.
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from .ceilings import Ceilings
+from .pace import paces
 from .plan import PLAIN, Cell
 from .store import Line
 
@@ -101,6 +103,7 @@ def summarise(
 ) -> list[Summary]:
     """A summary for each (model, cell, contestant) that is `wanted`, measured or not."""
     found: dict[tuple[str, Cell, str], list[Line]] = {}
+    lines = steadied(lines)
     for line in lines:
         if line["kind"] == "measurement":
             found.setdefault((line["model"], cell_of(line), line["method"]), []).append(line)
@@ -171,9 +174,25 @@ def heat_of(line: Line) -> tuple[Any, ...]:
     return *where(line), line["batch"], line["round"], line["heat"]
 
 
-def speed_of(line: Line) -> float | None:
+def steadied(lines: Sequence[Line]) -> list[Line]:
+    """The lines, with the `pace` of those measurements that tell it."""
+    good = [i for i, line in enumerate(lines) if line["kind"] == "measurement" and not line.get("error")]
+    made = list(lines)
+    for i, pace in zip(good, paces([lines[i] for i in good]), strict=True):
+        if pace is not None:
+            made[i] = {**lines[i], "pace": pace}
+    return made
+
+
+def raw_speed(line: Line) -> float | None:
     """Tokens a second of decoding."""
     return line["decode_tokens"] / line["decode_s"] if line.get("decode_s") and line.get("decode_tokens") else None
+
+
+def speed_of(line: Line) -> float | None:
+    """The same at the machine's usual pace, as far as that is known."""
+    raw = raw_speed(line)
+    return None if raw is None else raw * line.get("pace", 1.0)
 
 
 def whole_speed(line: Line) -> float | None:
@@ -185,7 +204,8 @@ def fill(
     row: Summary, lines: list[Line], pairs: dict[Any, Line], answers: dict[Any, str], ceilings: Ceilings | None
 ) -> None:
     row.whole = any(speed_of(line) is None for line in lines)
-    speed = whole_speed if row.whole else speed_of
+    told = all("pace" in line for line in lines)  # else plain's runs are taken as they were, too
+    speed = whole_speed if row.whole else speed_of if told else raw_speed
     speeds: Groups = {}
     ratios: Groups = {}
     for line in lines:
