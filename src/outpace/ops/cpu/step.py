@@ -123,13 +123,15 @@ def _rotate_and_write(c, layer, me, threads, keys, values, eps, attention_scale,
     page_bytes, head_bytes = _get(c, C_KV_PAGE_BYTES), _get(c, C_KV_HEAD_BYTES)
     row_start, b = _get(c, C_ROW_START), 0
     one = np.float32(1.0)
+    # Heads that lie side by side, as a thread's columns of the product did: they are in its own cache.
+    first, last = _share(heads + kv_heads, 1, me, threads), _share(heads + kv_heads, 1, me + 1, threads)
     for t in range(_get(c, C_ROWS)):
         while load_i32(row_start + 4 * (b + 1)) <= t:
             b += 1
         place = load_i32(_get(c, C_COMMITTED) + 4 * b) + load_i32(_get(c, C_OFFSETS) + 4 * t)
         page = load_i32(_get(c, C_PAGES) + b * _get(c, C_PAGES_STRIDE) + 4 * (place // 16))
         ct, st = cos + 4 * t * half, sin + 4 * t * half
-        for h in range(me, heads + kv_heads, threads):
+        for h in range(first, last):
             x = _get(c, C_QKV) + 4 * head * (t * columns + h)
             if h < heads:
                 rotate_head(x, ct, st, half, _get(layer, L_Q_NORM), head, head_true, eps, attention_scale)
