@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
+from outpace.cli import audit_more
+
 QUICK = ("audit", "--n", "3", "--max-tokens", "8", "--batch", "1", "--batch", "3", "--prompts")
 
 
@@ -46,7 +48,10 @@ def test_references_are_kept_and_compared(outpace: Callable[..., Result], prompt
     assert alone.exit_code == 1 and "cut short" in alone.output
 
 
-def test_quality_of_approximate_verifiers(outpace: Callable[..., Result], prompts: str, tmp_path: Path) -> None:
+def test_quality_of_approximate_verifiers(
+    outpace: Callable[..., Result], prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audit_more, "TEXT_CHARACTERS", 3000)
     questions, report = tmp_path / "gsm8k.jsonl", tmp_path / "q.json"
     questions.write_text(
         "".join(json.dumps({"question": f"{i}+1?", "answer": f"#### {i + 1}"}) + "\n" for i in range(4))
@@ -55,6 +60,7 @@ def test_quality_of_approximate_verifiers(outpace: Callable[..., Result], prompt
     done = outpace(*QUICK, prompts, *args, "--quality-verifier", "topk", "--json", str(report))
     assert done.exit_code == 0, done.output
     assert "perplexity of a fixed text" in done.output
+    assert "answers were cut at --max-tokens" in " ".join(done.output.split())
     quality = json.loads(report.read_text())["quality"]
     ways = [(s["suite"], s["verifier"], s["exactness"]) for s in quality["scores"]]
     assert ways == [

@@ -157,6 +157,7 @@ def test_scores_compare_pair_by_pair(tmp_path: Path) -> None:
     assert all(r.exactness == "approximate" for r in worse.results)
     found = score(llm, llm, good, "suffix", "topk:k=20", Answers(worse.results, [False] * 3 + [True] * 3), plain)
     assert (found.right, found.lost, found.won, found.questions) == (3, 2, 0, 6)
+    assert found.cut == sum(len(r.token_ids) == 10 for r in worse.results) > 0
     assert found.p == 0.5 and found.same_text < 6 and found.exactness == "approximate"
     same = score(llm, llm, good, "plain", "auto", plain, plain)
     assert same.same_text == 6 and same.lost == same.won == 0

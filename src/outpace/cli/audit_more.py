@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,13 +108,14 @@ class Quality:
             return best.method if best.method != "plain" else "suffix+recycling"
 
     def show(self) -> None:
+        from rich.box import SIMPLE
         from rich.table import Table
 
         if self.scores:
             temperature = self.options["quality_temperature"]
-            table = Table(title=f"quality at temperature {temperature:g}", title_justify="left")
+            table = Table(title=f"quality at temperature {temperature:g}", title_justify="left", box=SIMPLE)
             for name in ("suite", "precision", "method", "verifier", "claims"):
-                table.add_column(name)
+                table.add_column(name, overflow="fold")
             for name in ("right", "95 %", "lost", "won", "p", "same text", "perplexity", "mean_accepted"):
                 table.add_column(name, justify="right")
             for s in self.scores:
@@ -132,6 +132,10 @@ class Quality:
                 "and the other way round; p: that this comes by chance; perplexity: of the answers, as the target "
                 "reads them"
             )
+        for s in self.scores:
+            if s.right is not None and s.cut:
+                way = f"{s.suite}, {s.precision}, {s.method}, {s.verifier}"
+                say(f"note: {way}: {s.cut} of {s.questions} answers were cut at --max-tokens; that may be why")
         for precision, value in self.perplexities.items():
             first = next(iter(self.perplexities.values()))
             click.echo(f"perplexity of a fixed text in {precision}: {value:.4f} ({100 * (value / first - 1):+.2f} %)")
@@ -226,8 +230,3 @@ def console() -> Any:
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-
-
-def as_checked(check: Check, where: str) -> Check:
-    """With the precision in its subject, for a run of several."""
-    return replace(check, subject=f"{check.subject}, {where}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...types import Exactness, Result, SamplingParams
@@ -35,7 +35,7 @@ class Suite:
 class Score:
     """One way to decode on one suite. `lost` and `won`: questions that plain decoding got right and this did not, and
     the other way round; `p` that so uneven a split comes by chance; `perplexity` of the answers, as the target reads
-    them."""
+    them; `cut`: answers that ended at the limit of tokens, which may be why they are wrong."""
 
     suite: str
     method: str
@@ -51,7 +51,7 @@ class Score:
     same_text: int
     perplexity: float
     mean_accepted: float
-    notes: list[str] = field(default_factory=list)
+    cut: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -132,4 +132,5 @@ def score(llm: LLM, judge: LLM, suite: Suite, method: str, verifier: str, found:
         same_text=sum(a.token_ids == b.token_ids for a, b in zip(results, plain.results, strict=True)),
         perplexity=read.value if read.tokens else float("nan"),
         mean_accepted=(tokens - len(results)) / steps if steps else 1.0,
+        cut=sum(r.finish_reason == "length" for r in results),
     )
