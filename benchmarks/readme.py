@@ -276,6 +276,30 @@ def load_table() -> str:
     return f"{table(head, rows)}\n\nIn time: {words}." if rows else ""
 
 
+def compare_table() -> str:
+    """What two runs of the same comparison have in common, and other engines beside plain decoding."""
+    told, rows = [], []
+    for r in records("compare"):
+        if together := r["results"].get("agreement"):
+            told.append(
+                f"{link(r)}: two runs of {' and '.join(f'{s:.0f}' for s in r['results']['seconds'])} s; "
+                f"{together['ratios']} ratios to plain decoding, apart by {100 * together['median']:.1f} % in the "
+                f"median and {100 * together['largest']:.1f} % at most, {together['beyond_limit']} of them by more than "
+                f"{100 * together['limit']:.0f} %."
+            )
+        if not r["results"]["peers"]:
+            continue
+        for cell, found in r["results"]["runs"][0].items():
+            for name, f in sorted(found.items(), key=lambda item: -(item[1]["tokens_per_s"] or 0.0)):
+                speed = f"{f['tokens_per_s']:.1f}" if f["tokens_per_s"] else f["reason"] or f["state"]
+                x = "1" if name == "plain" else f"{f['x_plain']:.2f}" if f["x_plain"] else ""
+                rows.append([link(r, cell), f"`{name}`" if name not in r["results"]["peers"] else name, speed, x])
+    parts = ["\n".join(f"- {line}" for line in told)] if told else []
+    if rows:
+        parts.append(table(["model, text", "method or engine", "tokens/s", "x our plain"], rows))
+    return "\n\n".join(parts)
+
+
 def quality_table() -> str:
     rows = []
     for r in records("perplexity"):
@@ -315,6 +339,7 @@ RESULT_TABLES: dict[str, Callable[[], str]] = {
     "Beside llama.cpp": peer_table,
     "Many sequences at once": batches_table,
     "Goodput of the servers": load_table,
+    "What `outpace compare` finds": compare_table,
     "The same tokens": audit_table,
     "Quality of the arithmetic": quality_table,
     "Start-up": startup_table,

@@ -50,6 +50,27 @@ def test_one_scan_where_topk_is_expected(scans: list[int]) -> None:
     assert scans == [1]
 
 
+def test_a_few_rows_are_scanned_alone(scans: list[int]) -> None:
+    logits = torch.randn(6, 50)
+    step = StepOutputs(logits)
+    step.argmax()
+    values, ids = TargetOutputs(step, 2, 4).topk(5)
+    order = np.argsort(-logits.numpy(), axis=1, kind="stable")
+    assert (ids == order[2:4, :5]).all() and (values == np.take_along_axis(logits.numpy()[2:4], ids, 1)).all()
+    assert scans == [1, 5] and step._topk is None, "the other rows were left alone"
+
+
+def test_merged_expects_topk_for_most_of_a_batch_only() -> None:
+    drafter = make_drafter("suffix+recycling", DrafterContext(vocab_size=100))
+    sequences = [Sequence(i, [1, 2, 1], 3, SamplingParams()) for i in range(4)]
+    for sequence in sequences:
+        drafter.begin(sequence)
+    drafter.propose(sequences, [4, 0, 0, 0])
+    assert drafter.expects_topk == 0
+    drafter.propose(sequences, [4, 4, 0, 0])
+    assert drafter.expects_topk == 8
+
+
 def test_drafters_say_what_they_will_ask_for() -> None:
     context = DrafterContext(vocab_size=100)
     for spec, k in (("plain", 0), ("suffix", 0), ("recycling", 8), ("suffix+recycling", 8), ("ngram+suffix", 0)):

@@ -6,20 +6,23 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outpace.decoding.contracts import Sequence
+from outpace.decoding.contracts import Observation, Sequence
 from outpace.decoding.drafters.merged import Merged
 from outpace.decoding.drafters.ngram import Ngram
 from outpace.decoding.drafters.plain import Plain
 from outpace.decoding.drafters.worth import Worth
 from outpace.decoding.methods import make_planner
+from outpace.decoding.outputs import TargetOutputs
 from outpace.decoding.planners.costs import StepCosts
 from outpace.decoding.planners.fixed import Fixed
 from outpace.decoding.planners.goodput import Goodput
 from outpace.decoding.planners.planner import Room, share_rows
 from outpace.decoding.planners.tetris import Tetris
+from outpace.decoding.sampling import certainty, distribution
 from outpace.decoding.tree import keep_best, promise, reaches
 from outpace.errors import MethodError
 from outpace.registry import methods
@@ -180,6 +183,45 @@ def test_what_a_second_is_worth_decides() -> None:
     # 0.2 tokens for 1 ms: worth it at 100 tokens/s, not at 1,000.
     assert run(Worth(), gain=0.2, steps=1000, price=100.0) > 900
     assert run(Worth(), gain=0.2, steps=1000, price=1000.0) < 500
+
+
+def test_a_dear_drafter_reads_no_text_that_the_target_is_not_sure_of() -> None:
+    worth, price = Worth(), 20.0
+    run(worth, gain=1.0, steps=20, price=price, seconds=0.02)  # a forward costs 0.4 tokens
+    noise, text = (Sequence(id, [1, 2, 3], 3, SamplingParams()) for id in (2, 3))
+    assert worth.waits(2, price) and not worth.waits(1, price)
+    worth.saw(2, 0.05)
+    worth.saw(3, 0.6)
+    assert worth.paying([noise, text], [0.0, 0.0], price) == [1]
+    for _ in range(5):
+        worth.saw(2, 0.9)
+    assert worth.paying([noise], [0.0], price) == [0], "it became sure"
+    cheap = Worth()
+    run(cheap, gain=1.0, steps=20, price=price, seconds=0.0001)
+    assert not cheap.waits(2, price), "nothing is worth a look"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0, 2.0])
+def test_no_token_is_drawn_more_often_than_the_certainty_says(temperature: float) -> None:
+    logits = np.random.default_rng(0).normal(size=50).astype(np.float32) * 3
+    params = SamplingParams(temperature=temperature)
+    expected = distribution(logits, SamplingParams(temperature=temperature or 1.0)).max()
+    assert certainty(logits, params) == pytest.approx(expected, rel=1e-5)
+
+
+def test_merged_shows_the_first_row_to_those_who_wait() -> None:
+    merged, sequence = Merged([Ngram()]), Sequence(0, [1, 2, 3], 3, SamplingParams())
+    merged.begin(sequence)
+    merged.price, merged.worths[0].forward_s = 20.0, 0.02
+    outputs = TargetOutputs.of(torch.tensor([[0.0, 0.0, 0.0, 0.0]]))
+    merged.observe(sequence, Observation(np.array([1]), Draft.empty(), None, None, first=outputs))
+    sequence.tokens.append(1)
+    merged.worths[0]._bins[0].trials = 9
+    assert merged.worths[0]._customers[0].sure == pytest.approx(0.25)
+    assert merged.propose([sequence], [4])[0].tokens.size, "0.25 is more than half of 0.4"
+    merged.worths[0].forward_s = 0.03
+    merged.worths[0]._customers[0].known = False
+    assert not merged.propose([sequence], [4])[0].tokens.size
 
 
 def test_a_sequence_does_not_pay_for_another() -> None:

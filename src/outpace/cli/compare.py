@@ -68,7 +68,7 @@ def many(*names: str, help: str, **more: Any) -> Callable[[Any], Any]:
     "--peer-python", "pythons", metavar="[ENGINE=]PATH",
     help="The Python that has the peers, or that one.  [default: ours]",
 )  # fmt: skip
-@click.option("--budget", type=Budget(), default="15m", show_default=True, help="Time for everything.")
+@click.option("--budget", type=Budget(), default="14m", show_default=True, help="Time for everything.")
 @click.option("--rounds", type=click.IntRange(1), help="At most so many.  [default: what the budget allows]")
 @click.option(
     "--prompts", type=click.IntRange(1), default=2, show_default=True, help="Of a workload, or batches of it."

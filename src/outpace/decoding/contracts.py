@@ -69,6 +69,7 @@ class Observation:
     draft: Draft
     accepted: Accepted | None
     outputs: TargetOutputs | None  # valid during `observe` only
+    first: TargetOutputs | None = None  # after prefill: the row that gave the first token; as valid
 
 
 @dataclass(frozen=True, slots=True)

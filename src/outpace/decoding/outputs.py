@@ -11,11 +11,15 @@ from numpy.typing import NDArray
 
 from ..ops.select import row_argmax, row_topk
 
+_ALL = slice(None)
+
 
 class StepOutputs:
-    """Logits f32[R, V] of a whole packed step; argmax and top-k are computed for all rows at the first request.
+    """Logits f32[R, V] of a whole packed step; argmax is computed for all rows at the first request, top-k too if it is
+    expected, else for the rows that are asked for.
 
-    `expect_topk`: the k that a drafter will ask for afterwards (0: none); then one scan of the logits serves both.
+    `expect_topk`: the k that a drafter will ask for afterwards, for most rows (0: not so); then one scan of the logits
+    serves both.
     """
 
     def __init__(self, logits: torch.Tensor, expect_topk: int = 0) -> None:
@@ -26,18 +30,18 @@ class StepOutputs:
 
     def argmax(self) -> NDArray[np.int64]:
         if self._argmax is None:
-            if self._topk is not None or self._expected:
-                self._argmax = self.topk(max(self._expected, 1))[1][:, 0]
-            else:
-                self._argmax = row_argmax(self.logits)
+            scanned = self._topk is not None or self._expected
+            self._argmax = self.topk(1)[1][:, 0] if scanned else row_argmax(self.logits)
         return self._argmax
 
-    def topk(self, k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Largest k logits of each row, in falling order (ties: smaller id first), and their ids. [R, k] each."""
+    def topk(self, k: int, rows: slice = _ALL) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Largest k logits of `rows`, in falling order (ties: smaller id first), and their ids. [rows, k] each."""
         if self._topk is None or self._topk[0].shape[1] < k:
+            if rows != _ALL and k > self._expected:
+                return row_topk(self.logits[rows], k)
             self._topk = row_topk(self.logits, max(k, self._expected))
         values, ids = self._topk
-        return values[:, :k], ids[:, :k]
+        return values[rows, :k], ids[rows, :k]
 
 
 class TargetOutputs:
@@ -62,5 +66,4 @@ class TargetOutputs:
         return self._step.argmax()[self._rows]
 
     def topk(self, k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        values, ids = self._step.topk(k)
-        return values[self._rows], ids[self._rows]
+        return self._step.topk(k, self._rows)

@@ -255,6 +255,15 @@ def choose(processed: FloatArray, params: SamplingParams, position: int) -> int:
     return index if ids is None else int(ids[index])
 
 
+def certainty(logits: FloatArray, params: SamplingParams) -> float:
+    """The largest probability of a token before penalties and filters, at temperature 1 if decoding is greedy. Where
+    tokens are sampled without them, no drafted token is accepted more often."""
+    scaled = logits - logits.max()
+    if not params.greedy:
+        scaled /= np.float32(max(params.temperature, _SMALLEST_TEMPERATURE))
+    return 1.0 / float(np.exp(scaled, out=scaled).sum(dtype=np.float64))
+
+
 def logprobs(processed: FloatArray, token: int, k: int) -> tuple[float, list[tuple[int, float]]]:
     """Log-probability of `token`, and the `k` most likely tokens with theirs (ties: smaller id first).
 

@@ -32,14 +32,14 @@ NOTHING = Accepted(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
 
 @dataclass(slots=True, eq=False)
 class Verified:
-    """What the target said to one sequence. `draft` and `outputs` are None for the token that prefill gives.
+    """What the target said to one sequence. `draft` is None for the token that prefill gives.
 
     `error`: what went wrong when it was judged (a grammar that outgrew its limits, say); nothing is accepted then.
     """
 
     request: Request
     draft: Draft | None
-    outputs: TargetOutputs | None  # valid until the next forward
+    outputs: TargetOutputs  # valid until the next forward
     accepted: Accepted
     error: Exception | None = None
 
@@ -80,7 +80,7 @@ class Runner:
                 if ended:
                     judged = self._judge(request, NO_DRAFT, TargetOutputs(step, row, row + 1))
                     row += 1
-                    verified.append(replace(judged, draft=None, outputs=None))
+                    verified.append(replace(judged, draft=None))
         except BaseException:
             self.abandon([*decoding, *(r for r, _ in chunks)])
             raise
@@ -103,7 +103,7 @@ class Runner:
 
     def _account(self, verified: list[Verified], room: Room, draft_s: float, step_s: float) -> None:
         """Tell the planner what a step without prompts took, and the requests what it would have taken plainly."""
-        rows = sum(len(v.outputs) for v in verified if v.outputs is not None)
+        rows = sum(len(v.outputs) for v in verified)
         tokens = sum(len(v.accepted.tokens) for v in verified)
         self.planner.observe(rows, room.context, tokens, draft_s, step_s)
         plain_s = self.planner.plain_seconds(len(verified), room.context)
@@ -125,8 +125,11 @@ class Runner:
         tokens = request.sequence.tokens
         tokens += kept.tokens.tolist()
         assert self.cache.length(request.kv) == len(tokens) - 1, "the last token alone is not in the KV cache"
-        draft = NO_DRAFT if verified.draft is None else verified.draft
-        self.drafter.observe(request.sequence, Observation(kept.tokens, draft, kept, verified.outputs))
+        if verified.draft is None:
+            seen = Observation(kept.tokens, NO_DRAFT, kept, None, first=verified.outputs)
+        else:
+            seen = Observation(kept.tokens, verified.draft, kept, verified.outputs)
+        self.drafter.observe(request.sequence, seen)
 
     def abandon(self, requests: Seq[Request]) -> None:
         """Drop what a failed step reserved; nothing was committed."""

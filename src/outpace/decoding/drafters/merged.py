@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from time import perf_counter
@@ -10,6 +11,7 @@ import numpy as np
 
 from ...types import NO_PARENT, Draft, FloatArray, IntArray
 from ..contracts import Drafter, Observation, Sequence
+from ..sampling import certainty, host_row
 from ..tree import DEFAULT_SCORE, merge, node_depths, promise
 from .rates import judged_nodes
 from .worth import Worth
@@ -105,8 +107,10 @@ class Merged(Drafter):
 
     @property
     def expects_topk(self) -> int:
-        asked = {one.index for each in self._asked.values() for one in each}
-        return max((self.drafters[i].expects_topk for i in asked), default=0)
+        """Of those who are asked for most sequences: for a few the outputs scan a few rows again."""
+        asked = Counter(one.index for each in self._asked.values() for one in each)
+        most = [i for i, times in asked.items() if 2 * times >= len(self._asked)]
+        return max((self.drafters[i].expects_topk for i in most), default=0)
 
     def begin(self, sequence: Sequence) -> None:
         for drafter in self.drafters:
@@ -145,6 +149,7 @@ class Merged(Drafter):
         return drafts, worth.took(perf_counter() - began, sequences, drafts)
 
     def observe(self, sequence: Sequence, seen: Observation) -> None:
+        self._look(sequence, seen)
         asked = self._asked[sequence.id]
         if not asked:  # most of the time in a large batch, so it must cost nothing
             return
@@ -158,6 +163,17 @@ class Merged(Drafter):
                 seconds = one.seconds + perf_counter() - began
                 self.worths[one.index].learned(sequence.id, one.expected, gained.get(drafter.name, 0.0), seconds)
         self._asked[sequence.id] = []
+
+    def _look(self, sequence: Sequence, seen: Observation) -> None:
+        """How sure of its next token the target was, for those who have not read this text because reading is dear."""
+        waiting = [worth for worth in self.worths if worth.waits(sequence.id, self.price)]
+        outputs = seen.first if seen.outputs is None else seen.outputs
+        if waiting and outputs is not None:
+            path = [] if seen.accepted is None else seen.accepted.path.tolist()
+            row = path[-1] + 1 if path else 0
+            sure = certainty(host_row(outputs.logits(row)), sequence.params)
+            for worth in waiting:
+                worth.saw(sequence.id, sure)
 
     def _gains(self, seen: Observation) -> dict[str, float]:
         """Accepted tokens by the drafter that proposed them first, less what the rows of its nodes cost."""

@@ -20,6 +20,8 @@ _SHORT, _LONG = 8, 256  # steps until a drafter that does not pay is tried again
 _EXPLORING = 0.015  # of the tokens is what trials may cost
 _TRIAL_FORWARDS = 4  # of a draft model, about: it stops by itself where it is not sure
 _READING = 0.05  # of the tokens still to come is what reading a text may cost
+_DEAR = 0.05  # tokens: a forward that costs less is not worth a look at the target's certainty
+_SURE = 0.5  # of a forward's cost in tokens: a text on whose tokens the target is less sure is not read
 
 
 @dataclass(slots=True)
@@ -42,6 +44,8 @@ class _Customer:
     skipped: int = _LONG  # every new text is worth a trial at once
     nap: float = _SHORT
     known: bool = False  # the drafter has read its text
+    sure: float = 0.0  # sum of the target's certainties that were looked at
+    looks: int = 0
 
 
 class Worth:
@@ -54,6 +58,8 @@ class Worth:
     of a second the drafter rests, and is tried again: once for each new text, then after 8 steps or, if it is dear,
     after so many that trials cost at most 1.5 % of the tokens, and each time after twice as many. A trial is a whole
     draft: a draft model ends it where its own confidence does not repay a forward, so it is short where it has to be.
+    A text that a dear drafter has not read yet is left unread while the target is hardly sure of its tokens: no drafted
+    token is accepted more often than the likeliest one is drawn, and noise would cost its reading.
     """
 
     def __init__(self) -> None:
@@ -86,7 +92,7 @@ class Worth:
             customer = customers.get(sequence.id)
             if customer is None:
                 customer = customers[sequence.id] = _Customer()
-            if not customer.known and not self._readable(sequence, price):
+            if not customer.known and not self._readable(sequence, customer, price):
                 continue
             cell = bisect_right(_EDGES, tokens)
             if cell not in needed:
@@ -103,8 +109,24 @@ class Worth:
         self.skipped += len(sequences) - len(chosen)
         return chosen
 
-    def _readable(self, sequence: Sequence, price: float) -> bool:
-        """Whether reading the text, which a draft model must do first, is a small part of what is still to come."""
+    def waits(self, id: int, price: float) -> bool:
+        """Whether the drafter, a dear one, has not read this text: then `saw` is told how sure the target is."""
+        if price * self.forward_s < _DEAR:
+            return False
+        customer = self._customers.get(id)
+        return customer is None or not customer.known
+
+    def saw(self, id: int, sure: float) -> None:
+        """The probability of the likeliest next token was `sure`."""
+        customer = self._customers.setdefault(id, _Customer())
+        customer.sure += sure
+        customer.looks += 1
+
+    def _readable(self, sequence: Sequence, customer: _Customer, price: float) -> bool:
+        """Whether reading the text, which a draft model must do first, is a small part of what is still to come, and
+        the target sure enough of its tokens for drafts to be accepted at all."""
+        if customer.sure < _SURE * price * self.forward_s * customer.looks:
+            return False
         remaining = sequence.params.max_tokens - (len(sequence.tokens) - sequence.prompt_length)
         return price * self._read_s * len(sequence.tokens) <= _READING * remaining
 
