@@ -284,8 +284,8 @@ def compare_table() -> str:
             told.append(
                 f"{link(r)}: two runs of {' and '.join(f'{s:.0f}' for s in r['results']['seconds'])} s; "
                 f"{together['ratios']} ratios to plain decoding, apart by {100 * together['median']:.1f} % in the "
-                f"median and {100 * together['largest']:.1f} % at most, {together['beyond_limit']} of them by more than "
-                f"{100 * together['limit']:.0f} %."
+                f"median and {100 * together['largest']:.1f} % at most, {together['beyond_limit']} of them by more "
+                f"than {100 * together['limit']:.0f} %."
             )
         if not r["results"]["peers"]:
             continue
