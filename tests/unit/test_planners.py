@@ -212,14 +212,14 @@ def test_no_token_is_drawn_more_often_than_the_certainty_says(temperature: float
 def test_merged_shows_the_first_row_to_those_who_wait() -> None:
     merged, sequence = Merged([Ngram()]), Sequence(0, [1, 2, 3], 3, SamplingParams())
     merged.begin(sequence)
-    merged.price, merged.worths[0].forward_s = 20.0, 0.02
+    merged.price, merged.worths[0].forward_s = 20.0, 0.01
     outputs = TargetOutputs.of(torch.tensor([[0.0, 0.0, 0.0, 0.0]]))
     merged.observe(sequence, Observation(np.array([1]), Draft.empty(), None, None, first=outputs))
     sequence.tokens.append(1)
     merged.worths[0]._bins[0].trials = 9
     assert merged.worths[0]._customers[0].sure == pytest.approx(0.25)
-    assert merged.propose([sequence], [4])[0].tokens.size, "0.25 is more than half of 0.4"
-    merged.worths[0].forward_s = 0.03
+    assert merged.propose([sequence], [4])[0].tokens.size, "0.25 is more than 0.2"
+    merged.worths[0].forward_s = 0.02
     merged.worths[0]._customers[0].known = False
     assert not merged.propose([sequence], [4])[0].tokens.size
 

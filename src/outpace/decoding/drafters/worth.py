@@ -21,7 +21,7 @@ _EXPLORING = 0.015  # of the tokens is what trials may cost
 _TRIAL_FORWARDS = 4  # of a draft model, about: it stops by itself where it is not sure
 _READING = 0.05  # of the tokens still to come is what reading a text may cost
 _DEAR = 0.05  # tokens: a forward that costs less is not worth a look at the target's certainty
-_SURE = 0.5  # of a forward's cost in tokens: a text on whose tokens the target is less sure is not read
+_LOOKS = 4  # at a text that is not read yet; then one look in eight steps
 
 
 @dataclass(slots=True)
@@ -46,6 +46,7 @@ class _Customer:
     known: bool = False  # the drafter has read its text
     sure: float = 0.0  # sum of the target's certainties that were looked at
     looks: int = 0
+    waited: int = 0  # steps without having read it
 
 
 class Worth:
@@ -58,8 +59,8 @@ class Worth:
     of a second the drafter rests, and is tried again: once for each new text, then after 8 steps or, if it is dear,
     after so many that trials cost at most 1.5 % of the tokens, and each time after twice as many. A trial is a whole
     draft: a draft model ends it where its own confidence does not repay a forward, so it is short where it has to be.
-    A text that a dear drafter has not read yet is left unread while the target is hardly sure of its tokens: no drafted
-    token is accepted more often than the likeliest one is drawn, and noise would cost its reading.
+    A text that a dear drafter has not read yet is left unread while the target is less sure of its tokens than a forward
+    costs: a forward gives about one token, accepted no more often than the likeliest one is drawn.
     """
 
     def __init__(self) -> None:
@@ -114,7 +115,9 @@ class Worth:
         if price * self.forward_s < _DEAR:
             return False
         customer = self._customers.get(id)
-        return customer is None or not customer.known
+        if customer is None:
+            return True
+        return not customer.known and (customer.looks < _LOOKS or customer.waited % 8 == 0)
 
     def saw(self, id: int, sure: float) -> None:
         """The probability of the likeliest next token was `sure`."""
@@ -125,7 +128,8 @@ class Worth:
     def _readable(self, sequence: Sequence, customer: _Customer, price: float) -> bool:
         """Whether reading the text, which a draft model must do first, is a small part of what is still to come, and
         the target sure enough of its tokens for drafts to be accepted at all."""
-        if customer.sure < _SURE * price * self.forward_s * customer.looks:
+        customer.waited += 1
+        if customer.sure < price * self.forward_s * customer.looks:
             return False
         remaining = sequence.params.max_tokens - (len(sequence.tokens) - sequence.prompt_length)
         return price * self._read_s * len(sequence.tokens) <= _READING * remaining
