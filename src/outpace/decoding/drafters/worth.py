@@ -59,8 +59,8 @@ class Worth:
     of a second the drafter rests, and is tried again: once for each new text, then after 8 steps or, if it is dear,
     after so many that trials cost at most 1.5 % of the tokens, and each time after twice as many. A trial is a whole
     draft: a draft model ends it where its own confidence does not repay a forward, so it is short where it has to be.
-    A text that a dear drafter has not read yet is left unread while the target is less sure of its tokens than a forward
-    costs: a forward gives about one token, accepted no more often than the likeliest one is drawn.
+    A text that a dear drafter has not read yet is left unread while the target is less sure of its tokens than a
+    forward costs: a forward gives about one token, accepted no more often than the likeliest one is drawn.
     """
 
     def __init__(self) -> None:
