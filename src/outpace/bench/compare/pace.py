@@ -5,10 +5,11 @@ measurements of the machine itself. On a shared machine they differ by a quarter
 ratio of two short runs with them. So the seconds of a run are divided by its pace, which makes them those of a run at
 the usual speed. In the logarithm, the forwards of r rows in run i on unit u take
 
-    seconds[i, r] = usual[u, r] + pace[i] + own[method of i]
+    seconds[i, r] = level[u] + rows[r] + rest[u, r] + pace[i] + own[method of i]
 
-`own` is what a method's forwards cost more than others' throughout (its drafting may empty the caches): that is the
-method's doing and stays in its times. It is believed as far as there are runs that show it.
+`rest` is what more rows cost more behind this unit's text than behind others, and `own` what a method's forwards cost
+more than others' throughout (its drafting may empty the caches): that is the method's doing and stays in its times.
+Both are believed as far as there are runs that show them.
 
 Found by medians in turn, which outliers do not move (Tukey's median polish, Exploratory Data Analysis, 1977, ch. 11).
 Engines that do not tell their forwards are left as they are.
@@ -23,57 +24,70 @@ from numpy.typing import NDArray
 
 from .store import Line
 
-_TURNS = 8
-_DOUBT = 10  # runs without any effect that `own` starts from
+_TURNS = 12
+_DOUBT_REST, _DOUBT_OWN = 20, 10  # runs without any effect that these start from
+Table = NDArray[np.float64]
 
 
 def paces(lines: Sequence[Line]) -> list[float | None]:
     """For each measurement the factor by which its seconds are too long; None where nothing tells."""
+    told = [i for i, line in enumerate(lines) if line.get("forwards")]
     pace: list[float | None] = [None] * len(lines)
-    groups: dict[tuple[object, ...], list[int]] = {}
-    for i, line in enumerate(lines):
-        if line.get("forwards"):
-            key = (line["model"], line["workload"], line["batch"], line["temperature"], line["unit"])
-            groups.setdefault(key, []).append(i)
-    by_method: dict[tuple[object, ...], list[int]] = {}
-    found: dict[int, float] = {}
-    for members in groups.values():
-        effects = _effects([lines[i]["forwards"] for i in members])
-        found.update(zip(members, effects, strict=True))
-        for i in members:
-            by_method.setdefault((lines[i]["model"], lines[i]["method"]), []).append(i)
-    for members in by_method.values():
-        own = float(np.median([found[i] for i in members])) * len(members) / (len(members) + _DOUBT)
-        for i in members:
-            pace[i] = float(np.exp(found[i] - own))
+    for model in dict.fromkeys(lines[i]["model"] for i in told):
+        mine = [i for i in told if lines[i]["model"] == model]
+        effect = _effects([lines[i]["forwards"] for i in mine], [_unit(lines[i]) for i in mine])
+        for method in dict.fromkeys(lines[i]["method"] for i in mine):
+            at = [k for k, i in enumerate(mine) if lines[i]["method"] == method]
+            own = float(np.median(effect[at])) * len(at) / (len(at) + _DOUBT_OWN)
+            for k in at:
+                pace[mine[k]] = float(np.exp(effect[k] - own))
     return pace
 
 
-def _effects(runs: Sequence[Sequence[Sequence[float]]]) -> list[float]:
-    """`forwards` of runs on one unit, each [[rows, count, seconds], ...]: the logarithm of how slow each run was."""
+def _unit(line: Line) -> tuple[object, ...]:
+    return line["workload"], line["batch"], line["temperature"], line["unit"]
+
+
+def _effects(runs: Sequence[Sequence[Sequence[float]]], units: Sequence[tuple[object, ...]]) -> Table:
+    """`forwards` of each run, [[rows, count, seconds], ...], and its unit: the logarithm of how slow each run was."""
     numbers = sorted({int(rows) for run in runs for rows, *_ in run})
     column = {rows: j for j, rows in enumerate(numbers)}
-    mean = np.full((len(runs), len(numbers)), np.nan)
-    weight = np.zeros_like(mean)
+    mean, weight = np.zeros((len(runs), len(numbers))), np.zeros((len(runs), len(numbers)))
     for i, run in enumerate(runs):
         for rows, count, seconds in run:
             if count and seconds > 0:
                 mean[i, column[int(rows)]] = np.log(seconds / count)
                 weight[i, column[int(rows)]] = seconds
-    effect = np.zeros(len(runs))
+    members = [[i for i, u in enumerate(units) if u == unit] for unit in dict.fromkeys(units)]
+    held = np.array([weight[m].sum(axis=0) for m in members])  # [units, rows]
+    seen = np.array([(weight[m] > 0).sum(axis=0) for m in members])
+    effect, by_rows = np.zeros(len(runs)), np.zeros(len(numbers))
     for _ in range(_TURNS):
-        usual = np.array([_median(mean[:, j] - effect, weight[:, j]) for j in range(len(numbers))])
-        left, held = np.where(weight > 0, mean - usual, 0.0), weight.sum(axis=1)
-        effect = np.divide((left * weight).sum(axis=1), held, out=np.zeros_like(held), where=held > 0)
-        effect -= np.median(effect)
-    return [float(x) for x in effect]
+        usual = np.array([_medians(mean[m] - effect[m, None], weight[m]) for m in members])
+        for _ in range(_TURNS):
+            level = _average(usual - by_rows, held)
+            by_rows = _medians(usual - level[:, None], held)
+        base = level[:, None] + by_rows
+        usual = base + (usual - base) * seen / (seen + _DOUBT_REST)
+        for m, times in zip(members, usual, strict=True):
+            effect[m] = _average(mean[m] - times, weight[m])
+            effect[m] -= np.median(effect[m])
+    return effect
 
 
-def _median(values: NDArray[np.float64], weights: NDArray[np.float64]) -> float:
-    """The weighted median of those that have weight; 0 if none has."""
-    there = np.flatnonzero(weights > 0)
-    if not len(there):
-        return 0.0
-    order = there[np.argsort(values[there])]
-    running = np.cumsum(weights[order])
-    return float(values[order[int(np.searchsorted(running, running[-1] / 2))]])
+def _average(values: Table, weights: Table) -> Table:
+    """Of each row, by weight. [n, k] -> [n]"""
+    total = weights.sum(axis=1)
+    return np.divide((values * weights).sum(axis=1), total, out=np.zeros(len(values)), where=total > 0)
+
+
+def _medians(values: Table, weights: Table) -> Table:
+    """Of each column, by weight; 0 where there is none. [n, k] -> [k]"""
+    found = np.zeros(values.shape[1])
+    for j in range(values.shape[1]):
+        there = np.flatnonzero(weights[:, j] > 0)
+        if len(there):
+            order = there[np.argsort(values[there, j])]
+            running = np.cumsum(weights[order, j])
+            found[j] = values[order[int(np.searchsorted(running, running[-1] / 2))], j]
+    return found
