@@ -1,6 +1,8 @@
 """Settings for all tests; puts this folder on the path, so that tests can import `toy`."""
 
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 # a first example may compile a kernel, and machines differ in speed
 settings.register_profile("outpace", deadline=None)
 settings.load_profile("outpace")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interrupts_arrive() -> Iterator[None]:
+    """Shells let what they start in the background ignore Ctrl-C; tests that send it must not depend on that."""
+    before = signal.getsignal(signal.SIGINT)
+    if before == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True)
