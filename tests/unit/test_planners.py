@@ -152,7 +152,7 @@ def run(worth: Worth, gain: float, steps: int, price: float = 100.0, seconds: fl
     asked, owed = 0, 0.0
     sequence = Sequence(id, [1, 2, 3], 3, SamplingParams())
     for _ in range(steps):
-        if worth.pays(sequence, 0.0, price):
+        if worth.paying([sequence], [0.0], price):
             asked += 1
             owed += gain
             worth.took(seconds, [sequence], [tree([NO_PARENT], [0.5])])

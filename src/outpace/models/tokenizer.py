@@ -26,9 +26,7 @@ _ROLE = re.compile(r"[A-Za-z0-9_-]{1,40}")
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 MOST_ID = 2**22  # of a token, ten times the largest vocabulary there is: lists go by ids
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-_WINDOW = (
-    16  # tokens that a detokenizer decodes again and again; few, since the time is theirs, and more than one piece
-)
+_WINDOW = 16  # tokens that a detokenizer decodes anew for each piece, at most
 
 
 class Tokenizer:

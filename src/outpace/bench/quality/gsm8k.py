@@ -9,6 +9,7 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
 from ...errors import ParameterError
+from .lines import numbered_lines
 
 _NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?|-?\$?\.\d+")
 _SAID = re.compile(r"(?:####|\\boxed\{|answer is:?|answer:)\s*\**\s*(-?\$?[\d,]*\.?\d+)", re.IGNORECASE)
@@ -28,13 +29,7 @@ class Problem:
 def load_problems(path: Path) -> list[Problem]:
     """Lines with "question" and "answer", the number behind ####. Raises ParameterError naming what is wrong."""
     problems = []
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ParameterError(f"cannot read {path}: {error}") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, line in numbered_lines(path):
         try:
             item = json.loads(line)
             text, answer = item["question"], _decimal(item["answer"].rpartition("####")[2])

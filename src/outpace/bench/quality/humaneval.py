@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import ParameterError
+from .lines import numbered_lines
 from .sandbox import Limits, Verdict, run_program
 
 _FENCE = re.compile(r"```(?:[Pp]ython\d?|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
@@ -35,13 +36,7 @@ class Task:
 def load_tasks(path: Path) -> list[Task]:
     """Raises ParameterError naming the line of what is wrong."""
     tasks = []
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ParameterError(f"cannot read {path}: {error}") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, line in numbered_lines(path):
         try:
             item = json.loads(line)
             values = [item[name] for name in _FIELDS]

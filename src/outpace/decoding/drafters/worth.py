@@ -73,16 +73,12 @@ class Worth:
         self.asked = self.skipped = 0
         self.seconds = self.gained = 0.0
 
-    def pays(self, sequence: Sequence, promised: float, price: float) -> bool:
-        """Whether to ask for one sequence, because it pays or as a trial.
+    def paying(self, sequences: Seq[Sequence], promised: Seq[float], price: float) -> list[int]:
+        """Places of the sequences for which to ask, because it pays or as a trial. Mostly there are none in a large
+        batch, where this is most of what drafting costs: what is the same for all is worked out once.
 
         `price`: tokens that a second is worth; `promised`: tokens that the drafters before it are expected to bring.
         """
-        return bool(self.paying([sequence], [promised], price))
-
-    def paying(self, sequences: Seq[Sequence], promised: Seq[float], price: float) -> list[int]:
-        """`pays` for each of a batch: the places for which to ask. Mostly none are, in a large batch, where this is
-        most of what drafting costs: what is the same for all is worked out once."""
         if price * self.forward_s > _HOPELESS:
             self.skipped += len(sequences)
             return []
