@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +14,16 @@ from hashing import toy_loaded
 from outpace.bench.compare import ceilings, sets, store, summary
 from outpace.bench.compare.contestant import run_of_answers
 from outpace.bench.compare.findings import Report
-from outpace.bench.compare.plan import PLAIN, Cell, CompareConfig, cells, heats, units_that_fit
+from outpace.bench.compare.plan import (
+    PLAIN,
+    Cell,
+    CompareConfig,
+    cells,
+    cells_of_a_pass,
+    heats,
+    rounds_in_a_pass,
+    units_that_fit,
+)
 from outpace.bench.compare.run import Comparison
 from outpace.bench.compare.sets import Unit, Workload, load_workloads
 from outpace.bench.compare.store import Store, read, whole_lines
@@ -116,6 +126,16 @@ def test_cells_come_once_and_random_text_keeps_its_temperature() -> None:
     found = cells(config(temperatures=(0.0, 0.8)), {"code": None, "random": 1.2})
     assert len(found) == len(set(found)) == 6
     assert {c.temperature for c in found if c.workload == "random"} == {1.2}
+
+
+def test_short_cells_have_more_rounds_in_a_pass() -> None:
+    a, b, c = (Cell("code", batch, 0.0) for batch in (1, 8, 32))
+    assert rounds_in_a_pass({a: 1.0, b: 4.0, c: 100.0}) == {a: 4, b: 4, c: 1}  # 10 and 5, cut
+    assert rounds_in_a_pass({a: 10.0, b: 35.0}) == {a: 2, b: 1}
+    assert rounds_in_a_pass({a: 0.0, b: 0.0}) == {a: 1, b: 1} and rounds_in_a_pass({}) == {}
+    order = cells_of_a_pass({a: 3, b: 1, c: 2})
+    assert sorted(order, key=lambda cell: cell.batch) == [a, a, a, b, c, c]
+    assert all(x != y for x, y in itertools.pairwise(order))  # they lie apart
 
 
 def test_units_leave_room_for_two_sweeps() -> None:
@@ -279,6 +299,26 @@ def test_more_rounds_continue_a_comparison(tmp_path: Path) -> None:
     both = keys(run(tmp_path, config(rounds=2)))
     assert both[: len(first)] == first and len(both) == 2 * len(first)
     assert both == keys(run(tmp_path / "at-once", config(rounds=2)))
+
+
+def test_passes_go_on_with_the_same_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "outpace.bench.compare.run.rounds_in_a_pass", lambda seconds: {c: 2 if c.batch == 1 else 1 for c in seconds}
+    )
+    asked = config(rounds=None, budget_s=2.0)
+    lines = run(tmp_path / "whole", asked)
+    (model,) = (x for x in lines if x["kind"] == "model")
+    assert sorted(model["rounds_in_a_pass"].values()) == [1, 2]
+    rounds = {b: {x["round"] for x in lines if x["kind"] == "measurement" and x["batch"] == b} for b in (1, 2)}
+    assert all(found == set(range(len(found))) for found in rounds.values())
+    assert 2 * len(rounds[2]) - 1 <= len(rounds[1]) <= 2 * len(rounds[2]) + 1 and len(rounds[2]) >= 2
+    monkeypatch.setattr("outpace.bench.compare.run.rounds_in_a_pass", lambda seconds: {})  # as it is known already
+    raw = (tmp_path / "whole" / store.NAME).read_bytes()
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    (cut / store.NAME).write_bytes(raw[: len(raw) // 2])
+    again = keys(run(cut, asked))
+    assert len(again) >= len(keys(lines)) * 0.8 and again[: len(keys(lines))] == keys(lines)[: len(again)]
 
 
 def test_a_heat_that_is_not_whole_is_cut_off() -> None:

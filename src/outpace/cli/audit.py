@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -27,7 +26,7 @@ from .audit_more import (
     show_checks,
     suites,
 )
-from .common import DEFAULT_MODEL, open_llm, say
+from .common import DEFAULT_MODEL, open_llm, progress_bar, say
 
 if TYPE_CHECKING:
     from ..bench.audit import AuditConfig, AuditSection
@@ -256,19 +255,6 @@ def choose(options: dict[str, Any]) -> list[Prompt]:
     prompts = own_prompts() if path is None else load_prompts(path)
     count = options["count"] or (QUICK_PROMPTS if options["quick"] else 16 if path is None else None)
     return select(prompts, categories=options["categories"] or None, total=count, seed=options["seed"])
-
-
-@contextmanager
-def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """On stderr, where that is a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("audit", total=None)
-        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
 
 
 def show(section: AuditSection, config: AuditConfig) -> None:

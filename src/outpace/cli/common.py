@@ -202,6 +202,32 @@ def loading_progress() -> Iterator[Callable[[str, int, int], None] | None]:
         yield progress
 
 
+@contextmanager
+def progress_bar(unit: str = "") -> Iterator[Callable[[str, float, float], None]]:
+    """For long work: call it with what runs, how much is done, and of how much. A bar on stderr where that is a
+    terminal; elsewhere a line whenever something else runs, by what stands before ": "."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        last = ""
+
+        def tell(what: str, done: float, total: float) -> None:
+            nonlocal last
+            begun = what.split(": ")[0]
+            if begun and begun != last:
+                last = begun
+                say(f"{begun} ({done:.0f} of {total:.0f}{unit})")
+
+        yield tell
+        return
+    columns = (BarColumn(), TextColumn("{task.completed:.0f} of {task.total:.0f}" + unit), TimeRemainingColumn())
+    with Progress(TextColumn("{task.description}"), *columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=1.0)
+        yield lambda what, done, total: bar.update(task, description=what, completed=min(done, total), total=total)
+
+
 def say(text: str = "") -> None:
     """To the person, on stderr: stdout carries the answer alone."""
     click.echo(text, err=True)

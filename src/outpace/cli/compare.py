@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -14,12 +13,11 @@ import click
 
 from ..errors import ParameterError
 from ..types import Precision
-from .common import DEFAULT_MODEL, open_llm, say
+from .common import DEFAULT_MODEL, open_llm, progress_bar, say
 
 if TYPE_CHECKING:
     from ..bench.compare.findings import Report
     from ..bench.compare.plan import CompareConfig
-    from ..bench.compare.run import Progress
     from ..bench.compare.store import Store
     from ..bench.peers.peer import Peer
     from ..engine.llm import LLM
@@ -69,7 +67,11 @@ def many(*names: str, help: str, **more: Any) -> Callable[[Any], Any]:
     help="The Python that has the peers, or that one.  [default: ours]",
 )  # fmt: skip
 @click.option("--budget", type=Budget(), default="14m", show_default=True, help="Time for everything.")
-@click.option("--rounds", type=click.IntRange(1), help="At most so many.  [default: what the budget allows]")
+@click.option(
+    "--rounds",
+    type=click.IntRange(1),
+    help="At most so many of each kind of text and batch.  [default: what the budget allows]",
+)
 @click.option(
     "--prompts", type=click.IntRange(1), default=2, show_default=True, help="Of a workload, or batches of it."
 )
@@ -105,7 +107,7 @@ def compare(ctx: click.Context, **options: Any) -> None:
     header = {"identity": config.identity(), "environment": environment(), "command": command(ctx)}
     store = Store(out, header)
     try:
-        with progress_bar() as progress:
+        with progress_bar(" s") as progress:
             Comparison(config, store, opener(options), peer_opener(options), progress=progress).run()
     except KeyboardInterrupt:
         finish(store, out, html)
@@ -215,31 +217,6 @@ def command(ctx: click.Context) -> str:
         return head + equals + (path.name if path.is_absolute() and not path.is_relative_to(here) else last)
 
     return shlex.join(["outpace", *map(shown, words)])
-
-
-@contextmanager
-def progress_bar() -> Iterator[Progress]:
-    """Of the budget, on stderr where that is a terminal; elsewhere a line for each round and warm-up."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        last = ""
-
-        def tell(what: str, done: float, total: float) -> None:
-            nonlocal last
-            begun = what.split(":")[0] if ", round " in what else what
-            if begun != last:
-                last = begun
-                say(f"{begun} ({done:.0f} of {total:.0f} s)")
-
-        yield tell
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f} of {task.total:.0f} s"))
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("compare", total=1.0)
-        yield lambda what, done, total: bar.update(task, description=what, completed=min(done, total), total=total)
 
 
 def finish(store: Store, out: Path, html: Callable[[Report], str]) -> Report:

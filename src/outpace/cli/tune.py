@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .common import open_llm, say, weights_options
+from .common import open_llm, progress_bar, say, weights_options
 
 if TYPE_CHECKING:
     from ..bench.tune import DrafterCost, Tuning
@@ -43,7 +43,6 @@ def tune(**options: Any) -> None:
     from ..bench.tune import tuning_path
     from ..bench.workloads import own_prompts, select
     from ..engine.needs import check_needs, needs_draft_model
-    from .audit import progress_bar
 
     for method in options["methods"]:  # before anything is loaded
         check_needs(method, needs_draft_model(method) and options["draft_model"] is not None)

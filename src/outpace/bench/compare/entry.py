@@ -35,6 +35,7 @@ class Entry:
     contestants: dict[str, Contestant] = field(default_factory=dict)
     units: dict[tuple[str, int], list[Unit]] = field(default_factory=dict)  # by workload and batch
     cells: list[Cell] = field(default_factory=list)  # that can be measured
+    rounds: dict[Cell, int] = field(default_factory=dict)  # of each cell in a pass
     described: Line = field(default_factory=dict)
     failures: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     seconds: dict[tuple[str, Cell], float] = field(default_factory=dict)
@@ -57,6 +58,8 @@ class Entry:
         everything = cells(self.config, own)
         self.cells = [c for c in everything if self.units.get((c.workload, c.batch))]
         self.described["cells"] = [asdict(c) for c in everything]
+        known = (self.known or {}).get("rounds_in_a_pass", {})
+        self.rounds = {cell: known.get(str(cell), 1) for cell in self.cells}
         self._line_up(open_peer, clock)
 
     def _cut(self, workload: Workload) -> None:

@@ -3,7 +3,8 @@
     cell    a workload at one batch size and temperature; every contestant has its figures for each cell
     unit    as many prompts of a workload as the batch holds; they are answered at once
     heat    plain decoding and a few contestants in turn on one unit: the pairs that ratios are made of
-    round   one unit of every cell, in heats, by all contestants
+    round   one unit of a cell, in heats, by all contestants
+    pass    a round of every cell; cells whose runs are short get several
     sweep   as many rounds as a cell has units: after it every unit has been measured once more
 
 Contestants of a heat run within seconds of each other, so that what drifts (clocks, other users) hits all of them; who
@@ -22,6 +23,7 @@ from ...types import SamplingParams
 
 PLAIN = "plain"
 HEAT = 4  # contestants beside plain in one heat
+MOST_ROUNDS = 4  # of a cell in one pass
 #: Of the project's own sets: text made up, code written, text shortened, code repeated with small changes
 WORKLOADS = ("writing", "code", "summarization", "code-edit")
 
@@ -29,7 +31,8 @@ WORKLOADS = ("writing", "code", "summarization", "code-edit")
 @dataclass(frozen=True, slots=True)
 class CompareConfig:
     """`methods` None: every lossless one whose needs are met. `prompts`: units of each cell, at most; fewer if two
-    sweeps over them would not fit the budget. `rounds`: at most, None as many as the budget allows.
+    sweeps over them would not fit the budget. `rounds`: of each cell; None as many as the budget allows, more of
+    those that are short.
 
     Raises ParameterError for an empty list or a value out of range.
     """
@@ -132,6 +135,28 @@ def heats(others: Sequence[str], turn: int) -> list[list[str]]:
 def _rotated(names: list[str], by: int) -> list[str]:
     by %= len(names)
     return names[by:] + names[:by]
+
+
+def rounds_in_a_pass(seconds: dict[Cell, float]) -> dict[Cell, int]:
+    """By what a round of each cell takes. In a given time all figures together are surest if the rounds of a cell are
+    as the inverse root of what one takes (Neyman's allocation, with equal noise; short runs are rather noisier).
+
+    >>> list(rounds_in_a_pass({Cell("code", 1, 0.0): 10.0, Cell("code", 8, 0.0): 35.0}).values())
+    [2, 1]
+    """
+    longest = max(seconds.values(), default=0.0)
+    return {cell: min(max(round((longest / s) ** 0.5), 1), MOST_ROUNDS) if s > 0 else 1 for cell, s in seconds.items()}
+
+
+def cells_of_a_pass(rounds: dict[Cell, int]) -> list[Cell]:
+    """Each cell as often as it has rounds, which lie evenly in the pass.
+
+    >>> a, b, c = (Cell(name, 1, 0.0) for name in "abc")
+    >>> "".join(cell.workload for cell in cells_of_a_pass({a: 2, b: 2, c: 1}))
+    'abcab'
+    """
+    places = [((k + 0.5) / rounds[cell], i, cell) for i, cell in enumerate(rounds) for k in range(rounds[cell])]
+    return [cell for *_, cell in sorted(places)]
 
 
 def units_that_fit(wanted: int, round_s: float, budget_s: float) -> int:

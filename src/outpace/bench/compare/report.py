@@ -24,7 +24,7 @@ from .findings import (
 )
 from .plan import PLAIN
 from .store import Line
-from .summary import Summary, crossing
+from .summary import Summary, cell_of, crossing
 
 NAMED = 6  # lines with a name and a colour in a plot, plain among them
 WORDS = {
@@ -308,8 +308,11 @@ def _how(report: Report) -> str:
     rows += [[name, str(value)] for name, value in config.get("options", {}).items() if value is not None]
     for line in report.models:
         measured = [x for x in report.lines if x["kind"] == "measurement" and x["model"] == line["model"]]
-        rounds = max((x["round"] for x in measured), default=-1) + 1
-        text = f"{len(measured)} measurements in {rounds} rounds, {line['units']} prompts (or batches) of each workload"
+        rounds: dict[object, int] = {}
+        for x in measured:
+            rounds[cell_of(x)] = max(rounds.get(cell_of(x), 0), x["round"] + 1)
+        some = " to ".join(map(str, sorted({min(rounds.values(), default=0), max(rounds.values(), default=0)})))
+        text = f"{len(measured)} measurements in {some} rounds, {line['units']} prompts (or batches) of each workload"
         rows.append([line["model"], f"{text}; {line['precision']} on {line['device']}"])
         for w in line["workloads"]:
             size = " / ".join(map(str, w["prompt_tokens"]))

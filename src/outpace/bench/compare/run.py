@@ -18,7 +18,7 @@ from ..audit import ask
 from ..workloads import own_prompts
 from .contestant import Clock, Engine, Failed, Run
 from .entry import Entry, OpenPeer
-from .plan import PLAIN, Cell, CompareConfig, heats, units_that_fit
+from .plan import PLAIN, Cell, CompareConfig, cells_of_a_pass, heats, rounds_in_a_pass, units_that_fit
 from .sets import Unit
 from .store import Line, Store
 
@@ -68,7 +68,7 @@ class Comparison:
             until = self.elapsed + (self.config.budget_s - self.elapsed) / (len(models) - i)
             if known is not None and known["budget_s"] == self.config.budget_s:
                 until = known["until"]
-            self._tell(f"{name}: loading")
+            self._tell(f"loading {name}")
             try:
                 with self._open_model(name, max(self.config.batch_sizes)) as llm:
                     self._compare(Entry(name, llm, self.config, until, known))
@@ -96,7 +96,7 @@ class Comparison:
             for reason, of in entry.failures:
                 self._failure(entry.name, reason, **of)
             if entry.known is None:
-                self._tell(f"{entry.name}: measuring the machine")
+                self._tell(f"{entry.name}, measuring the machine")
                 entry.describe()
             warm = self._warm_up(entry)
             count = self._plan(entry, warm) if entry.known is None else entry.known["units"]
@@ -105,7 +105,9 @@ class Comparison:
             self._remember(entry)
             if entry.known is None:
                 more = {"units": count, "until": entry.until, "budget_s": self.config.budget_s, "t": self.elapsed}
-                self.store.append([{**entry.described, "peers_about": entry.about_peers(), **more}])
+                more["rounds_in_a_pass"] = {str(cell): count for cell, count in entry.rounds.items()}
+                more["peers_about"] = entry.about_peers()
+                self.store.append([{**entry.described, **more}])
             if self._began is None:
                 self._began = self.clock()
             self._rounds(entry)
@@ -121,7 +123,7 @@ class Comparison:
         params = replace(self.config.params(self.config.temperatures[0], 0), max_tokens=WARM_TOKENS)
         for name, contestant in entry.contestants.items():
             for batch in self.config.batch_sizes:
-                self._tell(f"{entry.name}: warming up {name}, batch {batch}")
+                self._tell(f"{entry.name}, warming up {name}, batch {batch}")
                 chosen = tuple(tokens[i % len(tokens)] for i in range(batch))
                 unit = Unit(("warm-up",) * batch, chosen, ("",) * batch, tuple(range(batch)))
                 limit = max(PATIENCE_S, min(4 * PATIENCE_S, entry.until - self.elapsed))
@@ -137,7 +139,7 @@ class Comparison:
         return found
 
     def _plan(self, entry: Entry, warm: Warm) -> int:
-        """Estimates from the warm-up. Returns the number of units of each cell."""
+        """Estimates from the warm-up: the rounds of each cell in a pass. Returns the number of units of each."""
         for cell in entry.cells:
             made = entry.units[cell.workload, cell.batch]
             size = sum(len(t) for unit in made for t in unit.tokens) / len(made)
@@ -146,8 +148,12 @@ class Comparison:
                     reading, step = warm[name, cell.batch]
                     entry.seconds[name, cell] = size * reading + (self.config.max_tokens - 1) * step
         plains = len(heats(entry.others, 0))
-        once = sum(s * (plains if name == PLAIN else 1) for (name, _), s in entry.seconds.items())
-        return units_that_fit(self.config.prompts, once, entry.until - self.elapsed)
+        once = dict.fromkeys(entry.cells, 0.0)
+        for (name, cell), seconds in entry.seconds.items():
+            once[cell] += seconds * (plains if name == PLAIN else 1)
+        if self.config.rounds is None:
+            entry.rounds |= rounds_in_a_pass(once)
+        return units_that_fit(self.config.prompts, sum(once.values()), entry.until - self.elapsed)
 
     def _remember(self, entry: Entry) -> None:
         """What earlier runs measured of this model: times and failures."""
@@ -167,42 +173,47 @@ class Comparison:
         done = {_heat_key(line) for line in self.store.of("measurement", entry.name)}
         number = 0
         while self.config.rounds is None or number < self.config.rounds:
-            if not self._round(entry, number, done):
+            if not self._pass(entry, number, done):
                 break
             number += 1
         limits = {"budget_s": self.config.budget_s, "rounds": self.config.rounds}
         self.store.append([{"kind": "end", "model": entry.name, **limits, "t": self.elapsed}])
 
-    def _round(self, entry: Entry, number: int, done: set[Any]) -> bool:
+    def _pass(self, entry: Entry, number: int, done: set[Any]) -> bool:
         """Whether anything was, or had been, measured in it."""
         some = False
-        for i, cell in enumerate(entry.cells):
-            for heat, names in enumerate(heats(entry.others, number + i)):
-                if (cell, number, heat) in done:
+        rounds = {cell: number * count for cell, count in entry.rounds.items()}
+        for cell in cells_of_a_pass(entry.rounds):
+            nth = rounds[cell]
+            rounds[cell] += 1
+            for heat, names in enumerate(heats(entry.others, nth + entry.cells.index(cell))):
+                if (cell, nth, heat) in done:
                     some = True
                     continue
                 names = [n for n in names if (n, cell) not in entry.failed]
-                if not names or (names == [PLAIN] and heat) or not self._time_for(entry, cell, names, number):
+                if not names or (names == [PLAIN] and heat) or not self._time_for(entry, cell, names, nth):
                     continue
-                self._heat(entry, cell, number, heat, names)
+                self._heat(entry, cell, nth, heat, names)
                 some = True
         return some
 
-    def _time_for(self, entry: Entry, cell: Cell, names: Sequence[str], number: int) -> bool:
-        expected = sum(entry.seconds.get((name, cell), 0.0) for name in names) if number else 0.0
+    def _time_for(self, entry: Entry, cell: Cell, names: Sequence[str], nth: int) -> bool:
+        expected = sum(entry.seconds.get((name, cell), 0.0) for name in names) if nth else 0.0
         return self.elapsed + expected < entry.until
 
-    def _heat(self, entry: Entry, cell: Cell, number: int, heat: int, names: Sequence[str]) -> None:
+    def _heat(self, entry: Entry, cell: Cell, nth: int, heat: int, names: Sequence[str]) -> None:
         """Everybody in turn on one unit; then the lines are written, all together."""
         made = entry.units[cell.workload, cell.batch]
-        which, sweep = number % len(made), number // len(made)
+        which, sweep = nth % len(made), nth // len(made)
         params = [self.config.params(cell.temperature, n) for n in made[which].numbers]
-        common = {"kind": "measurement", "model": entry.name, **asdict(cell), "round": number, "unit": which}
+        common = {"kind": "measurement", "model": entry.name, **asdict(cell), "round": nth, "unit": which}
         common |= {"heat": heat, "heat_size": len(names), "prompts": list(made[which].ids), "error": None}
         lines: list[Line] = []
         struck: list[tuple[str, Failed]] = []
         for place, name in enumerate(names):
-            self._tell(f"{entry.name}, round {number + 1}: {cell.workload}, batch {cell.batch}: {name}")
+            self._tell(
+                f"{entry.name}, pass {nth // entry.rounds[cell] + 1}: {cell.workload}, batch {cell.batch}: {name}"
+            )
             line = {**common, "place": place, "method": name}
             limit = self._patience(entry, cell)
             began = self.elapsed
