@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import TYPE_CHECKING
 
 from ..decoding.methods import make_verifier
 from ..errors import ParameterError
 from .audit import PLAIN, AuditConfig, AuditSection, Progress
 from .audit_engine import check_owners, check_ragged, check_seeds
-from .audit_frequencies import check_frequencies
+from .audit_frequencies import check_frequencies, undecided
 from .audit_samplers import check_samplers
 from .audit_verifiers import check_verifier
 from .evidence import Check
@@ -67,12 +68,12 @@ def _tasks(
         if "owners" in kinds and method != PLAIN:
             yield f"{method}, owners", lambda m=method: check_owners(llm, m, config.seed)  # type: ignore[misc]
     if "frequencies" in kinds:
-        pairs = _pairs(llm, section)
+        pairs, prompt = _pairs(llm, section), cache(lambda: undecided(llm, prompts, how))
         for method, verifier in pairs:
             yield (
                 f"{method}, {verifier}, frequencies",
                 lambda m=method, v=verifier: iter(  # type: ignore[misc]
-                    [check_frequencies(llm, m, _likely(prompts), how, verifier=v, texts=texts, checks=len(pairs))]
+                    [check_frequencies(llm, m, prompt(), how, verifier=v, texts=texts, checks=len(pairs))]
                 ),
             )
 
@@ -102,8 +103,3 @@ def _pairs(llm: LLM, section: AuditSection) -> list[tuple[str, str]]:
 
 def _exact(spec: str) -> bool:
     return make_verifier(spec).exactness != "approximate"
-
-
-def _likely(prompts: Sequence[Prompt]) -> Prompt:
-    """One that drafters find something in."""
-    return next((p for p in prompts if p.category == "code-edit"), prompts[0])

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ..engine.llm import LLM
 
 _LEAST = 5.0  # expected times that a cell needs for chi-square to be what it says
+_CANDIDATES = 8  # prompts that are looked at for one
 _REST = -1  # stands for all tokens that are not told apart
 
 Cell = tuple[int, ...]
@@ -69,6 +70,17 @@ def cell_of(output: Sequence[int], cells: dict[Cell, float]) -> Cell:
         if (*output[:n], _REST) in cells:
             return (*output[:n], _REST)
     return tuple(output)
+
+
+def undecided(llm: LLM, prompts: Sequence[Prompt], how: Setting) -> Prompt:
+    """Of the first prompts the one, given twice as below, whose next token is nearest to a toss-up: where one text is
+    nearly certain, counting texts shows nothing."""
+
+    def certainty(prompt: Prompt) -> float:
+        tokens = _twice(llm, llm.tokens(ask_of(llm, prompt)))
+        return float(distribution(last_logits(llm.decoder, tokens), how.base, History(tokens, len(tokens))).max())
+
+    return min(prompts[:_CANDIDATES], key=lambda prompt: abs(certainty(prompt) - 0.5))
 
 
 def check_frequencies(
