@@ -166,8 +166,7 @@ class Verifier(ABC):
 
 def node_depths(parents: IntArray) -> IntArray:
     """Depth of each node, 0 for children of the last committed token. [n] -> [n]"""
-    depths = np.zeros(len(parents), dtype=np.int64)
-    for i, p in enumerate(parents):
-        if p >= 0:
-            depths[i] = depths[p] + 1
-    return depths
+    depths: list[int] = []
+    for parent in parents.tolist():  # small lists: element by element numpy would take several times as long
+        depths.append(depths[parent] + 1 if parent >= 0 else 0)
+    return np.array(depths, dtype=np.int64)

@@ -106,12 +106,11 @@ def merge(drafts: Seq[Draft], budget: int, priors: Mapping[str, float] | None = 
 
 def reaches(draft: Draft) -> FloatArray:
     """Estimated probability that each node is reached and accepted: the product of the scores down to it. [n]"""
-    reach = np.full(len(draft), DEFAULT_SCORE, dtype=np.float32) if draft.scores is None else draft.scores.copy()
-    np.minimum(reach, 1.0, out=reach)
-    for node, parent in enumerate(draft.parents.tolist()):
-        if parent >= 0:
-            reach[node] *= reach[parent]
-    return reach
+    scores = [DEFAULT_SCORE] * len(draft) if draft.scores is None else draft.scores.tolist()
+    reach: list[float] = []
+    for score, parent in zip(scores, draft.parents.tolist(), strict=True):
+        reach.append(min(score, 1.0) * (reach[parent] if parent >= 0 else 1.0))
+    return np.array(reach, dtype=np.float32)
 
 
 def promise(draft: Draft) -> float:
@@ -124,6 +123,8 @@ def keep_best(drafts: list[Draft], count: int, reach: list[FloatArray]) -> list[
     trees."""
     if count >= sum(map(len, drafts)):
         return drafts
+    if not count:
+        return [Draft.empty()] * len(drafts)
     everything = np.concatenate(reach)
     # Stable: of equal nodes the earlier, which is the parent, stays.
     best = np.zeros(len(everything), dtype=np.bool_)

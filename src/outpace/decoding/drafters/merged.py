@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from time import perf_counter
 
 import numpy as np
 
-from ...types import NO_PARENT, Draft, FloatArray, IntArray
+from ...types import NO_PARENT, Draft, IntArray
 from ..contracts import Drafter, Observation, Sequence
 from ..sampling import certainty, host_row
-from ..tree import DEFAULT_SCORE, merge, node_depths, promise
+from ..tree import DEFAULT_SCORE, merge, promise
 from .rates import judged_nodes
 from .worth import Worth
 
@@ -27,22 +27,27 @@ class Calibration:
     each sequence's first nodes, since texts differ."""
 
     def __init__(self) -> None:
-        self._announced = np.full(_DEPTHS, _TRUST)
-        self._accepted = np.full(_DEPTHS, _TRUST)
+        self._announced = [_TRUST] * _DEPTHS
+        self._accepted = [_TRUST] * _DEPTHS
         self._own: dict[int, tuple[float, float]] = {}  # sequence id -> (announced, accepted) of its first nodes
 
     @property
-    def factors(self) -> FloatArray:
-        return (self._accepted / self._announced).astype(np.float32)
+    def factors(self) -> list[float]:
+        """By depth."""
+        return [accepted / announced for accepted, announced in zip(self._accepted, self._announced, strict=True)]
 
     def apply(self, id: int, draft: Draft) -> Draft:
         """The draft of sequence `id` with corrected scores."""
         if not len(draft):
             return draft
-        scores = _scores(draft) * self.factors[_cells(draft)]
         announced, accepted = self._own.get(id, (_TRUST_OWN, _TRUST_OWN))
-        scores[draft.parents == NO_PARENT] *= min(accepted / announced, _MOST_OWN)
-        return replace(draft, scores=np.minimum(scores, 0.99, dtype=np.float32))
+        of_depth, first = self.factors, min(accepted / announced, _MOST_OWN)
+        scores, depths = [], list[int]()  # lists: most drafts have a handful of nodes
+        for score, parent in zip(_scores(draft), draft.parents.tolist(), strict=True):
+            depths.append(min(depths[parent] + 1, _DEPTHS - 1) if parent != NO_PARENT else 0)
+            scores.append(min(score * of_depth[depths[-1]] * (first if parent == NO_PARENT else 1.0), 0.99))
+        corrected = np.array(scores, dtype=np.float32)
+        return Draft(draft.tokens, draft.parents, draft.sources, corrected, draft.q, draft.replacement)
 
     def update(self, id: int, draft: Draft, truth: IntArray) -> None:
         """`draft` as proposed, before correction."""
@@ -51,12 +56,12 @@ class Calibration:
             return
         scores = _scores(draft)
         first = [node for node, depth, _ in tested if depth == 0]
-        promised = float((scores[first] * self.factors[0]).sum())
+        promised = sum(scores[node] for node in first) * self._accepted[0] / self._announced[0]
         announced, accepted = self._own.get(id, (_TRUST_OWN, _TRUST_OWN))
         right = any(ok for _, depth, ok in tested if depth == 0)
         self._own[id] = _FADE_OWN * announced + min(promised, 1.0), _FADE_OWN * accepted + right
-        self._announced = _TRUST + (self._announced - _TRUST) * _FADE
-        self._accepted = _TRUST + (self._accepted - _TRUST) * _FADE
+        self._announced = [_TRUST + (x - _TRUST) * _FADE for x in self._announced]
+        self._accepted = [_TRUST + (x - _TRUST) * _FADE for x in self._accepted]
         for node, depth, right in tested:
             cell = min(depth, _DEPTHS - 1)
             self._announced[cell] += scores[node]
@@ -66,12 +71,8 @@ class Calibration:
         self._own.pop(id, None)
 
 
-def _scores(draft: Draft) -> FloatArray:
-    return np.full(len(draft), DEFAULT_SCORE, dtype=np.float32) if draft.scores is None else draft.scores
-
-
-def _cells(draft: Draft) -> IntArray:
-    return np.minimum(node_depths(draft.parents), _DEPTHS - 1)
+def _scores(draft: Draft) -> list[float]:
+    return [DEFAULT_SCORE] * len(draft) if draft.scores is None else draft.scores.tolist()
 
 
 @dataclass(slots=True, eq=False)

@@ -142,7 +142,7 @@ class Worth:
 
     def took(self, seconds: float, sequences: Seq[Sequence], drafts: Seq[Draft]) -> float:
         """A call of `propose`. Returns seconds of drafting for each sequence, the first reading of its text apart."""
-        levels = max((int(node_depths(d.parents).max()) + 1 for d in drafts if len(d)), default=1)
+        levels = max((int(node_depths(d.parents).max()) + 1 for d in drafts if len(d) > 1), default=1)
         self._unreported += seconds
         self.asked += len(drafts)
         fresh = [s for s in sequences if not self._customers.setdefault(s.id, _Customer()).known]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
+from itertools import accumulate, chain
+from operator import truediv
 
 from ...registry import register
 from ...types import Draft
@@ -60,11 +61,9 @@ class Goodput(Planner):
 
     def budgets(self, drafter: Drafter, room: Room) -> list[int]:
         sequences = len(room.caps)
-        curve = self._table.curve(sequences + room.nodes, room.context)[sequences - 1 :]
-        drafter.price = rate = self._rate(sequences, float(curve[0]))
+        drafter.price = rate = self._rate(sequences, self._table.step(sequences, room.context))
         if room.nodes:  # n nodes of this probability each at most cost what they bring, whatever n
-            slope = (curve[1:] - curve[0]) / np.arange(1, len(curve))
-            drafter.floor = rate * self._scale * float(slope.min())
+            drafter.floor = rate * self._scale * self._table.cheapest_row(sequences, room.nodes, room.context)
         return [min(cap, room.nodes) for cap in room.caps]
 
     def choose(self, drafts: list[Draft], room: Room) -> list[Draft]:
@@ -72,14 +71,19 @@ class Goodput(Planner):
             return drafts
         sequences = len(drafts)
         reach = [reaches(draft) for draft in drafts]
-        best = np.sort(np.concatenate(reach))[::-1][: room.nodes]
-        curve = self._table.curve(sequences + len(best), room.context)[sequences - 1 :]
-        gains, times = sequences + np.concatenate(([0.0], np.cumsum(best))), self._scale * curve
-        rate = max(self._rate(sequences, float(curve[0])), _PEAK * float((gains / times).max()))
-        worth = gains - rate * times
+        best = sorted(chain.from_iterable(each.tolist() for each in reach), reverse=True)[: room.nodes]
+        curve = self._table.curve(sequences + len(best), room.context)[sequences - 1 :].tolist()
+        # Mostly a handful of nodes, where lists are faster than arrays
+        gains = list(accumulate(best, initial=float(sequences)))
+        times = [self._scale * seconds for seconds in curve]
+        rate = max(self._rate(sequences, curve[0]), _PEAK * max(map(truediv, gains, times)))
+        worth = [gain - rate * time for gain, time in zip(gains, times, strict=True)]
         # Of choices that are as good as equal the one with the fewest rows: it promises least that may not come.
-        enough = worth >= worth.max() - _EQUAL * gains
-        return keep_best(drafts, int(np.argmax(enough)), reach)
+        most = max(worth)
+        count = next(
+            n for n, (value, gain) in enumerate(zip(worth, gains, strict=True)) if value >= most - _EQUAL * gain
+        )
+        return keep_best(drafts, count, reach)
 
     def _rate(self, sequences: int, plain_s: float) -> float:
         """Tokens a second is worth. `plain_s` of a plain step by the table."""
