@@ -3,9 +3,9 @@
     python benchmarks/methods_page.py            write it
     python benchmarks/methods_page.py --check    exit code 1 when it is not up to date
 
-Its sources are `docs/methods.tsv` (a row for each method), the registry, and `results/methods-*.json`,
-`results/planner-*.json` and `results/audit-*.json`. For each model, temperature and contestant the newest result
-counts. Rows and registry must agree (`problems`), or nothing is written.
+Its sources are `docs/methods.tsv` (a row for each method), the registry, `results/compare-*.json` and
+`results/audit-*.json`. For each model, temperature and contestant the newest result of one sequence at a time counts.
+Rows and registry must agree (`problems`), or nothing is written.
 
 Columns of the table of methods: `name`, `family`, `title` of the paper ("-": there is none), `paper` (address; empty if
 not known here), `year`, `mechanism`, `claim` (what the authors report; empty where the registry has it, or if they give
@@ -25,7 +25,7 @@ from typing import Any
 from urllib.parse import quote_plus
 
 from common import table
-from methods import AUTO, RANDOM, total, why_slower
+from compared import AUTO, RANDOM, groups, overall, why_slower
 from readme import Record, link, records
 
 from outpace.registry import Method
@@ -175,15 +175,17 @@ Figures = dict[tuple[str, str, str, str], Figure]  # by contestant, model, preci
 def figures() -> Figures:
     """The newest result of each contestant, model, precision and temperature."""
     found: Figures = {}
-    for r in sorted(records("methods") + records("planner"), key=lambda r: r["environment"]["date"]):
-        for temperature, result in r["results"].items():
-            for name, speedup in result["summary"]["overall_speedup"].items():
-                cells = result["methods"][name]
-                sums = total(cells, [c for c in cells if c != RANDOM])
-                why = "" if name in ("plain", AUTO) else why_slower(speedup, sums)
-                differing = sum(cell["differing"] for cell in cells.values())
-                key = (name, r["config"]["model"], r["config"]["precision"], temperature)
-                found[key] = Figure(r, temperature, speedup, sums["speed"], sums["tau"], differing, why)
+    for r in sorted(records("compare"), key=lambda r: r["environment"]["date"]):
+        ours = [row for row in r["results"]["runs"][0] if row["method"] not in r["results"]["peers"]]
+        for (model, temperature, batch), rows in groups(ours).items():
+            if batch > 1:
+                continue
+            for name, f in overall(rows).items():
+                why = "" if name in ("plain", AUTO) else why_slower(f)
+                differing = f["differing"] if f["declared"] == "identical" else 0
+                key = (name, model, r["results"]["models"][model]["precision"], f"{temperature:g}")
+                tau = f["tokens_per_step"]
+                found[key] = Figure(r, key[3], f["x_plain"], f["tokens_per_s"], tau, differing, why)
     return found
 
 
@@ -198,6 +200,20 @@ def audits() -> dict[str, tuple[int, int]]:
     return found
 
 
+def losses() -> dict[str, list[str]]:
+    """By approximate verifier: right answers beside those of plain decoding."""
+    found: dict[str, list[str]] = {}
+    for r in records("audit"):
+        scores = r.get("quality", {"scores": []})["scores"]
+        plain = {(s["suite"], s["precision"]): s["right"] for s in scores if s["method"] == "plain"}
+        for s in scores:
+            if s["exactness"] == "approximate" and s["right"] is not None and s["method"] != "plain":
+                words = f"{s['suite']}: {s['right']} of {s['questions']} right, plain decoding "
+                words += f"{plain[s['suite'], s['precision']]} ({from_docs(r, r['config']['model'])})"
+                found.setdefault(s["verifier"], []).append(words)
+    return found
+
+
 def contestants(row: Row, by_name: dict[str, Method], names: Iterable[str]) -> list[str]:
     """Which contestants of the benchmarks show what the row's methods give: a verifier with the row's drafters, or with
     any if the row has none."""
@@ -205,7 +221,7 @@ def contestants(row: Row, by_name: dict[str, Method], names: Iterable[str]) -> l
     drafters = [m.name for m in of_row if m.kind == "drafter"]
     verifiers = [m.name for m in of_row if m.kind == "verifier"]
     planned = any(m.kind == "planner" and m.name == AUTO_PLANNER for m in of_row)
-    judged = (n.partition(" / ") for n in sorted(names))
+    judged = (n.partition("/") for n in sorted(names))
     pairs = ["".join(p) for p in judged if p[2] in verifiers and (p[0] in drafters or not drafters)]
     return drafters + pairs + [AUTO] * planned
 
@@ -229,7 +245,9 @@ def from_docs(record: Record, text: str) -> str:
     return link(record, text).replace("](", "](../")
 
 
-def here_cell(row: Row, by_name: dict[str, Method], audited: dict[str, tuple[int, int]]) -> str:
+def here_cell(
+    row: Row, by_name: dict[str, Method], audited: dict[str, tuple[int, int]], lost: dict[str, list[str]]
+) -> str:
     lines = [f"**{row.status}**" + (f": {row.note}" if row.note else "")]
     for name in names_in(row.methods):
         m = by_name[name]
@@ -238,6 +256,8 @@ def here_cell(row: Row, by_name: dict[str, Method], audited: dict[str, tuple[int
         if name in audited:
             compared, differing = audited[name]
             words += f"; audit: {differing} of {compared} sequences differ"
+        if m.kind == "verifier":
+            words += "".join(f"; {each}" for each in lost.get(name, ()))
         lines.append(words)
     lines += [f"[{Path(file).name}](../{file})" for file in names_in(row.where)]
     return "<br>".join(lines)
@@ -253,11 +273,11 @@ def name_cell(row: Row) -> str:
 
 def section(family: str, rows: Sequence[Row], by_name: dict[str, Method], found: Figures) -> str:
     order = list(STATUSES)
-    audited = audits()
+    audited, lost = audits(), losses()
     cells: list[list[Any]] = []
     for row in sorted(rows, key=lambda r: (order.index(r.status), r.name.lower())):
         claim = row.claim or "; ".join(registry_claims(row, by_name)) or "-"
-        here, measured = here_cell(row, by_name, audited), measured_cell(row, by_name, found)
+        here, measured = here_cell(row, by_name, audited, lost), measured_cell(row, by_name, found)
         cells.append([cell.replace("|", "\\|") for cell in (name_cell(row), row.mechanism, claim, here, measured)])
     return f"## {FAMILIES[family]}\n\n" + table(
         ["method", "what it does", "its authors report", "here", "measured here"], cells
@@ -275,16 +295,15 @@ def overview(rows: Sequence[Row], families: Sequence[str]) -> str:
 
 def sources(found: Figures) -> str:
     """The result files that the figures come from."""
-    used = {f.record["file"]: f.record for f in found.values()}
+    used = {(f.record["file"], model): f.record for (_, model, *_), f in found.items()}
     rows = []
-    for _, r in sorted(used.items()):
-        c, e = r["config"], r["environment"]
-        machine = f"{e['gpu'] or e['cpu']}, {c['threads']} threads on {e['cores']} cores, {e['memory_gb']} GB"
-        texts = ", ".join(name for name in c["categories"] if name != RANDOM)
-        model = f"{c['model']}, {c['precision']}"
-        drafts = ", ".join(filter(None, (c["draft_model"], c["other_draft_model"]))) or "none"
-        rows.append([from_docs(r, r["file"]), model, drafts, machine, texts, e["date"]])
-    return table(["result file", "model", "draft models", "machine", "texts", "date"], rows)
+    for (_, name), r in sorted(used.items(), key=lambda item: item[0]):
+        m, e = r["results"]["models"][name], r["environment"]
+        machine = f"{e['gpu'] or e['cpu']}, {m['threads']} threads on {e['cores']} cores, {e['memory_gb']} GB"
+        texts = dict.fromkeys(row["workload"] for row in r["results"]["runs"][0] if row["workload"] != RANDOM)
+        model = f"{name}, {m['precision']}"
+        rows.append([from_docs(r, r["file"]), model, m["draft_model"] or "none", machine, ", ".join(texts), e["date"]])
+    return table(["result file", "model", "draft model", "machine", "texts", "date"], rows)
 
 
 def page(rows: Sequence[Row], registered: Sequence[Method], found: Figures) -> str:

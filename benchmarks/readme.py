@@ -12,10 +12,12 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common import RESULTS, show_spread, table
+from compared import AUTO, PLAIN, against_best, groups, overall
 
 from outpace.registry import methods
 
@@ -36,6 +38,31 @@ def link(record: Record, text: str | None = None) -> str:
     page = f"benchmarks/results/{record['file']}"
     suffix = "md" if (RESULTS / f"{record['file']}.md").exists() else "json"
     return f"[{text or record['file']}]({page}.{suffix})"
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What a comparison found of our methods for one model, temperature and batch."""
+
+    record: Record
+    model: str
+    temperature: float
+    batch: int
+    rows: list[dict[str, Any]]
+    sums: dict[str, dict[str, Any]]  # by method, over all kinds of text
+
+    def words(self) -> str:
+        m = self.record["results"]["models"][self.model]
+        draft = f", draft model {m['draft_model']}" if m["draft_model"] else ""
+        return f"{self.model}, {m['precision']}, {m['threads']} threads{draft}"
+
+
+def comparisons() -> list[Compared]:
+    found = []
+    for r in records("compare"):
+        ours = [row for row in r["results"]["runs"][0] if row["method"] not in r["results"]["peers"]]
+        found += [Compared(r, *group, rows, overall(rows)) for group, rows in groups(ours).items()]
+    return found
 
 
 def best(methods_of: Record) -> tuple[str, Record]:
@@ -60,13 +87,14 @@ def paper_name(address: str) -> str:
 def claims() -> str:
     """The three sentences at the top, each with its result file."""
     lines = []
-    if planner := records("planner"):
-        r = planner[0]
-        greedy, *sampled = (record["summary"]["overall_speedup"]["auto"] for record in r["results"].values())
-        text = f"**{greedy:.2f} times** the tokens a second of plain decoding by the default `--method auto`"
-        text += "".join(f", **{x:.2f} times** when sampling" for x in sampled)
-        where = f"{config_words(r)}, draft model {r['config']['draft_model']}"
-        lines.append(f"{text}, the same tokens ({where}): {link(r, 'result')}.")
+    if found := [one for one in comparisons() if AUTO in one.sums and one.batch == 1]:
+        first = max((one for one in found if not one.temperature), key=lambda one: one.sums[AUTO]["x_plain"])
+        text = f"**{first.sums[AUTO]['x_plain']:.2f} times** the tokens a second of plain decoding by the default "
+        text += "`--method auto`"
+        sampled = [one for one in found if one.model == first.model and one.temperature]
+        text += "".join(f", **{one.sums[AUTO]['x_plain']:.2f} times** when sampling" for one in sampled[:1])
+        links = ", ".join(link(one.record, "result") for one in (first, *sampled[:1]))
+        lines.append(f"{text}, the same tokens ({first.words()}): {links}.")
     if decode := records("decode"):
         r = max(decode, key=lambda r: r["results"]["ceiling"]["weight_bytes"])
         name, m = best(r["results"]["race"]["methods"])
@@ -125,7 +153,7 @@ def results() -> str:
 def hardware() -> str:
     """Where the figures come from; every result page has the whole list of versions."""
     machines: dict[str, list[str]] = {}
-    for kind in ("planner", "methods", "decode", "llamacpp", "batches", "load", "perplexity", "startup", "audit"):
+    for kind in ("compare", "decode", "llamacpp", "batches", "load", "perplexity", "startup", "audit"):
         for r in records(kind):
             e = r["environment"]
             gpu = f", {e['gpu']}" if e["gpu"] else ""
@@ -166,53 +194,43 @@ def decode_table() -> str:
 
 def planner_table() -> str:
     rows = []
-    for r in records("planner"):
-        for temperature, record in r["results"].items():
-            overall = record["summary"]["overall_speedup"]
-            single = max((n for n in overall if n != "auto"), key=overall.__getitem__)
-            for category, found in record["summary"]["by_category"].items():
-                rows.append(
-                    [
-                        link(r, f"{r['config']['model']}, {r['config']['precision']}"),
-                        "1.2" if category == "random" else temperature,
-                        category,
-                        f"{found['auto_speedup']:.2f}",
-                        f"`{found['best']}`",
-                        f"{found['auto_of_best']:.2f}",
-                    ]
-                )
-            rows.append(
-                [
-                    link(r, f"{r['config']['model']}, {r['config']['precision']}"),
-                    temperature,
-                    "**all but random**",
-                    f"**{overall['auto']:.2f}**",
-                    f"`{single}`",
-                    f"{overall['auto'] / overall[single]:.2f}",
-                ]
-            )
-    head = ["model", "temperature", "text", "auto, x plain", "best single method", "auto / best"]
-    note = "`random`: prompts of random tokens, where nothing can be drafted; the best is plain decoding there."
+    for one in comparisons():
+        cells = against_best(one.rows)
+        rows += [
+            [link(one.record, one.model), one.batch, f"{c['temperature']:g}", c["workload"], f"{c['x_plain']:.2f}",
+             f"`{c['best']}`", f"{c['of_best']:.2f}"]
+            for c in cells
+        ]  # fmt: skip
+        lossless = {n: f["x_plain"] for n, f in one.sums.items() if n != AUTO and f["declared"] != "approximate"}
+        if cells and AUTO in one.sums:
+            best_of_all, mine = max(lossless, key=lossless.__getitem__), one.sums[AUTO]["x_plain"]
+            figures = [f"**{mine:.2f}**", f"`{best_of_all}`", f"{mine / lossless[best_of_all]:.2f}"]
+            temperature = f"{one.temperature:g}"
+            rows.append([link(one.record, one.model), one.batch, temperature, "**all but random**", *figures])
+    head = ["model", "at once", "temperature", "text", "auto, x plain", "fastest other lossless method", "auto / that"]
+    note = (
+        "`random`: prompts of random tokens, where nothing can be drafted. The fastest of some fifteen methods has "
+        "luck on its side: plain decoding against itself would come out below 1 here."
+    )
     return f"{table(head, rows)}\n\n{note}" if rows else ""
 
 
 def side_by_side() -> str:
-    """Speed-up of every method over plain decoding, by model and temperature."""
-    columns = [(r, t) for r in records("methods") for t in r["results"]]
-    speedups = {(r["file"], t): r["results"][t]["summary"]["overall_speedup"] for r, t in columns}
+    """Speed-up of every method over plain decoding, by model, batch and temperature."""
+    columns = [one for one in comparisons() if len(one.sums) > 3]
     names = sorted(
-        {n for found in speedups.values() for n in found if n != "plain"},
-        key=lambda n: -max(found.get(n, 0.0) for found in speedups.values()),
+        {n for one in columns for n in one.sums if n != PLAIN},
+        key=lambda n: -max(one.sums[n]["x_plain"] for one in columns if n in one.sums),
     )
-    rows = [
-        [f"`{n}`", *(f"{s[n]:.2f}" if n in (s := speedups[r["file"], t]) else "" for r, t in columns)] for n in names
-    ]
-    head = ["method, x plain", *(f"{link(r, r['config']['model'])}, temperature {t}" for r, t in columns)]
+    rows = [[f"`{n}`", *(f"{one.sums[n]['x_plain']:.2f}" if n in one.sums else "" for one in columns)] for n in names]
+    head = [
+        f"{link(one.record, one.model)}, {one.batch} at once, temperature {one.temperature:g}" for one in columns
+    ]  # fmt: skip
     note = (
-        "The linked pages have each kind of text, acceptance, the share of drafting in the time, what the authors "
-        "report and why a method loses here. `a / b`: with verifier b."
+        "Geometric means over the kinds of text. The linked pages have each kind, acceptance, the share of drafting in "
+        "the time, what the authors report and why a method loses here. `a/b`: with verifier b."
     )
-    return f"{table(head, rows)}\n\n{note}" if rows else ""
+    return f"{table(['method, x plain', *head], rows)}\n\n{note}" if rows else ""
 
 
 def peer_table() -> str:
@@ -287,16 +305,16 @@ def compare_table() -> str:
                 f"median and {100 * together['largest']:.1f} % at most, {together['beyond_limit']} of them by more "
                 f"than {100 * together['limit']:.0f} %."
             )
-        if not r["results"]["peers"]:
-            continue
-        for cell, found in r["results"]["runs"][0].items():
-            for name, f in sorted(found.items(), key=lambda item: -(item[1]["tokens_per_s"] or 0.0)):
-                speed = f"{f['tokens_per_s']:.1f}" if f["tokens_per_s"] else f["reason"] or f["state"]
-                x = "1" if name == "plain" else f"{f['x_plain']:.2f}" if f["x_plain"] else ""
-                rows.append([link(r, cell), f"`{name}`" if name not in r["results"]["peers"] else name, speed, x])
+        peers = r["results"]["peers"]
+        shown = sorted(r["results"]["runs"][0], key=lambda row: -(row["tokens_per_s"] or 0.0)) if peers else []
+        for row in sorted(shown, key=lambda row: (row["batch"], row["workload"], row["temperature"])):
+            speed = f"{row['tokens_per_s']:.1f}" if row["tokens_per_s"] else row["reason"] or row["state"]
+            x = "1" if row["method"] == PLAIN else f"{row['x_plain']:.2f}" if row["x_plain"] else ""
+            name = row["method"] if row["method"] in peers else f"`{row['method']}`"
+            rows.append([link(r, row["model"]), row["workload"], row["batch"], name, speed, x])
     parts = ["\n".join(f"- {line}" for line in told)] if told else []
     if rows:
-        parts.append(table(["model, text", "method or engine", "tokens/s", "x our plain"], rows))
+        parts.append(table(["model", "text", "at once", "method or engine", "tokens/s", "x our plain"], rows))
     return "\n\n".join(parts)
 
 
@@ -307,6 +325,30 @@ def quality_table() -> str:
             against = next((f"{100 * v:+.2f} %" for k, v in p.items() if k.startswith("against_")), "")
             rows.append([link(r, r["config"]["model"]), precision, f"{p['perplexity']:.4f}", against])
     return table(["model", "precision", "perplexity", "against bfloat16"], rows) if rows else ""
+
+
+def loss_table() -> str:
+    """Right answers of approximate ways to decode beside those of plain decoding."""
+    rows, notes = [], []
+    for r in records("audit"):
+        quality = r.get("quality", {"scores": []})
+        for s in quality["scores"]:
+            right = "" if s["right"] is None else f"{s['right']} of {s['questions']}"
+            pairs = ["", "", ""] if s["right"] is None else [s["lost"], s["won"], f"{s['p']:.2g}"]
+            way = f"`{s['method']}`" + ("" if s["verifier"] == "auto" else f", `{s['verifier']}`")
+            rows.append([link(r, r["config"]["model"]), s["precision"], f"{quality['temperature']:g}", s["suite"], way,
+                         right, *pairs, f"{s['perplexity']:.3f}", f"{s['mean_accepted']:.2f}"])  # fmt: skip
+            if s["right"] is not None and s["cut"]:
+                notes.append(f"{s['cut']} of {s['questions']} of {s['suite']} with {way} ({s['precision']})")
+    head = ["model", "precision", "temperature", "questions", "method, verifier", "right", "lost", "won", "p"]
+    head += ["perplexity of the answers", "tokens/step"]
+    words = (
+        "Lost: right with plain decoding and wrong now; won: the other way round; p: that so uneven a split comes by "
+        "chance."
+    )
+    if notes:
+        words += f" Answers cut at the limit of tokens: {'; '.join(notes)}."
+    return f"{table(head, rows)}\n\n{words}" if rows else ""
 
 
 def audit_table() -> str:
@@ -341,6 +383,7 @@ RESULT_TABLES: dict[str, Callable[[], str]] = {
     "Goodput of the servers": load_table,
     "What `outpace compare` finds": compare_table,
     "The same tokens": audit_table,
+    "What approximate methods lose": loss_table,
     "Quality of the arithmetic": quality_table,
     "Start-up": startup_table,
 }

@@ -69,6 +69,11 @@ def test_quality_of_approximate_verifiers(
         ("own prompts", "auto", "identical"),
         ("own prompts", "topk", "approximate"),
     ]
+    args = ("--method", "suffix", "--quality-only", "--perplexity", "--quality-verifier", "topk", "--json", str(report))
+    alone = outpace(*QUICK, prompts, *args)
+    assert alone.exit_code == 0 and "sequences that were promised" not in alone.output
+    record = json.loads(report.read_text())
+    assert record["sections"] == [] and record["quality"]["scores"] == quality["scores"][2:]
 
 
 @pytest.mark.parametrize(
@@ -80,6 +85,8 @@ def test_quality_of_approximate_verifiers(
         (("--check-file", "no-such-file"), "cannot read"),
         (("--sampler", "warm"), "no sampler setting 'warm'"),
         (("--perplexity", "--quality-verifier", "rejection"), "loses nothing"),
+        (("--quality-only",), "--gsm8k, --humaneval or --perplexity"),
+        (("--quality-only", "--perplexity", "--check", "owners"), "leave one of them out"),
         (("--reference", "x", "--precision", "int8", "--precision", "int4"), "one precision"),
     ],
 )

@@ -12,6 +12,7 @@ import pytest
 from fake import TOOL_TEMPLATE, FakeEngine, lines
 from live import Live
 
+from outpace.cli.serve import LOOPBACK, allowed_hosts
 from outpace.server.asks import Limits
 from outpace.server.keys import Keys
 
@@ -152,6 +153,32 @@ def test_bodies_that_are_too_large(serve: Callable[..., Live]) -> None:
         error(http.post("/v1/completions", content=(b"x" * 100 for _ in range(11))), 413)
         assert "at most 50" in error(http.post("/v1/completions", json={"prompt": "x" * 51}), 400)["message"]
         assert http.post("/v1/completions", json={"prompt": "x" * 50}).status_code == 200
+
+
+def test_pages_of_other_names_that_point_here_are_refused(serve: Callable[..., Live]) -> None:
+    live = serve(FakeEngine(), hosts=allowed_hosts("127.0.0.1", ["Box.lan"], keyed=False))
+    body = {"prompt": "x"}
+    with httpx.Client(base_url=live.url) as http:
+        for host in (
+            "evil.example",
+            "evil.example:8000",
+            "[::2]:80",
+            "127.0.0.1.evil.example",
+            "localhost.",
+            "box",
+            "[",
+        ):
+            for path in ("/v1/models", "/metrics", "/health", "/"):
+                assert error(http.get(path, headers={"host": host}), 403)["code"] == "wrong_host", (host, path)
+            error(http.post("/v1/completions", json=body, headers={"host": host}), 403)
+        for host in ("localhost", "LOCALHOST:1", "127.0.0.1:8000", "[::1]:8000", "box.lan", "box.lan:443"):
+            assert http.post("/v1/completions", json=body, headers={"host": host}).status_code == 200, host
+
+
+def test_names_matter_where_no_key_is_needed_on_this_machine() -> None:
+    assert allowed_hosts("127.0.0.1", [], keyed=False) == allowed_hosts("::1", [], keyed=False) == {*LOOPBACK}
+    assert allowed_hosts("127.0.0.1", [], keyed=True) is None and allowed_hosts("0.0.0.0", [], keyed=False) is None
+    assert allowed_hosts("0.0.0.0", ["box"], keyed=True) == {*LOOPBACK, "box"}
 
 
 def test_without_a_key_nothing_is_told(serve: Callable[..., Live]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import re
 import shutil
 import sys
@@ -17,6 +18,7 @@ import pytest
 from outpace.registry import methods as registered_methods
 
 ROOT = Path(__file__).parent.parent.parent
+FILE = "compare-smollm2-135m"
 
 
 @pytest.fixture
@@ -47,6 +49,15 @@ def change(path: Path, **changes: Any) -> dict[str, Any]:
     record |= changes
     path.write_text(json.dumps(record), "utf-8")
     return record
+
+
+def faster(path: Path, method: str, times: float) -> dict[str, Any]:
+    """Say of a method in a result file that it was so many times plain decoding."""
+    record = json.loads(path.read_text("utf-8"))
+    for row in record["results"]["runs"][0]:
+        if row["method"] == method:
+            row["x_plain"] = times
+    return change(path, results=record["results"])
 
 
 def table_rows(page: str) -> list[list[str]]:
@@ -82,10 +93,7 @@ def test_check_notices_a_changed_page(
 def test_check_notices_a_changed_result(maker: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     results = own_results(maker, monkeypatch, tmp_path / "results")
     assert check(maker, monkeypatch) == ""
-    path = results / "methods-smollm2-135m-int8.json"
-    record = json.loads(path.read_text("utf-8"))
-    record["results"]["0"]["summary"]["overall_speedup"]["swift"] = 9.87
-    change(path, results=record["results"])
+    faster(results / f"{FILE}.json", "swift", 9.87)
     assert "out of date" in check(maker, monkeypatch)
 
 
@@ -104,16 +112,15 @@ def test_the_newest_result_counts(maker: ModuleType, monkeypatch: pytest.MonkeyP
     results = own_results(maker, monkeypatch, tmp_path / "results")
     key = ("swift", "smollm2-135m", "int8", "0")
     before = maker.figures()[key]
-    old = results / "methods-smollm2-135m-int8.json"
-    record = json.loads(old.read_text("utf-8"))
-    record["results"]["0"]["summary"]["overall_speedup"]["swift"] = 9.87
-    for name, date in (("methods-a", "2020-01-01 00:00 UTC"), ("methods-z", "2020-01-01 00:00 UTC")):
-        record["environment"]["date"] = date
-        (results / f"{name}.json").write_text(json.dumps(record), "utf-8")
+    old = results / f"{before.record['file']}.json"
+    for name, date in (("compare-a", "2020-01-01 00:00 UTC"), ("compare-z", "2020-01-01 00:00 UTC")):
+        shutil.copy(old, results / f"{name}.json")
+        record = faster(results / f"{name}.json", "swift", 9.87)
+        record = change(results / f"{name}.json", environment={**record["environment"], "date": date})
     assert maker.figures()[key].speedup == before.speedup != 9.87
-    change(results / "methods-a.json", environment={**record["environment"], "date": "2999-01-01 00:00 UTC"})
+    change(results / "compare-a.json", environment={**record["environment"], "date": "2999-01-01 00:00 UTC"})
     assert maker.figures()[key].speedup == 9.87
-    assert maker.figures()[key].record["file"] == "methods-a"
+    assert maker.figures()[key].record["file"] == "compare-a"
 
 
 def test_every_row_and_every_registered_method_is_shown_once(maker: ModuleType) -> None:
@@ -149,22 +156,20 @@ def test_what_is_here_comes_first_in_each_family(maker: ModuleType) -> None:
 
 
 def test_figures_are_those_of_the_result_file(maker: ModuleType) -> None:
-    """Worked out here from the cells, without the summary."""
+    """Worked out here from the rows of one sequence at a time."""
     found = maker.figures()
     assert len(found) > 40
-    for name in ("swift", "lookahead", "suffix+recycling / typical"):
-        figure = found[name, "smollm2-135m", "int8", "0.8"]
-        methods = figure.record["results"]["0.8"]["methods"]
-
-        def speed(of: str, methods: dict[str, Any] = methods) -> tuple[float, float]:
-            cells = [c for category, c in methods[of].items() if category != "random"]
-            tokens = sum(c["tokens"] for c in cells)
-            steps = sum(c["tokens"] / c["mean_accepted"] for c in cells)
-            return tokens / sum(c["tokens"] / c["tokens_per_s"] for c in cells), tokens / steps
-
-        assert figure.tokens_per_s == pytest.approx(speed(name)[0])
-        assert figure.mean_accepted == pytest.approx(speed(name)[1])
-        assert figure.speedup == pytest.approx(speed(name)[0] / speed("plain")[0], abs=2e-3)
+    for name, temperature in (("swift", 0.0), ("lookahead", 0.0), ("suffix+recycling/typical", 0.8)):
+        figure = found[name, "smollm2-135m", "int8", f"{temperature:g}"]
+        rows = [
+            row
+            for row in figure.record["results"]["runs"][0]
+            if (row["method"], row["batch"], row["temperature"]) == (name, 1, temperature)
+        ]
+        assert len(rows) == 4
+        assert figure.speedup == pytest.approx(math.prod(row["x_plain"] for row in rows) ** 0.25, rel=1e-3)
+        assert figure.tokens_per_s == pytest.approx(4 / sum(1 / row["tokens_per_s"] for row in rows), rel=1e-3)
+        assert figure.mean_accepted == pytest.approx(4 / sum(1 / row["tokens_per_step"] for row in rows), rel=1e-3)
         assert ("loses" in figure.words()) == (figure.speedup < 1)
         assert f"{figure.speedup:.2f} x" in figure.words()
 
@@ -182,10 +187,10 @@ def test_losing_and_differing_are_said(maker: ModuleType) -> None:
 def test_verifiers_stand_with_the_drafters_of_their_row(maker: ModuleType) -> None:
     by_name = {m.name: m for m in registered_methods()}
     rows = {r.name: r for r in maker.read_rows(maker.ROWS)}
-    names = {"draft", "sjd", "draft / rejection", "sjd / rejection", "draft / block", "auto"}
-    assert maker.contestants(rows["SJD"], by_name, names) == ["sjd", "sjd / rejection"]
-    assert maker.contestants(rows["Speculative sampling"], by_name, names) == ["draft / rejection", "sjd / rejection"]
-    assert maker.contestants(rows["Block verification"], by_name, names) == ["draft / block"]
+    names = {"draft", "sjd", "draft/rejection", "sjd/rejection", "draft/block", "auto"}
+    assert maker.contestants(rows["SJD"], by_name, names) == ["sjd", "sjd/rejection"]
+    assert maker.contestants(rows["Speculative sampling"], by_name, names) == ["draft/rejection", "sjd/rejection"]
+    assert maker.contestants(rows["Block verification"], by_name, names) == ["draft/block"]
     assert maker.contestants(rows["SmartSpec"], by_name, names) == ["auto"]
     assert maker.contestants(rows["TETRIS"], by_name, names) == []
 

@@ -115,6 +115,7 @@ SHOWN = 10  # divergences printed for one row; --json has all of them
     help="Whose loss is measured.  Repeatable.",
 )
 @click.option("--quality-temperature", type=float, default=0.0, show_default=True)
+@click.option("--quality-only", is_flag=True, help="Measure quality and nothing else.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write the result here.")
 def audit(**options: Any) -> None:
     """Prove what every method does to the output.
@@ -123,7 +124,7 @@ def audit(**options: Any) -> None:
       outpace audit --quick
       outpace audit --method ngram --precision int8 --precision bfloat16
       outpace audit --prompts questions.jsonl --n 120 --max-tokens 128 --json audit.json
-      outpace audit --gsm8k gsm8k.jsonl --precision int8 --precision int4 --check tokens --method suffix
+      outpace audit --quality-only --gsm8k gsm8k.jsonl --precision int8 --precision int4
       outpace audit --url http://localhost:8000/v1 --against-url http://localhost:8001/v1
       outpace audit --check-file answers.jsonl --requests questions.jsonl
 
@@ -174,8 +175,7 @@ def audit_model(options: dict[str, Any]) -> None:
         raise ParameterError("a reference is of one precision: name one with --precision")
     notes: list[str] = []
     quality = Quality(options, suites(options, chosen, notes), notes)
-    if quality.suites:
-        check_quality_options(options)
+    check_quality_options(options, quality)
     sections: list[AuditSection] = []
     with ExitStack() as stack:
         judge: LLM | None = None
@@ -183,25 +183,28 @@ def audit_model(options: dict[str, Any]) -> None:
             opening = {**options, "method": "auto", "precision": precision}
             llm = stack.enter_context(open_llm(opening, max_batch=max(config.batch_sizes)))
             judge = judge or llm  # of quality: it stays open
-            sections.append(audit_section(llm, options, config, chosen))
-            show(sections[-1], config)
-            show_checks(sections[-1].checks)
+            if not options["quality_only"]:
+                sections.append(audit_section(llm, options, config, chosen))
+                show(sections[-1], config)
+                show_checks(sections[-1].checks)
             if quality.suites:
                 with progress_bar() as progress:
                     quality.measure(llm, judge, progress)
     quality.show()
     holds = all(section.holds for section in sections)
     if options["json_path"] is not None:
-        draft: str | None = options["draft_model"]
         more = {name: options[name] for name in ("verifier", "threads", "categories")}
-        more["draft_model"] = draft and (Path(draft).name if Path(draft).exists() else draft)
+        for name in ("model", "draft_model"):
+            named: str | None = options[name]
+            more[name] = named and (Path(named).name if Path(named).exists() else named)
         more["prompt_file"] = options["path"].name if options["path"] else "own"
         config_json = {**asdict(config), **more, "prompts": [p.id for p in chosen]}
         record: dict[str, Any] = {"config": config_json, "sections": [section.to_json() for section in sections]}
         if quality.suites:
             record["quality"] = quality.to_json()
         write_json(options["json_path"], record, holds)
-    click.echo(verdict(sections))
+    if sections:
+        click.echo(verdict(sections))
     if not holds:
         sys.exit(1)
 

@@ -151,10 +151,19 @@ class Quality:
         }
 
 
-def check_quality_options(options: dict[str, Any]) -> None:
-    """Refuse before anything is loaded. Raises MethodError for an unknown verifier."""
+def check_quality_options(options: dict[str, Any], quality: Quality) -> None:
+    """Refuse before anything is loaded. Raises MethodError for an unknown verifier, ParameterError for --quality-only
+    without anything to measure or together with something else."""
     from ..decoding.methods import make_verifier
 
+    if options["quality_only"]:
+        if not quality.suites:
+            raise ParameterError("--quality-only needs something to measure: --gsm8k, --humaneval or --perplexity")
+        others = {"reference": "--reference", "save_reference": "--save-reference", "checks": "--check"}
+        for option in (option for name, option in others.items() if options[name]):
+            raise ParameterError(f"--quality-only leaves out what {option} is for: leave one of them out")
+    if not quality.suites:
+        return
     for spec in options["quality_verifiers"]:
         if make_verifier(spec).exactness != "approximate":
             raise MethodError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +16,21 @@ from .common import model_options, open_llm, say
 if TYPE_CHECKING:
     from ..engine.llm import LLM
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 NEEDED = ("fastapi", "uvicorn", "pydantic", "prometheus_client")  # the extra `serve`
 
 
 @click.command(short_help="Serve a model over HTTP, as OpenAI's API.")
 @model_options
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0: all.")
+@click.option(
+    "--allow-host",
+    "names",
+    multiple=True,
+    metavar="NAME",
+    help="A name by which it may be called.  Repeatable.  [default: on this machine alone and without keys localhost, "
+    "else any]",
+)
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any that is free.")
 @click.option("--methods", default="", metavar="A,B", help="Further methods that a request may ask for by name.")
 @click.option(
@@ -113,6 +123,7 @@ def _serve(llm: LLM, keys: Any, listener: Any, options: dict[str, Any]) -> None:
         limits=limits,
         playground=options["playground"],
         log_prompts=options["log_prompts"],
+        hosts=allowed_hosts(options["host"], options["names"], keys.needed),
     )
     address = listener.getsockname()
     url = f"http://{_shown(options['host'])}:{address[1]}"
@@ -121,6 +132,18 @@ def _serve(llm: LLM, keys: Any, listener: Any, options: dict[str, Any]) -> None:
     server.run(sockets=[listener])
     if not server.started:
         sys.exit(1)
+
+
+def allowed_hosts(host: str, names: Sequence[str], keyed: bool) -> frozenset[str] | None:
+    """Who may reach this machine alone can do so through a page in its browser, whose name an attacker lets point here;
+    where no key is asked for, the name is what tells such a page. None: any name.
+
+    >>> sorted(allowed_hosts("127.0.0.1", ["box.lan"], keyed=False))
+    ['127.0.0.1', '::1', 'box.lan', 'localhost']
+    """
+    if names or (host in LOOPBACK and not keyed):
+        return frozenset({*LOOPBACK, *(name.lower() for name in names)})
+    return None
 
 
 def _shown(host: str) -> str:
@@ -137,6 +160,6 @@ def welcome(llm: LLM, url: str, keyed: bool, options: dict[str, Any]) -> None:
     say(f"  curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{data}'\n")
     if options["playground"]:
         say(f"  Playground: {url}/playground/")
-    if not keyed and options["host"] not in ("127.0.0.1", "localhost", "::1"):
+    if not keyed and options["host"] not in LOOPBACK:
         say("  Everybody who reaches this address may use it: --api-key-file sets keys.")
     say(f"  Ctrl-C stops it, within {options['grace']:g} s.\n")

@@ -52,8 +52,9 @@ def create_app(
     limits: Limits | None = None,
     playground: bool = False,
     log_prompts: bool = False,
+    hosts: frozenset[str] | None = None,
 ) -> FastAPI:
-    """The application starts and stops the service with itself."""
+    """The application starts and stops the service with itself. `hosts`: names by which it may be called; None: any."""
     keys, limits, metrics = keys or Keys(), limits or Limits(), Metrics()
     api = Api(service, keys, limits, metrics, log_prompts)
 
@@ -90,7 +91,7 @@ def create_app(
         app.mount("/playground", Pages(directory=PLAYGROUND, html=True))
         app.add_route("/", lambda request: RedirectResponse("/playground/"), include_in_schema=False)
     names = frozenset(path for path, *_ in api.routes())
-    app.add_middleware(Around, metrics=metrics, keys=keys, body_bytes=limits.body_bytes, routes=names)
+    app.add_middleware(Around, metrics=metrics, keys=keys, body_bytes=limits.body_bytes, routes=names, hosts=hosts)
     app.openapi = lambda: _described(app)  # type: ignore[method-assign]
     return app
 

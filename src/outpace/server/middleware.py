@@ -33,12 +33,28 @@ NO_KEY = Refusal(
 )
 
 
-class Around:
-    """`routes`: the paths that are counted by name; all others are one."""
+WRONG_HOST = Refusal(
+    403,
+    "this server is not called by the name in the Host header; names of its own are set with --allow-host",
+    code="wrong_host",
+)
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, keys: Keys, body_bytes: int, routes: frozenset[str]) -> None:
+
+class Around:
+    """`routes`: the paths that are counted by name; all others are one. `hosts`: the names by which the server may be
+    called (None: any). A page whose own name its owner lets point to this machine sends that name, and is refused."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        keys: Keys,
+        body_bytes: int,
+        routes: frozenset[str],
+        hosts: frozenset[str] | None = None,
+    ) -> None:
         self._app, self._metrics, self._keys = app, metrics, keys
-        self._most, self._routes = body_bytes, routes
+        self._most, self._routes, self._hosts = body_bytes, routes, hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -56,7 +72,9 @@ class Around:
         key = self._keys.check(_header(scope, b"authorization"))
         scope[KEY] = key or ""
         try:
-            if key is None and scope["path"].startswith(KEYED):
+            if self._hosts is not None and _host(scope) not in self._hosts:
+                await self._refuse(sending, record, WRONG_HOST)
+            elif key is None and scope["path"].startswith(KEYED):
                 await self._refuse(sending, record, NO_KEY)
             else:
                 await self._app(scope, self._limited(scope, receive), sending)
@@ -116,6 +134,12 @@ class Around:
             **record,
         }
         requests_log.info(json.dumps(line, default=str))
+
+
+def _host(scope: Scope) -> str:
+    """The name in the Host header, without its port. "localhost" where there is none, which no browser does."""
+    said = (_header(scope, b"host") or "localhost").lower()
+    return said[1:].partition("]")[0] if said.startswith("[") else said.partition(":")[0]
 
 
 def _header(scope: Scope, name: bytes) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .plan import PLAIN
+from .plan import AUTO, PLAIN
 from .store import Line
 from .summary import Figure, Summary, ceilings_of, geometric, summarise, wanted_of
 
@@ -77,10 +77,12 @@ def headline(report: Report) -> list[str]:
                 f"{r.cell.workload} {r.ratio.value:.2f}" for r in here if r.method == name and r.ratio is not None
             )
             how = f"{line['model']}, {batch} at once" + (f", temperature {temperature:g}" if temperature else "")
+            auto = dict(best).get(AUTO)
+            own = "" if auto is None or name == AUTO else f" {AUTO}, which chooses for itself: {auto:.2f} times."
             if ratio > 1:
-                told.append(f"{how}: {name} is the fastest, {ratio:.2f} times plain decoding ({each}).")
+                told.append(f"{how}: {name} is the fastest, {ratio:.2f} times plain decoding ({each}).{own}")
             else:
-                told.append(f"{how}: nothing is faster than plain decoding; {name} comes nearest ({ratio:.2f}).")
+                told.append(f"{how}: nothing is faster than plain decoding; {name} comes nearest ({ratio:.2f}).{own}")
     return told
 
 

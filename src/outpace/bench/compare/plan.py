@@ -21,7 +21,7 @@ from typing import Any
 from ...errors import ParameterError
 from ...types import SamplingParams
 
-PLAIN = "plain"
+PLAIN, AUTO = "plain", "auto"
 HEAT = 4  # contestants beside plain in one heat
 MOST_ROUNDS = 4  # of a cell in one pass
 #: Of the project's own sets: text made up, code written, text shortened, code repeated with small changes
