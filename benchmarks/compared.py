@@ -48,6 +48,7 @@ def row_of(row: Summary) -> Row:
         "x_plain": rounded(row.ratio.value if row.ratio else None),
         "low": rounded(row.ratio.low if row.ratio else None),
         "high": rounded(row.ratio.high if row.ratio else None),
+        "x_plain_full": rounded(row.full.value if row.full else None),
         "tokens_per_s": rounded(row.speed.value if row.speed else None),
         "rounds": row.speed.rounds if row.speed else 0,
         "tokens_per_step": rounded(row.tau),
@@ -125,10 +126,12 @@ def overall(rows: Iterable[Row]) -> dict[str, Row]:
         ratios = [1.0 if name == PLAIN else row["x_plain"] for row in mine]
         if len(mine) < len(kinds) or not all(ratios):
             continue
+        full = [1.0 if name == PLAIN else row.get("x_plain_full") for row in mine]
         steps = [row["tokens_per_step"] for row in mine]
         shares = [row["draft_share"] or 0.0 for row in mine]
         found[name] = {
             "x_plain": rounded(geometric(ratios)),
+            "x_plain_full": rounded(geometric(full)) if all(full) else None,
             "tokens_per_s": rounded(harmonic_mean([row["tokens_per_s"] for row in mine])),
             "tokens_per_step": rounded(harmonic_mean(steps)) if all(steps) else None,
             "draft_share": rounded(sum(shares) / len(shares)),
@@ -166,7 +169,13 @@ def against_best(rows: Iterable[Row]) -> list[Row]:
         ratio = 1.0 if best["method"] == PLAIN else best["x_plain"]
         where = {name: auto[name] for name in ("model", "workload", "batch", "temperature")}
         found.append(
-            {**where, "x_plain": auto["x_plain"], "best": best["method"], "of_best": rounded(auto["x_plain"] / ratio)}
+            {
+                **where,
+                "x_plain": auto["x_plain"],
+                "x_plain_full": auto.get("x_plain_full"),
+                "best": best["method"],
+                "of_best": rounded(auto["x_plain"] / ratio),
+            }
         )
     return found
 
@@ -198,6 +207,10 @@ def figure_words(row: Row | None) -> str:
     return f"{row['x_plain']:.2f}{interval}" + (" whole answers" if row["whole_answers"] else "")
 
 
+def full_words(figures: Row | None) -> str:
+    return f"{figures['x_plain_full']:.2f}" if figures and figures.get("x_plain_full") else "-"
+
+
 def section(group: Group, rows: list[Row], peers: dict[str, Any]) -> str:
     """Methods and engines by kind of text."""
     model, temperature, batch = group
@@ -217,6 +230,7 @@ def section(group: Group, rows: list[Row], peers: dict[str, Any]) -> str:
         lines.append([
             f"`{name}`",
             f"{figures['x_plain']:.2f}" if figures else "-",
+            *([full_words(figures)] if batch > 1 else []),
             *(figure_words(at.get((name, kind))) for kind in kinds),
             f"{figures['tokens_per_s']:.1f}" if figures else "-",
             f"{figures['tokens_per_step']:.2f}" if figures and figures["tokens_per_step"] else "-",
@@ -228,6 +242,7 @@ def section(group: Group, rows: list[Row], peers: dict[str, Any]) -> str:
     head = [
         "method, x plain",
         "all",
+        *(["all, while all run"] if batch > 1 else []),
         *kinds,
         "tokens/s",
         "tokens/step",
@@ -256,15 +271,17 @@ def body(name: str, results: dict[str, Any]) -> str:
         ]
         parts.append(table(["furthest apart", "method", "first", "second", "apart"], furthest))
     parts.append(
-        "`all`: geometric mean over the kinds of text but random. In brackets: 95 % interval of the machine's noise. "
+        "`all`: geometric mean over the kinds of text but random. `while all run`: until the first answer of a batch "
+        "ends. In brackets: 95 % interval of the machine's noise. "
         "`drafting`: its share of the time. `differing`: answers with other tokens than plain decoding's."
     )
     parts += [section(group, members, results["peers"]) for group, members in groups(rows).items()]
     if found := against_best(rows):
         lines = [
-            [cell_words(f), f"{f['x_plain']:.2f}", f"`{f['best']}`", f"{f['of_best']:.2f}"] for f in found
+            [cell_words(f), f"{f['x_plain']:.2f}", full_words(f), f"`{f['best']}`", f"{f['of_best']:.2f}"]
+            for f in found
         ]  # fmt: skip
-        head = ["`auto`", "x plain", "fastest other lossless method", "auto / that"]
+        head = ["`auto`", "x plain", "while all run", "fastest other lossless method", "auto / that"]
         parts.append(f"## The planner\n\n{table(head, lines)}")
     for model, about in results["models"].items():
         if about["skipped"]:

@@ -13,7 +13,7 @@ from hashing import toy_loaded
 
 from outpace.bench.compare import ceilings, sets, store, summary
 from outpace.bench.compare.contestant import run_of_answers
-from outpace.bench.compare.findings import Report
+from outpace.bench.compare.findings import Report, overall
 from outpace.bench.compare.plan import (
     PLAIN,
     Cell,
@@ -230,6 +230,32 @@ def test_ratios_are_medians_of_pairs_and_survive_a_drift_of_the_machine() -> Non
     assert row.tau == 2 and row.alpha == 0.25 and row.depth == [0.6, 0.4]
     shares = [part / sum(row.per_token_ms.values()) for part in row.per_token_ms.values()]
     assert shares == pytest.approx([0.1, 0.5, 0.1, 0.3])
+
+
+def test_what_is_won_while_all_answers_run_is_told_apart() -> None:
+    lines = [
+        measurement(PLAIN, 0, 0, 2.0, batch=2, full_tokens=10, full_s=2.0),
+        measurement(
+            "a", 0, 0, 2.5, batch=2, full_tokens=6, full_s=0.6
+        ),  # one answer soon ended, the other one crept on
+        measurement("b", 0, 0, 2.5, batch=2, full_tokens=0, full_s=0.0),  # nobody knows
+    ]
+    a, b = summary.summarise(lines, [("m", Cell("w", 2, 0.0), name) for name in "ab"], {})
+    assert a.ratio is not None and a.ratio.value == pytest.approx(0.8)
+    assert a.full is not None and a.full.value == pytest.approx(2.0) and b.full is None and b.ratio is not None
+    assert overall([a, b]) == {"a": pytest.approx(0.8), "b": pytest.approx(0.8)}
+    assert overall([a, b], full=True) == {"a": pytest.approx(2.0)}
+
+
+def test_a_batch_is_full_until_the_first_answer_ends(tmp_path: Path) -> None:
+    lines = run(tmp_path, config(rounds=1, batch_sizes=(1, 2), methods=("suffix",)))
+    for x in (x for x in lines if x["kind"] == "measurement"):
+        assert 0 < x["full_tokens"] <= x["decode_tokens"] and 0 < x["full_s"] <= x["decode_s"]
+        if x["batch"] == 1 or x["method"] == PLAIN:
+            assert x["full_tokens"] == x["decode_tokens"]
+    answers = [PeerAnswer("", (1,) * 9, 9, first_token_s=1.0, total_s=end) for end in (5.0, 9.0)]
+    found = run_of_answers(answers, Unit(("a", "b"), ((1,), (1,)), ("", ""), (0, 1)), None)
+    assert (found.full_s, found.full_tokens) == (4.0, pytest.approx(8 + 4)) and found.decode_tokens == 16
 
 
 def test_one_round_has_no_interval_and_a_lost_plain_run_no_ratio() -> None:

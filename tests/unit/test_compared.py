@@ -36,6 +36,7 @@ def test_means_are_over_all_kinds_of_text_but_random(compared: ModuleType) -> No
     assert set(found) == {"plain", "a"} and found["plain"]["x_plain"] == 1.0
     assert found["a"]["x_plain"] == pytest.approx(1.0)
     assert found["a"]["tokens_per_s"] == pytest.approx(2 / (1 / 20 + 1 / 5))
+    assert found["a"]["x_plain_full"] is None and found["plain"]["x_plain_full"] == 1.0
     assert found["a"]["tokens_per_step"] == pytest.approx(1.5) and found["a"]["compared"] == 8
 
 
@@ -50,7 +51,9 @@ def test_random_text_stands_with_every_temperature_that_was_asked_for(compared: 
 def test_auto_is_held_against_the_fastest_lossless_method(compared: ModuleType) -> None:
     rows = [row("plain", None), row("auto", 1.5), row("a", 2.0), row("b", 9.0, declared="approximate")]
     rows += [row("llama.cpp", 8.0, declared=None)]
+    rows[1]["x_plain_full"] = 1.7
     (found,) = compared.against_best(rows)
+    assert found["x_plain_full"] == 1.7
     assert (found["best"], found["of_best"], found["x_plain"]) == ("a", 0.75, 1.5)
     (slow,) = compared.against_best([row("plain", None), row("auto", 0.9), row("a", 0.5)])
     assert (slow["best"], slow["of_best"]) == ("plain", 0.9)

@@ -2,6 +2,8 @@
 
 Speed is that of decoding: from the moment when the last answer of the unit has its first token to the moment when the
 last one has all; tokens that come earlier do not count. What reading the prompts takes is told apart (`first_s`).
+Answers of a unit that end early leave places empty, which a server fills; so the part until the first one ends, while
+all of them run, is also told (`full_tokens` in `full_s`).
 """
 
 from __future__ import annotations
@@ -51,6 +53,8 @@ class Run:
     first_s: float | None = None
     decode_tokens: float = 0.0
     decode_s: float = 0.0
+    full_tokens: float = 0.0
+    full_s: float = 0.0
     steps: int = 0
     turns: int = 0
     rows: int = 0
@@ -141,6 +145,7 @@ class _Watch:
         self.counts = dict.fromkeys(ids, 0)
         self.results: dict[int, Result] = {}
         self.all_first: float | None = None
+        self.full: tuple[float, int] | None = None  # when the first one ended, and the tokens of all by then
         self.before: dict[str, float] = {}
         self.last: dict[str, float] | None = None
         self.first_tokens = self.turns = 0
@@ -166,6 +171,8 @@ class _Watch:
         self.last = now
         if self.all_first is None and all(self.counts.values()):
             self.all_first, self.before, self.first_tokens = clock(), now, sum(self.counts.values())
+        elif self.full is None and self.results:
+            self.full = self.ended, sum(self.counts.values())
 
     def run(self, began: float, unit: Unit) -> Run:
         results = [self.results[id] for id in self.ids]
@@ -177,12 +184,15 @@ class _Watch:
 
         tested, right = by_depth(results)
         tokens = sum(len(r.token_ids) for r in results)
+        until, full = self.full if self.full is not None and self.all_first is not None else (first, self.first_tokens)
         return Run(
             tokens=tokens,
             total_s=self.ended - began,
             first_s=first - began,
             decode_tokens=tokens - self.first_tokens,
             decode_s=self.ended - first,
+            full_tokens=full - self.first_tokens,
+            full_s=until - first,
             steps=int(spent("steps")),
             turns=self.turns,
             rows=int(spent("rows")),
@@ -264,6 +274,10 @@ def run_of_answers(answers: Sequence[PeerAnswer], unit: Unit, memory: int | None
         if a.total_s > run.first_s
     ]
     run.decode_tokens = sum(parts)
+    ended = min(a.total_s for a in answers)
+    if ended > run.first_s:
+        rates = [(a.tokens - a.first_tokens) / (a.total_s - first) for a, first in zip(answers, firsts, strict=True)]
+        run.full_s, run.full_tokens = ended - run.first_s, sum(rates) * (ended - run.first_s)
     if run.turns:  # of the whole answers, cut to the same part
         later = tokens - sum(a.first_tokens for a in answers)
         run.turns = round(run.turns * run.decode_tokens / max(later, 1))

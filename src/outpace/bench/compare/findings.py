@@ -79,6 +79,10 @@ def headline(report: Report) -> list[str]:
             how = f"{line['model']}, {batch} at once" + (f", temperature {temperature:g}" if temperature else "")
             auto = dict(best).get(AUTO)
             own = "" if auto is None or name == AUTO else f" {AUTO}, which chooses for itself: {auto:.2f} times."
+            if batch > 1 and (while_full := overall(here, full=True)):
+                name_, full = max(while_full.items(), key=lambda item: item[1])
+                own += f" While all {batch} run, {name_} is the fastest, {full:.2f} times."
+                own += f" {AUTO}: {while_full[AUTO]:.2f}." if AUTO in while_full and name_ != AUTO else ""
             if ratio > 1:
                 told.append(f"{how}: {name} is the fastest, {ratio:.2f} times plain decoding ({each}).{own}")
             else:
@@ -86,12 +90,14 @@ def headline(report: Report) -> list[str]:
     return told
 
 
-def overall(rows: Iterable[Summary]) -> dict[str, float]:
-    """Geometric mean of the ratios over workloads, of methods that have as many of them as any."""
+def overall(rows: Iterable[Summary], full: bool = False) -> dict[str, float]:
+    """Geometric mean of the ratios over workloads, of methods that have as many of them as any. `full`: of those while
+    all answers run."""
     ratios: dict[str, list[float]] = {}
     for row in rows:
-        if row.ratio is not None and row.state == "ok":
-            ratios.setdefault(row.method, []).append(row.ratio.value)
+        ratio = row.full if full else row.ratio
+        if ratio is not None and row.state == "ok":
+            ratios.setdefault(row.method, []).append(ratio.value)
     most = max(map(len, ratios.values()), default=0)
     return {name: geometric(values) for name, values in ratios.items() if len(values) == most}
 

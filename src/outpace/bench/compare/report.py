@@ -213,26 +213,29 @@ def _crossings(rows: Sequence[Summary]) -> str:
 def _table(rows: Sequence[Summary]) -> str:
     """One line for each method, one column for each workload."""
     groups = list(dict.fromkeys(r.cell.workload for r in rows))
-    ranked = overall(rows)
+    ranked, full = overall(rows), overall(rows, full=True) if rows and rows[0].cell.batch > 1 else {}
     names = sorted(dict.fromkeys(r.method for r in rows), key=lambda n: (n != PLAIN, -ranked.get(n, 0.0)))
     body = []
     for name in names:
         mine = {r.cell.workload: r for r in rows if r.method == name}
         mean = "1" if name == PLAIN else f"{ranked[name]:.2f}" if name in ranked else "-"
-        body.append([name, output_text(list(mine.values())), mean, *(cell_text(mine.get(g)) for g in groups)])
-    head = ["method", "output", "times plain, mean", *groups]
+        running = ["1" if name == PLAIN else f"{full[name]:.2f}" if name in full else "-"] if full else []
+        cells = (cell_text(mine.get(g)) for g in groups)
+        body.append([name, output_text(list(mine.values())), mean, *running, *cells])
+    head = ["method", "output", "times plain, mean", *(["while all run"] if full else []), *groups]
     return _html_table(head, body, left={1})
 
 
 def _everything(rows: Sequence[Summary]) -> str:
     head = [
-        "method", "workload", "batch", "temp.", "tokens/s", "times plain", "by prompt", "rounds", "first token s",
+        "method", "workload", "batch", "temp.", "tokens/s", "times plain", "while all run", "by prompt", "rounds",
+        "first token s",
         "tokens/step", "accepted", "draft", "verify", "sample", "other", "memory read", "arithmetic", "KV cache MB",
         "process MB", "output", "note",
     ]  # fmt: skip
     return (
         f"<details><summary>Every figure of {escape(rows[0].model)}</summary>"
-        + _html_table(head, [_all_of(r) for r in rows], left={1, 19}, wide={20})
+        + _html_table(head, [_all_of(r) for r in rows], left={1, 20}, wide={21})
         + "</details>"
         if rows
         else ""
@@ -250,7 +253,7 @@ def _all_of(r: Summary) -> list[str]:
     ]
     return [
         r.method, r.cell.workload, str(r.cell.batch), f"{r.cell.temperature:g}",
-        number(r.speed.value if r.speed else None), ratio_text(r.ratio), spread,
+        number(r.speed.value if r.speed else None), ratio_text(r.ratio), ratio_text(r.full), spread,
         str(r.speed.rounds) if r.speed else "0", number(r.first_s, 2), number(r.tau, 2), share(r.alpha),
         *shares, share(r.memory_share), share(r.arithmetic_share), number(r.kv_bytes and r.kv_bytes / 1e6),
         number(r.memory_bytes and r.memory_bytes / 1e6, 0), output_text([r]), "; ".join(note),

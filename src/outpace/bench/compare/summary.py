@@ -79,6 +79,7 @@ class Summary:
     notes: list[str] = field(default_factory=list)
     speed: Figure | None = None  # tokens a second
     ratio: Figure | None = None  # of speeds, to plain
+    full: Figure | None = None  # the same ratio while all answers of the batch run
     whole: bool = False  # the ratio is of whole answers, prompts included: this engine tells no first token
     first_s: float | None = None  # until everybody has a first token, median
     tau: float | None = None  # tokens a turn of a sequence
@@ -195,6 +196,13 @@ def speed_of(line: Line) -> float | None:
     return None if raw is None else raw * line.get("pace", 1.0)
 
 
+def full_speed(line: Line, steady: bool) -> float | None:
+    """Tokens a second while all answers of the batch run; at the machine's usual pace if `steady`."""
+    if not line.get("full_s") or not line.get("full_tokens"):
+        return None
+    return float(line["full_tokens"] / line["full_s"] * (line.get("pace", 1.0) if steady else 1.0))
+
+
 def whole_speed(line: Line) -> float | None:
     """Tokens a second of the whole answers, prompts included."""
     return line["tokens"] / line["total_s"] if line["total_s"] else None
@@ -208,6 +216,7 @@ def fill(
     speed = whole_speed if row.whole else speed_of if told else raw_speed
     speeds: Groups = {}
     ratios: Groups = {}
+    full: Groups = {}
     for line in lines:
         mine = speed(line)
         if mine is None:
@@ -217,7 +226,9 @@ def fill(
         theirs = speed(other) if other is not None else None
         if theirs and row.method != PLAIN:
             ratios.setdefault(line["unit"], []).append(mine / theirs)
-    row.speed, row.ratio = figure(speeds, harmonic), figure(ratios, geometric)
+            if not row.whole and (a := full_speed(line, told)) and (b := full_speed(other, told)):
+                full.setdefault(line["unit"], []).append(a / b)
+    row.speed, row.ratio, row.full = figure(speeds, harmonic), figure(ratios, geometric), figure(full, geometric)
     _work(row, lines)
     _identity(row, lines, answers)
     if ceilings is not None and lines[0].get("draft_s") is not None:
