@@ -48,7 +48,7 @@ def row_of(row: Summary) -> Row:
         "x_plain": rounded(row.ratio.value if row.ratio else None),
         "low": rounded(row.ratio.low if row.ratio else None),
         "high": rounded(row.ratio.high if row.ratio else None),
-        "x_plain_full": rounded(row.full.value if row.full else None),
+        "x_plain_full": rounded(row.full.value if row.full and row.cell.batch > 1 else None),
         "tokens_per_s": rounded(row.speed.value if row.speed else None),
         "rounds": row.speed.rounds if row.speed else 0,
         "tokens_per_step": rounded(row.tau),
