@@ -21,6 +21,7 @@ from outpace.bench.compare.plan import (
     cells,
     cells_of_a_pass,
     heats,
+    names_of,
     rounds_in_a_pass,
     units_that_fit,
 )
@@ -136,6 +137,11 @@ def test_short_cells_have_more_rounds_in_a_pass() -> None:
     order = cells_of_a_pass({a: 3, b: 1, c: 2})
     assert sorted(order, key=lambda cell: cell.batch) == [a, a, a, b, c, c]
     assert all(x != y for x, y in itertools.pairwise(order))  # they lie apart
+
+
+def test_models_are_called_by_their_files_names() -> None:
+    assert names_of(["a", "/x/m.gguf"]) == {"a": "a", "/x/m.gguf": "m.gguf"}
+    assert names_of(["/x/m.gguf", "/y/m.gguf"]) == {"/x/m.gguf": "/x/m.gguf", "/y/m.gguf": "/y/m.gguf"}
 
 
 def test_units_leave_room_for_two_sweeps() -> None:

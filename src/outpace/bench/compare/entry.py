@@ -28,6 +28,7 @@ class Entry:
     method, workload or batch) are for the caller to write. `seconds`: what a unit last took a contestant in a cell."""
 
     name: str
+    source: str  # what the model was asked for by
     llm: LLM
     config: CompareConfig
     until: float
@@ -111,7 +112,7 @@ class Entry:
             self.contestants[name] = Method(name, maker(name), clock)
         for spec in config.peers:
             try:
-                self.contestants[spec] = Engine(spec, open_peer(spec, self.name, llm, largest))
+                self.contestants[spec] = Engine(spec, open_peer(spec, self.source, llm, largest))
             except OutpaceError as error:
                 self.failures.append((str(error), {"method": spec}))
         self.described |= {"methods": names, "peers": list(config.peers)}

@@ -95,6 +95,16 @@ def shown(name: Any) -> Any:
     return Path(name).name if isinstance(name, str) and Path(name).is_absolute() else name
 
 
+def names_of(models: Sequence[str]) -> dict[str, str]:
+    """What each model is called: its name, or that of its file where no other has the same.
+
+    >>> names_of(["smollm2-135m", "/a/m.gguf"])
+    {'smollm2-135m': 'smollm2-135m', '/a/m.gguf': 'm.gguf'}
+    """
+    names = [shown(model) for model in models]
+    return {m: name if names.count(name) == 1 else m for m, name in zip(models, names, strict=True)}
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class Cell:
     workload: str

@@ -18,7 +18,7 @@ from ..audit import ask
 from ..workloads import own_prompts
 from .contestant import Clock, Engine, Failed, Run
 from .entry import Entry, OpenPeer
-from .plan import PLAIN, Cell, CompareConfig, cells_of_a_pass, heats, rounds_in_a_pass, units_that_fit
+from .plan import PLAIN, Cell, CompareConfig, cells_of_a_pass, heats, names_of, rounds_in_a_pass, units_that_fit
 from .sets import Unit
 from .store import Line, Store
 
@@ -60,7 +60,7 @@ class Comparison:
     def run(self) -> None:
         """Raises the model's own error when there is one model and it cannot be had."""
         models = self.config.models
-        for i, name in enumerate(models):
+        for i, (source, name) in enumerate(names_of(models).items()):
             if self._over(name):
                 continue
             lines = self.store.of("model", name)
@@ -70,8 +70,8 @@ class Comparison:
                 until = known["until"]
             self._tell(f"loading {name}")
             try:
-                with self._open_model(name, max(self.config.batch_sizes)) as llm:
-                    self._compare(Entry(name, llm, self.config, until, known))
+                with self._open_model(source, max(self.config.batch_sizes)) as llm:
+                    self._compare(Entry(name, source, llm, self.config, until, known))
             except OutpaceError as error:
                 if len(models) == 1:
                     raise
