@@ -126,7 +126,7 @@ def overall(rows: Iterable[Row]) -> dict[str, Row]:
         ratios = [1.0 if name == PLAIN else row["x_plain"] for row in mine]
         if len(mine) < len(kinds) or not all(ratios):
             continue
-        full = [1.0 if name == PLAIN else row.get("x_plain_full") for row in mine]
+        full: list[float] = [1.0 if name == PLAIN else row.get("x_plain_full") or 0.0 for row in mine]
         steps = [row["tokens_per_step"] for row in mine]
         shares = [row["draft_share"] or 0.0 for row in mine]
         found[name] = {

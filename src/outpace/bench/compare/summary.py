@@ -224,7 +224,7 @@ def fill(
         speeds.setdefault(line["unit"], []).append(mine)
         other = pairs.get(heat_of(line))
         theirs = speed(other) if other is not None else None
-        if theirs and row.method != PLAIN:
+        if other is not None and theirs and row.method != PLAIN:
             ratios.setdefault(line["unit"], []).append(mine / theirs)
             if not row.whole and (a := full_speed(line, told)) and (b := full_speed(other, told)):
                 full.setdefault(line["unit"], []).append(a / b)
