@@ -201,7 +201,7 @@ def planner_table() -> str:
              full_words(c), f"`{c['best']}`", f"{c['of_best']:.2f}"]
             for c in cells
         ]  # fmt: skip
-        lossless = {n: f["x_plain"] for n, f in one.sums.items() if n != AUTO and f["declared"] != "approximate"}
+        lossless = {n: f["x_plain"] for n, f in one.sums.items() if n != AUTO and f["declared"] == "identical"}
         if cells and AUTO in one.sums:
             best_of_all, mine = max(lossless, key=lossless.__getitem__), one.sums[AUTO]["x_plain"]
             figures = [
@@ -219,13 +219,14 @@ def planner_table() -> str:
         "text",
         "auto, x plain",
         "while all run",
-        "fastest other lossless method",
+        "fastest other method",
         "auto / that",
     ]
     note = (
-        "While all run: until the first answer of a batch ends; all have the same length here, and nobody fills the "
-        "places of those that end early. `random`: prompts of random tokens, where nothing can be drafted. The fastest "
-        "of some fifteen methods has luck on its side: plain decoding against itself would come out below 1 here."
+        "Others: those that promise the same tokens, too. While all run: until the first answer of a batch ends; all have "
+        "the same length here, and nobody fills the places of those that end early. `random`: prompts of random tokens, "
+        "where nothing can be drafted. The fastest of some fifteen methods has luck on its side: plain decoding against "
+        "itself would come out below 1 here."
     )
     return f"{table(head, rows)}\n\n{note}" if rows else ""
 

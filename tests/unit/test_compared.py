@@ -50,7 +50,7 @@ def test_random_text_stands_with_every_temperature_that_was_asked_for(compared: 
 
 def test_auto_is_held_against_the_fastest_lossless_method(compared: ModuleType) -> None:
     rows = [row("plain", None), row("auto", 1.5), row("a", 2.0), row("b", 9.0, declared="approximate")]
-    rows += [row("llama.cpp", 8.0, declared=None)]
+    rows += [row("llama.cpp", 8.0, declared=None), row("a/rejection", 7.0, declared="distribution")]
     rows[1]["x_plain_full"] = 1.7
     (found,) = compared.against_best(rows)
     assert found["x_plain_full"] == 1.7
