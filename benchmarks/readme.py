@@ -223,10 +223,10 @@ def planner_table() -> str:
         "auto / that",
     ]
     note = (
-        "Others: those that promise the same tokens, too. While all run: until the first answer of a batch ends; all have "
-        "the same length here, and nobody fills the places of those that end early. `random`: prompts of random tokens, "
-        "where nothing can be drafted. The fastest of some fifteen methods has luck on its side: plain decoding against "
-        "itself would come out below 1 here."
+        "Others: those that promise the same tokens, too. While all run: until the first answer of a batch ends; all "
+        "have the same length here, and nobody fills the places of those that end early. `random`: prompts of random "
+        "tokens, where nothing can be drafted. The fastest of some fifteen methods has luck on its side: plain "
+        "decoding against itself would come out below 1 here."
     )
     return f"{table(head, rows)}\n\n{note}" if rows else ""
 
