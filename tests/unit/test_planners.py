@@ -112,6 +112,35 @@ def test_goodput_goes_by_what_the_engine_makes_of_a_second() -> None:
     assert any("50 steps" in line for line in planner.explain())
 
 
+def test_goodput_learns_what_rows_cost_in_the_steps_that_are_run() -> None:
+    """By the table the rows of a draft are free; in truth they cost a quarter of a step. All steps are disturbed."""
+    planner, drafter = Goodput(table([1.0, 1.0, 1.0, 1.0])), Plain()
+    draft, room = tree([NO_PARENT, 0, 1], [0.05, 0.05, 0.05]), Room([3], 3, [10])
+    assert len(planner.choose([draft], room)[0]) > 0
+    noise = np.random.default_rng(0)
+    for step in range(300):
+        planner.budgets(drafter, room)
+        rows, seconds = ((4, 1.25), (1, 1.0), (2, 1.2))[step % 3]
+        disturbed = seconds * float(np.exp(noise.normal(0, 0.15))) * (5.0 if step % 50 == 0 else 1.0)
+        planner.observe(rows=rows, context=10, tokens=1, draft_s=0.0, step_s=disturbed)
+    planner.budgets(drafter, room)
+    assert 0.05 < drafter.floor < 0.12  # of a token: 0.2 for the first row, 0.25 for all three
+    assert len(planner.choose([draft], room)[0]) == 0
+    assert planner.plain_seconds(1, 10) == pytest.approx(1.0, rel=0.25)
+
+
+def test_a_slower_machine_does_not_change_what_rows_cost_beside_a_step() -> None:
+    planner, drafter, room = Goodput(table([1.0, 1.1, 1.2, 1.3])), Plain(), Room([3], 3, [10])
+    planner.budgets(drafter, room)
+    before = drafter.floor
+    for _ in range(3000):
+        planner.observe(rows=1, context=10, tokens=1, draft_s=0.0, step_s=1.7)
+    planner.budgets(drafter, room)
+    assert drafter.floor == pytest.approx(before, rel=1e-3) and drafter.price == pytest.approx(1 / 1.7, rel=1e-3)
+    planner.budgets(drafter, Room([3, 3], 6, [10, 10]))  # two sequences: other rows are plain decoding now
+    assert planner.plain_seconds(2, 10) == pytest.approx(1.7 * 1.1, rel=1e-3)
+
+
 def test_fixed_shares_fairly_and_keeps_all() -> None:
     room = Room([10, 2, 10], 12, [1, 1, 1])
     assert Fixed().budgets(Plain(), room) == [5, 2, 5]

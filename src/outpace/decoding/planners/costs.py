@@ -9,7 +9,6 @@ import numpy as np
 from ...types import FloatArray
 
 _UNIT = 64  # tokens of context: steps are timed no finer
-_MOST_SLOPES = 4096  # that are remembered
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -20,9 +19,7 @@ class StepCosts:
     rows: tuple[int, ...]
     contexts: tuple[int, ...]
     seconds: FloatArray
-    # By context, in units of _UNIT; slopes also by sequences and nodes
-    _curves: dict[int, FloatArray] = field(default_factory=dict, init=False, repr=False)
-    _slopes: dict[tuple[int, int, int], float] = field(default_factory=dict, init=False, repr=False)
+    _curves: dict[int, FloatArray] = field(default_factory=dict, init=False, repr=False)  # by context, in _UNITs
 
     def __post_init__(self) -> None:
         assert self.seconds.shape == (len(self.rows), len(self.contexts)), "one time for each pair"
@@ -45,18 +42,6 @@ class StepCosts:
         times += np.maximum(wanted - self.rows[-1], 0) * max(slope, 0.0)
         # Fewer rows never cost more than what many were seen to take: disturbances only ever add.
         return np.minimum.accumulate(times[::-1])[::-1].astype(np.float32)
-
-    def cheapest_row(self, sequences: int, nodes: int, context: float) -> float:
-        """Seconds that a row more than one for each of the sequences costs at least, on average over 1 to `nodes` of
-        them."""
-        key = sequences, nodes, int(context) // _UNIT
-        known = self._slopes.get(key)
-        if known is None:
-            curve = self.curve(sequences + nodes, context)[sequences - 1 :]
-            if len(self._slopes) >= _MOST_SLOPES:
-                self._slopes.clear()
-            known = self._slopes[key] = float(((curve[1:] - curve[0]) / np.arange(1, len(curve))).min())
-        return known
 
     def step(self, rows: int, context: float) -> float:
         return float(self.curve(max(rows, 1), context)[-1])

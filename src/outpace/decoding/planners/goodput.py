@@ -13,8 +13,10 @@ from .costs import StepCosts
 from .planner import Planner, Room
 
 _FADE, _SLOW = 0.9, 0.95  # of averages over steps
+_BEND = 0.03  # of the error of one step goes to what its number of rows costs beside plain decoding
 _PEAK = 0.8  # of the rate that a step promises is taken as what steps will give
 _EQUAL = 0.01  # of a step's tokens is no difference
+_SHOWN = (4, 8, 16, 32)  # rows whose cost `explain` tells
 
 
 @register(
@@ -41,6 +43,10 @@ class Goodput(Planner):
     4: a length for each request from load and acceptance; here over trees and over the whole batch, so that n is also
     the hardware-aware tree size of Sequoia (arXiv 2402.12374, section 3.3) and PPD (arXiv 2405.18628, section 4.2).
     Before drafting it tells the drafter the rate (`price`), so that sources that do not repay their time rest.
+
+    The table was measured in a loop of equal steps, at another moment; a row that seemed free there may cost a tenth of
+    a step in the traffic of real ones. So the step times of plain decoding and, beside them, of 2, 4, 8, ... rows are
+    corrected by those of the steps that are run.
     """
 
     name = "goodput"
@@ -50,6 +56,8 @@ class Goodput(Planner):
     def __init__(self, costs: StepCosts | None = None) -> None:
         super().__init__(costs)
         self._scale = 1.0  # of this moment's step times to the table's
+        self._bends = [1.0] * 20  # the same beside plain decoding, by the logarithm of the rows
+        self._sequences = 1  # of the last step
         self._recent = (0.0, 0.0)  # tokens of all sequences and seconds, older steps fading
         self._steps = self._rows = self._tokens = 0
         self._spent = 0.0
@@ -60,11 +68,19 @@ class Goodput(Planner):
         return self.costs
 
     def budgets(self, drafter: Drafter, room: Room) -> list[int]:
-        sequences = len(room.caps)
-        drafter.price = rate = self._rate(sequences, self._table.step(sequences, room.context))
+        self._sequences = sequences = len(room.caps)
+        times = self._times(sequences, room.nodes, room.context)
+        drafter.price = rate = self._rate(sequences, times[0])
         if room.nodes:  # n nodes of this probability each at most cost what they bring, whatever n
-            drafter.floor = rate * self._scale * self._table.cheapest_row(sequences, room.nodes, room.context)
+            drafter.floor = rate * min((time - times[0]) / n for n, time in enumerate(times[1:], 1))
         return [min(cap, room.nodes) for cap in room.caps]
+
+    def _times(self, sequences: int, nodes: int, context: float) -> list[float]:
+        """Seconds of a step with 0 to `nodes` draft rows, as things are; more rows are never faster."""
+        curve = self._table.curve(sequences + nodes, context)[sequences - 1 :].tolist()
+        scale, bends = self._scale, self._bends
+        times = [scale * bends[_bin(rows)] * seconds for rows, seconds in enumerate(curve, sequences)]
+        return list(accumulate(times, max))
 
     def choose(self, drafts: list[Draft], room: Room) -> list[Draft]:
         if not any(map(len, drafts)):
@@ -72,11 +88,10 @@ class Goodput(Planner):
         sequences = len(drafts)
         reach = [reaches(draft) for draft in drafts]
         best = sorted(chain.from_iterable(each.tolist() for each in reach), reverse=True)[: room.nodes]
-        curve = self._table.curve(sequences + len(best), room.context)[sequences - 1 :].tolist()
         # Mostly a handful of nodes, where lists are faster than arrays
         gains = list(accumulate(best, initial=float(sequences)))
-        times = [self._scale * seconds for seconds in curve]
-        rate = max(self._rate(sequences, curve[0]), _PEAK * max(map(truediv, gains, times)))
+        times = self._times(sequences, len(best), room.context)
+        rate = max(self._rate(sequences, times[0]), _PEAK * max(map(truediv, gains, times)))
         worth = [gain - rate * time for gain, time in zip(gains, times, strict=True)]
         # Of choices that are as good as equal the one with the fewest rows: it promises least that may not come.
         most = max(worth)
@@ -86,15 +101,18 @@ class Goodput(Planner):
         return keep_best(drafts, count, reach)
 
     def _rate(self, sequences: int, plain_s: float) -> float:
-        """Tokens a second is worth. `plain_s` of a plain step by the table."""
-        plain = sequences / (self._scale * plain_s)
+        """Tokens a second is worth. `plain_s`: seconds of a plain step."""
+        plain = sequences / plain_s
         tokens, seconds = self._recent
         return max(plain, tokens / seconds) if seconds else plain
 
     def observe(self, rows: int, context: float, tokens: int, draft_s: float, step_s: float) -> None:
-        expected = self._table.step(rows, context)
-        # An interrupted step says nothing of the next one.
-        self._scale += (1 - _FADE) * (min(max(step_s / expected, 0.5), 2.0) - self._scale)
+        cell = _bin(rows)
+        # Twice as slow at most: an interrupted step says nothing of the next one.
+        error = min(max(step_s / (self._scale * self._bends[cell] * self._table.step(rows, context)), 0.5), 2.0)
+        self._scale *= error ** (1 - _FADE)
+        if cell != _bin(self._sequences):  # plain decoding is what the others are beside
+            self._bends[cell] *= error**_BEND
         self._recent = (_SLOW * self._recent[0] + tokens, _SLOW * self._recent[1] + draft_s + step_s)
         self._steps += 1
         self._rows += rows
@@ -102,15 +120,23 @@ class Goodput(Planner):
         self._spent += draft_s + step_s
 
     def plain_seconds(self, sequences: int, context: float) -> float:
-        return self._scale * self._table.step(sequences, context)
+        return self._scale * self._bends[_bin(sequences)] * self._table.step(sequences, context)
 
     def explain(self) -> list[str]:
         if not self._steps:
             return ["no step yet"]
         one = self._table.step(1, 0)
-        rows = ", ".join(f"{n} rows {self._table.step(n, 0) / one:.2f}" for n in (4, 8, 16, 32))
+        bends = [self._bends[_bin(n)] / self._bends[0] for n in _SHOWN]
+        rows = ", ".join(
+            f"{n} rows {bend * self._table.step(n, 0) / one:.2f}" for n, bend in zip(_SHOWN, bends, strict=True)
+        )
         return [
             f"a step of one row takes {1e3 * one * self._scale:.1f} ms; beside that: {rows}",
             f"{self._steps} steps verified {self._rows / self._steps:.1f} rows and gave "
             f"{self._tokens / self._steps:.2f} tokens each, {self._tokens / self._spent:.1f} tokens/s",
         ]
+
+
+def _bin(rows: int) -> int:
+    """0 for one row, 1 for two, 2 for 3 and 4, 3 for 5 to 8, ..."""
+    return (rows - 1).bit_length()
