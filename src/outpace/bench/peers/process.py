@@ -82,7 +82,7 @@ class ScriptPeer(Peer):
                     "that has it with --peer-python"
                 )
             if "error" in reply:
-                raise Fault(f"does not start: {_line(reply['error'])}")
+                raise Fault(f"does not start: {self._told(reply['error'])}")
             if not isinstance(reply.get("about"), dict):
                 raise Fault("did not say what it is")
         except Fault as e:
@@ -92,6 +92,13 @@ class ScriptPeer(Peer):
             self.close()
             raise
         self._about = reply["about"]
+
+    def _told(self, error: object) -> str:
+        """What went wrong, in a line, with files by their names alone: reports are passed on."""
+        text = _line(error)
+        for path in filter(None, (self.config.model, self.config.draft)):
+            text = text.replace(str(path), path.name)
+        return text
 
     def close(self) -> None:
         self._drop("was closed")
@@ -135,7 +142,7 @@ class ScriptPeer(Peer):
             if reply.get("id") != self._asked:
                 raise Fault(f"answered request {reply.get('id')!r} when asked for {self._asked}")
             if "error" in reply:
-                return [PeerAnswer(error=f"{self.name}: {_line(reply['error'])}")] * count
+                return [PeerAnswer(error=f"{self.name}: {self._told(reply['error'])}")] * count
             raw = reply.get("answers")
             if not isinstance(raw, list) or len(raw) != count:
                 raise Fault(f"did not answer {count} prompts with a list of {count} answers")

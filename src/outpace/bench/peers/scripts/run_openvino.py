@@ -6,6 +6,10 @@ a scheduler configuration turns on.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 
@@ -39,7 +43,8 @@ class OpenVino:
             scheduler.enable_prefix_caching = False  # no prompt may find what an earlier one left
             extra["scheduler_config"] = scheduler
         if self.mode == "draft":
-            extra["draft_model"] = genai.draft_model(hello["draft"], "CPU")
+            with self._folder(Path(hello["draft"])) as folder:
+                extra["draft_model"] = genai.draft_model(str(folder), "CPU")
         elif self.mode == "lookup":
             extra["prompt_lookup"] = True
         self.pipe = genai.LLMPipeline(hello["model"], "CPU", **options, **extra)
@@ -54,6 +59,22 @@ class OpenVino:
             | {name: settings[name] for name in used},
             "batches": "by continuous batching" if batched else "one sequence",
         }
+
+    @contextmanager
+    def _folder(self, draft: Path) -> Iterator[Path]:
+        """A draft model as it must be: converted. A pipeline reads GGUF, a draft model does not."""
+        if draft.is_dir():
+            yield draft
+            return
+        with TemporaryDirectory() as folder:
+            link = Path(folder) / draft.name
+            link.symlink_to(draft.resolve())
+            try:
+                self.genai.LLMPipeline(str(link), "CPU", enable_save_ov_model=True)
+            except RuntimeError as error:
+                last = str(error).strip().splitlines()[-1].strip()
+                raise ValueError(f"OpenVINO cannot convert {draft.name}, and a draft model it must: {last}") from None
+            yield Path(folder)
 
     def generate(self, request: dict[str, Any]) -> list[dict[str, Any]]:
         """Prompts of a batch are padded on the left. Seconds are those of the whole batch."""
