@@ -86,6 +86,7 @@ def test_text_of_a_peer_without_ids_is_counted_by_our_tokenizer(tmp_path):
         ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "signal SIGSEGV"),
         ("import os; sys.stderr.write('no such\\nmodel\\n'); sys.stderr.flush(); os._exit(1)", "its last words: model"),
         ("raise ValueError('first line\\nthe reason')", "does not start: ValueError: the reason"),
+        ("raise ValueError('cannot read ' + hello['model'])", "does not start: ValueError: cannot read model.gguf"),
         ("import no_such_engine", "needs no_such_engine, which this Python has not: pip install fake-engine"),
         ("self.about = 5", "did not say what it is"),
         ("import time; time.sleep(60)", "gave no answer within 1.5 s"),
