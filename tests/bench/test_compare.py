@@ -22,6 +22,7 @@ from outpace.bench.compare.plan import (
     cells_of_a_pass,
     heats,
     names_of,
+    peer_names,
     rounds_in_a_pass,
     units_that_fit,
 )
@@ -142,6 +143,13 @@ def test_short_cells_have_more_rounds_in_a_pass() -> None:
 def test_models_are_called_by_their_files_names() -> None:
     assert names_of(["a", "/x/m.gguf"]) == {"a": "a", "/x/m.gguf": "m.gguf"}
     assert names_of(["/x/m.gguf", "/y/m.gguf"]) == {"/x/m.gguf": "/x/m.gguf", "/y/m.gguf": "/y/m.gguf"}
+
+
+def test_servers_are_called_by_their_own_names() -> None:
+    specs = ["a=http://h:1", "b=https://h:2/v1", "http://h:3", "llama.cpp,kv=f16"]
+    assert list(peer_names(specs).values()) == ["a", "b", "http://h:3", "llama.cpp,kv=f16"]
+    assert list(peer_names(["a=http://h:1", "a=http://h:2", "a"]).values()) == ["a=http://h:1", "a=http://h:2", "a"]
+    assert peer_names(["plain=http://h:1"], taken=[PLAIN]) == {"plain=http://h:1": "plain=http://h:1"}
 
 
 def test_units_leave_room_for_two_sweeps() -> None:

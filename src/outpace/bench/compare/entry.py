@@ -11,7 +11,7 @@ from ..audit import ask, default_methods
 from ..peers.peer import Peer
 from . import ceilings
 from .contestant import Clock, Contestant, Engine, Method
-from .plan import PLAIN, Cell, CompareConfig, cells
+from .plan import PLAIN, Cell, CompareConfig, cells, peer_names
 from .sets import RANDOM, Unit, Workload, code_in, load_workloads, random_prompts, units
 from .store import Line
 
@@ -110,12 +110,13 @@ class Entry:
 
         for name in names:
             self.contestants[name] = Method(name, maker(name), clock)
-        for spec in config.peers:
+        called = peer_names(config.peers, names)
+        for spec, name in called.items():
             try:
-                self.contestants[spec] = Engine(spec, open_peer(spec, self.source, llm, largest))
+                self.contestants[name] = Engine(name, open_peer(spec, self.source, llm, largest))
             except OutpaceError as error:
-                self.failures.append((str(error), {"method": spec}))
-        self.described |= {"methods": names, "peers": list(config.peers)}
+                self.failures.append((str(error), {"method": name}))
+        self.described |= {"methods": names, "peers": list(called.values())}
 
     def describe(self) -> None:
         """What the report says of the model beside its figures; measures the machine."""

@@ -13,7 +13,7 @@ goes first, and who shares a heat with whom, changes from round to round. Each h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,17 @@ def names_of(models: Sequence[str]) -> dict[str, str]:
     """
     names = [shown(model) for model in models]
     return {m: name if names.count(name) == 1 else m for m, name in zip(models, names, strict=True)}
+
+
+def peer_names(specs: Sequence[str], taken: Collection[str] = ()) -> dict[str, str]:
+    """What each engine is called: as it was asked for, but a server by its name if it was given one of its own.
+
+    >>> peer_names(["llama.cpp", "vllm=http://localhost:8000"])
+    {'llama.cpp': 'llama.cpp', 'vllm=http://localhost:8000': 'vllm'}
+    """
+    names = [spec.partition("=")[0] if "=http" in spec else spec for spec in specs]
+    alone = {name for name in names if names.count(name) == 1 and name not in taken}
+    return {spec: name if name in alone else spec for spec, name in zip(specs, names, strict=True)}
 
 
 @dataclass(frozen=True, slots=True, order=True)
