@@ -11,6 +11,7 @@ within x % if the larger one is at most that much larger.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import harmonic_mean, median
@@ -45,7 +46,7 @@ def row_of(row: Summary) -> Row:
         "temperature": row.cell.temperature,
         "method": row.method,
         "state": row.state,
-        "reason": row.reason or None,
+        "reason": re.sub(r"(?<![\w.:/])(?:/[\w.+-]+)+/(?=[\w.+-])", "", row.reason) or None,  # folders of this machine
         "x_plain": rounded(row.ratio.value if row.ratio else None),
         "low": rounded(row.ratio.low if row.ratio else None),
         "high": rounded(row.ratio.high if row.ratio else None),
