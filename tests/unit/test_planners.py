@@ -129,12 +129,39 @@ def test_goodput_learns_what_rows_cost_in_the_steps_that_are_run() -> None:
     assert planner.plain_seconds(1, 10) == pytest.approx(1.0, rel=0.25)
 
 
+def test_a_table_of_a_busy_machine_is_found_out() -> None:
+    """By the table a draft's rows cost three steps; in truth they are nearly free."""
+    planner, drafter = Goodput(table([1.0, 4.0, 4.0, 4.0])), Plain()
+    draft, room = tree([NO_PARENT, 0, 1], [0.5, 0.5, 0.5]), Room([3], 3, [10])
+    chosen = []
+    for _ in range(400):
+        planner.budgets(drafter, room)
+        offered = draft if drafter.floor < 0.5 else Draft.empty()
+        rows = 1 + len(planner.choose([offered], room)[0])
+        chosen.append(rows - 1)
+        planner.observe(rows=rows, context=10, tokens=1, draft_s=0.0, step_s=1.0 + 0.01 * rows)
+    assert sum(chosen[:16]) == 0 and all(chosen[-50:])
+
+
+def test_drafts_that_do_not_pay_are_tried_seldom() -> None:
+    planner, drafter = Goodput(table([1.0, 1.1, 1.2, 1.3])), Plain()
+    draft, room = tree([NO_PARENT, 0, 1], [0.01, 0.01, 0.01]), Room([3], 3, [10])
+    tried = 0
+    for _ in range(2000):
+        planner.budgets(drafter, room)
+        rows = 1 + len(planner.choose([draft], room)[0])
+        tried += rows > 1
+        planner.observe(rows=rows, context=10, tokens=1, draft_s=0.0, step_s=1.0 + 0.1 * (rows - 1))
+    assert 8 <= tried <= 18
+
+
 def test_a_slower_machine_does_not_change_what_rows_cost_beside_a_step() -> None:
     planner, drafter, room = Goodput(table([1.0, 1.1, 1.2, 1.3])), Plain(), Room([3], 3, [10])
     planner.budgets(drafter, room)
     before = drafter.floor
     for _ in range(3000):
         planner.observe(rows=1, context=10, tokens=1, draft_s=0.0, step_s=1.7)
+    planner.observe(rows=2, context=10, tokens=1, draft_s=0.0, step_s=1.7 * 1.1)  # else it tries what rows cost
     planner.budgets(drafter, room)
     assert drafter.floor == pytest.approx(before, rel=1e-3) and drafter.price == pytest.approx(1 / 1.7, rel=1e-3)
     planner.budgets(drafter, Room([3, 3], 6, [10, 10]))  # two sequences: other rows are plain decoding now

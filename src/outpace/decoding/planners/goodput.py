@@ -16,6 +16,8 @@ _FADE, _SLOW = 0.9, 0.95  # of averages over steps
 _BEND = 0.03  # of the error of one step goes to what its number of rows costs beside plain decoding
 _PEAK = 0.8  # of the rate that a step promises is taken as what steps will give
 _EQUAL = 0.01  # of a step's tokens is no difference
+_TRIAL = 3  # nodes that are verified to see what they cost, though they do not seem to pay
+_OFTEN, _SELDOM, _KNOWN = 16, 256, 8  # steps without drafts until then, before and after so many steps with some
 _SHOWN = (4, 8, 16, 32)  # rows whose cost `explain` tells
 
 
@@ -46,7 +48,8 @@ class Goodput(Planner):
 
     The table was measured in a loop of equal steps, at another moment; a row that seemed free there may cost a tenth of
     a step in the traffic of real ones. So the step times of plain decoding and, beside them, of 2, 4, 8, ... rows are
-    corrected by those of the steps that are run.
+    corrected by those of the steps that are run, and where drafts do not seem to pay some are verified now and then: a
+    table that was measured on a busy machine would otherwise never be found out.
     """
 
     name = "goodput"
@@ -57,7 +60,10 @@ class Goodput(Planner):
         super().__init__(costs)
         self._scale = 1.0  # of this moment's step times to the table's
         self._bends = [1.0] * 20  # the same beside plain decoding, by the logarithm of the rows
+        self._seen = [0] * len(self._bends)  # steps of so many rows
         self._sequences = 1  # of the last step
+        self._idle = 0  # steps since one verified drafts
+        self._trying = False
         self._recent = (0.0, 0.0)  # tokens of all sequences and seconds, older steps fading
         self._steps = self._rows = self._tokens = 0
         self._spent = 0.0
@@ -73,14 +79,18 @@ class Goodput(Planner):
         drafter.price = rate = self._rate(sequences, times[0])
         if room.nodes:  # n nodes of this probability each at most cost what they bring, whatever n
             drafter.floor = rate * min((time - times[0]) / n for n, time in enumerate(times[1:], 1))
+            known = self._seen[_bin(sequences + min(_TRIAL, room.nodes))] >= _KNOWN
+            self._trying = self._idle >= (_SELDOM if known else _OFTEN)
+            if self._trying:
+                drafter.floor = 0.0
         return [min(cap, room.nodes) for cap in room.caps]
 
     def _times(self, sequences: int, nodes: int, context: float) -> list[float]:
-        """Seconds of a step with 0 to `nodes` draft rows, as things are; more rows are never faster."""
+        """Seconds of a step with 0 to `nodes` draft rows, as things are; fewer rows are never slower."""
         curve = self._table.curve(sequences + nodes, context)[sequences - 1 :].tolist()
         scale, bends = self._scale, self._bends
         times = [scale * bends[_bin(rows)] * seconds for rows, seconds in enumerate(curve, sequences)]
-        return list(accumulate(times, max))
+        return list(accumulate(reversed(times), min))[::-1]
 
     def choose(self, drafts: list[Draft], room: Room) -> list[Draft]:
         if not any(map(len, drafts)):
@@ -95,9 +105,8 @@ class Goodput(Planner):
         worth = [gain - rate * time for gain, time in zip(gains, times, strict=True)]
         # Of choices that are as good as equal the one with the fewest rows: it promises least that may not come.
         most = max(worth)
-        count = next(
-            n for n, (value, gain) in enumerate(zip(worth, gains, strict=True)) if value >= most - _EQUAL * gain
-        )
+        enough = [value >= most - _EQUAL * gain for value, gain in zip(worth, gains, strict=True)]
+        count = max(enough.index(True), min(_TRIAL, len(best)) if self._trying else 0)
         return keep_best(drafts, count, reach)
 
     def _rate(self, sequences: int, plain_s: float) -> float:
@@ -111,8 +120,14 @@ class Goodput(Planner):
         # Twice as slow at most: an interrupted step says nothing of the next one.
         error = min(max(step_s / (self._scale * self._bends[cell] * self._table.step(rows, context)), 0.5), 2.0)
         self._scale *= error ** (1 - _FADE)
+        self._idle = self._idle + 1 if rows <= self._sequences else 0
         if cell != _bin(self._sequences):  # plain decoding is what the others are beside
-            self._bends[cell] *= error**_BEND
+            self._seen[cell] += 1
+            self._bends[cell] *= error ** max(_BEND, 1 / (1 + self._seen[cell]))  # the table counts as one step
+            for more in range(cell + 1, len(self._bends)):  # nothing is known of those yet
+                if self._seen[more] or more == _bin(self._sequences):
+                    break
+                self._bends[more] = self._bends[cell]
         self._recent = (_SLOW * self._recent[0] + tokens, _SLOW * self._recent[1] + draft_s + step_s)
         self._steps += 1
         self._rows += rows
@@ -131,7 +146,7 @@ class Goodput(Planner):
             f"{n} rows {bend * self._table.step(n, 0) / one:.2f}" for n, bend in zip(_SHOWN, bends, strict=True)
         )
         return [
-            f"a step of one row takes {1e3 * one * self._scale:.1f} ms; beside that: {rows}",
+            f"a step of one row takes {1e3 * one * self._scale * self._bends[0]:.1f} ms; beside that: {rows}",
             f"{self._steps} steps verified {self._rows / self._steps:.1f} rows and gave "
             f"{self._tokens / self._steps:.2f} tokens each, {self._tokens / self._spent:.1f} tokens/s",
         ]
