@@ -220,7 +220,7 @@ def section(group: Group, rows: list[Row], peers: dict[str, Any]) -> str:
     kinds = list(dict.fromkeys(row["workload"] for row in rows))
     sums = overall(rows)
     at = {(row["method"], row["workload"]): row for row in rows}
-    names = sorted({row["method"] for row in rows}, key=lambda n: -(sums[n]["x_plain"] if n in sums else 0.0))
+    names = sorted({row["method"] for row in rows}, key=lambda n: (-(sums[n]["x_plain"] if n in sums else 0.0), n))
     lines = []
     for name in names:
         mine = [at[name, kind] for kind in kinds if (name, kind) in at]
@@ -309,7 +309,9 @@ def plot(results: dict[str, Any], path: Path) -> None:
     figure, axes = pyplot.subplots(1, len(parts), figsize=size, squeeze=False)
     for axis, ((model, temperature, batch), rows) in zip(axes[0], parts.items(), strict=True):
         sums = overall(rows)
-        names = sorted({r["method"] for r in rows} - {PLAIN}, key=lambda n: sums[n]["x_plain"] if n in sums else 0.0)
+        names = sorted(
+            {r["method"] for r in rows} - {PLAIN}, key=lambda n: (sums[n]["x_plain"] if n in sums else 0.0, n)
+        )
         for kind, marker in zip(dict.fromkeys(row["workload"] for row in rows), "osD^vPX*<>", strict=False):
             shown = [row for row in rows if row["workload"] == kind and row["method"] != PLAIN and row["x_plain"]]
             where = [names.index(row["method"]) for row in shown]

@@ -243,7 +243,7 @@ def side_by_side() -> str:
     columns = [one for one in comparisons() if len(one.sums) > 3]
     names = sorted(
         {n for one in columns for n in one.sums if n != PLAIN},
-        key=lambda n: -max(one.sums[n]["x_plain"] for one in columns if n in one.sums),
+        key=lambda n: (-max(one.sums[n]["x_plain"] for one in columns if n in one.sums), n),
     )
     rows = [[f"`{n}`", *(f"{one.sums[n]['x_plain']:.2f}" if n in one.sums else "" for one in columns)] for n in names]
     head = [
