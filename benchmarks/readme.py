@@ -109,7 +109,7 @@ def claims() -> str:
         if edits := r["results"].get("edits"):
             text += f", **{edits['methods'][name]['speedup']['median']:.2f} times** when code is edited"
         lines.append(f"{text} ({config_words(r)}, `{name}`): {link(r, 'result')}.")
-    if audits := records("audit"):
+    if audits := [r for r in records("audit") if r["sections"]]:
         compared, differing = map(sum, zip(*(audit_counts(r) for r in audits), strict=True))
         links = ", ".join(link(r, f"result {i}" if len(audits) > 1 else "result") for i, r in enumerate(audits, 1))
         lines.append(f"**{differing} of {compared}** sequences differ from plain decoding, token for token: {links}.")

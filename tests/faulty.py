@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -130,6 +131,38 @@ class LeaksWhileShared(Leaky):
         del self.read[sequence.id]
         if not self.read:
             self.index = NgramIndex(2, 4)
+
+
+class KeepsToOwners(Drafter):
+    """No fault: after a token it proposes what followed it in any text of the same owner."""
+
+    name = "keeps-to-owners"
+    paper = ""
+
+    def __init__(self) -> None:
+        self.after: dict[str, dict[int, int]] = {}
+
+    @classmethod
+    def create(cls, context: DrafterContext, **options: Any) -> KeepsToOwners:
+        return cls()
+
+    def begin(self, sequence: TokenSequence) -> None:
+        self.learn(sequence)
+
+    def propose(self, sequences: Sequence[TokenSequence], budgets: Sequence[int]) -> list[Draft]:
+        drafts = []
+        for sequence, budget in zip(sequences, budgets, strict=True):
+            after, text = self.after[sequence.owner], sequence.tokens[-1:]
+            while len(text) <= min(budget, 6) and text[-1] in after:
+                text.append(after[text[-1]])
+            drafts.append(Draft.chain(text[1:], self.name) if len(text) > 1 else Draft.empty())
+        return drafts
+
+    def observe(self, sequence: TokenSequence, seen: Observation) -> None:
+        self.learn(sequence)
+
+    def learn(self, sequence: TokenSequence) -> None:
+        self.after.setdefault(sequence.owner, {}).update(itertools.pairwise(sequence.tokens))
 
 
 class ForgetsNothing(Drafter):

@@ -87,6 +87,7 @@ def test_quality_of_approximate_verifiers(
         (("--perplexity", "--quality-verifier", "rejection"), "loses nothing"),
         (("--quality-only",), "--gsm8k, --humaneval or --perplexity"),
         (("--quality-only", "--perplexity", "--check", "owners"), "leave one of them out"),
+        (("--quality-only", "--perplexity", "--sampler", "mixed"), "leaves out what --sampler is for"),
         (("--reference", "x", "--precision", "int8", "--precision", "int4"), "one precision"),
     ],
 )

@@ -10,6 +10,7 @@ import pytest
 from faulty import (
     CountedFault,
     ForgetsNothing,
+    KeepsToOwners,
     LeaksWhileShared,
     Leaky,
     OneIn500,
@@ -192,6 +193,15 @@ def test_a_drafter_that_leaks_another_owners_text_is_found(cls: type, where: str
     if cls is LeaksWhileShared:
         assert found[f"{name}, outputs"].holds  # nobody is there any more
     assert found[f"{name}, prefixes"].holds
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_an_owner_wrote_himself_is_no_leak(seed: int) -> None:
+    """His other requests hold pieces of the first owner's text too, and his pairs make three tokens of it by chance."""
+    with registered(KeepsToOwners) as name:
+        found = list(check_owners(toy(), name, seed))
+    assert all(c.holds for c in found), [c.evidence for c in found if not c.holds]
+    assert found[0].numbers["nodes"] > 0
 
 
 def test_prefixes_shared_between_owners_are_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,7 +159,13 @@ def check_quality_options(options: dict[str, Any], quality: Quality) -> None:
     if options["quality_only"]:
         if not quality.suites:
             raise ParameterError("--quality-only needs something to measure: --gsm8k, --humaneval or --perplexity")
-        others = {"reference": "--reference", "save_reference": "--save-reference", "checks": "--check"}
+        others = {
+            "reference": "--reference",
+            "save_reference": "--save-reference",
+            "checks": "--check",
+            "texts": "--texts",
+        }
+        others |= {"samplers": "--sampler", "temperatures": "--temperature", "quick": "--quick"}
         for option in (option for name, option in others.items() if options[name]):
             raise ParameterError(f"--quality-only leaves out what {option} is for: leave one of them out")
     if not quality.suites:
