@@ -334,6 +334,12 @@ def test_cut_anywhere_the_same_command_ends_with_the_same_measurements(tmp_path:
         assert keys(read(out)) == expected
 
 
+def test_who_goes_first_changes_from_round_to_round(tmp_path: Path) -> None:
+    lines = run(tmp_path, config(rounds=4, batch_sizes=(1,)))
+    first = [x["method"] for x in lines if x["kind"] == "measurement" and x["place"] == 0]
+    assert len(first) == 4 and len(set(first)) > 1
+
+
 def test_more_rounds_continue_a_comparison(tmp_path: Path) -> None:
     first = keys(run(tmp_path, config(rounds=1)))
     both = keys(run(tmp_path, config(rounds=2)))

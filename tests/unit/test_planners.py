@@ -141,6 +141,20 @@ def test_a_table_of_a_busy_machine_is_found_out() -> None:
         chosen.append(rows - 1)
         planner.observe(rows=rows, context=10, tokens=1, draft_s=0.0, step_s=1.0 + 0.01 * rows)
     assert sum(chosen[:16]) == 0 and all(chosen[-50:])
+    planner.budgets(drafter, room)
+    short = tree([NO_PARENT], [0.5])  # steps of two rows were never run, and cost no more than those of four
+    assert len(planner.choose([short], room)[0]) == 1
+
+
+def test_more_rows_than_were_ever_run_are_as_much_cheaper() -> None:
+    planner, drafter, room = Goodput(table([1.0, *[4.0] * 7])), Plain(), Room([7], 7, [10])
+    draft = tree([NO_PARENT, *range(6)], [0.5] * 7)
+    planner.budgets(drafter, room)
+    assert len(planner.choose([draft], room)[0]) == 0
+    for _ in range(100):
+        planner.observe(rows=4, context=10, tokens=3, draft_s=0.0, step_s=1.0)
+        planner.observe(rows=1, context=10, tokens=1, draft_s=0.0, step_s=1.0)
+    assert len(planner.choose([draft], room)[0]) > 3
 
 
 def test_drafts_that_do_not_pay_are_tried_seldom() -> None:

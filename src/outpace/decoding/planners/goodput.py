@@ -100,7 +100,8 @@ class Goodput(Planner):
         best = sorted(chain.from_iterable(each.tolist() for each in reach), reverse=True)[: room.nodes]
         # Mostly a handful of nodes, where lists are faster than arrays
         gains = list(accumulate(best, initial=float(sequences)))
-        times = self._times(sequences, len(best), room.context)
+        # What few rows cost is bounded by what more of them do, also where this draft has not as many
+        times = self._times(sequences, room.nodes, room.context)[: len(best) + 1]
         rate = max(self._rate(sequences, times[0]), _PEAK * max(map(truediv, gains, times)))
         worth = [gain - rate * time for gain, time in zip(gains, times, strict=True)]
         # Of choices that are as good as equal the one with the fewest rows: it promises least that may not come.
