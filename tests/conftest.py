@@ -1,14 +1,27 @@
 """Settings for all tests; puts this folder on the path, so that tests can import `toy`."""
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+IN_CI = os.environ.get("CI", "").lower() in ("1", "true", "yes")
+#: Beginnings of the reasons for which a test may be skipped in CI too: what the machine is, not what it lacks.
+MAY_SKIP = (
+    "no CUDA device",
+    "this CPU has one level",
+    "this system uses huge pages everywhere",
+    "weights in one file need no index",
+    "another engine is not installed",
+    "platform:",
+)
 
 # a first example may compile a kernel, and machines differ in speed
 settings.register_profile("outpace", deadline=None)
@@ -44,3 +57,29 @@ def step_times_of_hash_decoders(monkeypatch: pytest.MonkeyPatch) -> None:
         return StepCosts((1, 8, 32), (64,), np.array([[1e-3], [1.1e-3], [1.4e-3]], dtype=np.float32))
 
     monkeypatch.setattr(llm, "step_costs", step_costs)
+
+
+def _forbid_skips(report: Any) -> None:
+    """In CI a skip is a failure, unless its reason is in MAY_SKIP: else a missing package or model hides tests."""
+    if not (IN_CI and report.outcome == "skipped") or hasattr(report, "wasxfail"):
+        return
+    reason = str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr).removeprefix(
+        "Skipped: "
+    )
+    if not reason.startswith(MAY_SKIP):
+        report.outcome = "failed"
+        report.longrepr = f"skipped, which CI does not allow (see MAY_SKIP in tests/conftest.py): {reason}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    report = yield
+    _forbid_skips(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Any:
+    report = yield
+    _forbid_skips(report)
+    return report

@@ -161,7 +161,7 @@ def test_everything_that_is_installed_is_pinned() -> None:
     assert pinned["torch"] == "2.13.0"
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="a bash script")
+@pytest.mark.skipif(sys.platform == "win32", reason="platform: a bash script")
 def test_ci_runs_the_test_command_as_printed() -> None:
     script = (ROOT / ".ci" / "run").read_text("utf-8")
     pattern = re.search(r"grep -m1 -E '([^']+)' README.md", script)

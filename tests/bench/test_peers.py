@@ -332,7 +332,7 @@ def test_real_engines_answer_as_they_do_alone(engine, mode):
         with open_peer(engine, words, model, **options) as plain:
             alone = [plain.generate([p], 16, 0.0, 0, 120)[0] for p in prompts]
     except PeerError as e:
-        pytest.skip(str(e))
+        pytest.skip(f"another engine is not installed: {e}")
     with open_peer(engine if mode == "plain" else f"{engine}:{mode}", words, model, **options) as peer:
         together = peer.generate(prompts, 16, 0.0, 0, 120)
         drawn = [peer.generate(prompts, 8, 1.0, seed, 120) for seed in (1, 2)]

@@ -122,7 +122,7 @@ def test_refusals_of_the_engine_are_told(client: openai.OpenAI) -> None:
         client.chat.completions.create(model=MODEL, messages=COUNT, tools=[tool])
 
 
-@pytest.mark.skipif(os.name == "nt", reason="signals")
+@pytest.mark.skipif(os.name == "nt", reason="platform: signals")
 def test_it_stops_without_a_word_too_many(child: Child, client: openai.OpenAI) -> None:
     """The last test here: it ends the server."""
     child.process.send_signal(signal.SIGTERM)

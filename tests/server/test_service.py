@@ -294,7 +294,7 @@ print("closed" if engine.closed and not engine.cancelled else "lost")
 """
 
 
-@pytest.mark.skipif(os.name == "nt", reason="signals")
+@pytest.mark.skipif(os.name == "nt", reason="platform: signals")
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_gently(sent: signal.Signals) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:

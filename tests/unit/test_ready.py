@@ -47,7 +47,7 @@ def test_only_the_first_run_on_a_machine_speaks(
     assert not compiled.is_cached(decoder_step)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="platform: reads /proc")
 def test_an_unwritten_cache_takes_no_memory() -> None:
     """Nor does a token in it take a huge page of every layer."""
 

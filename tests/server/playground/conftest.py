@@ -20,10 +20,13 @@ def browser() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
     if CHROMIUM is None:
-        pytest.skip("apt-get install chromium")
+        pytest.skip("no Chromium on this system: apt-get install chromium")
     with sync_playwright() as playwright:
         # the sandbox needs rights that a container's root does not have; the pages are our own
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM,
+            args=["--no-sandbox", "--disable-background-networking", "--disable-component-update"],
+        )
         yield browser
         browser.close()
 
