@@ -239,7 +239,7 @@ class SourceStats:
     tested: list[int] = field(default_factory=list)
     right: list[int] = field(default_factory=list)
 
-    def judge(self, depth: int, right: bool) -> None:
+    def record(self, depth: int, right: bool) -> None:
         while len(self.tested) <= depth:
             self.tested.append(0)
             self.right.append(0)

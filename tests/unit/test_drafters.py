@@ -20,7 +20,7 @@ from outpace.decoding.drafters.lookahead import Lookahead
 from outpace.decoding.drafters.merged import Merged
 from outpace.decoding.drafters.ngram import Ngram, NgramIndex
 from outpace.decoding.drafters.plain import Plain
-from outpace.decoding.drafters.rates import Rates, judged_nodes, right_prefix
+from outpace.decoding.drafters.rates import Rates, checked_nodes, right_prefix
 from outpace.decoding.drafters.recycling import Recycling
 from outpace.decoding.drafters.rescored import Rescored
 from outpace.decoding.drafters.sjd import SpeculativeJacobi
@@ -246,8 +246,8 @@ def test_plain_proposes_nothing() -> None:
 
 def test_judged_nodes_are_those_with_right_ancestors() -> None:
     draft = Draft(np.array([5, 6, 7, 8, 9]), np.array([-1, -1, 1, 0, 2]), ["x"] * 5)
-    assert judged_nodes(draft, np.array([6, 7])) == [(0, 0, False), (1, 0, True), (2, 1, True)]
-    assert judged_nodes(draft, np.array([6])) == [(0, 0, False), (1, 0, True)]
+    assert checked_nodes(draft, np.array([6, 7])) == [(0, 0, False), (1, 0, True), (2, 1, True)]
+    assert checked_nodes(draft, np.array([6])) == [(0, 0, False), (1, 0, True)]
     assert right_prefix(np.array([1, 2, 3]), np.array([1, 2, 4, 5])) == 2
     assert right_prefix(np.array([1, 2]), np.array([1, 2, 4])) == 2
 

@@ -11,19 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outpace.decoding.contracts import Observation, Sequence
+from outpace.decoding.drafters.benefit import Benefit
 from outpace.decoding.drafters.merged import Merged
 from outpace.decoding.drafters.ngram import Ngram
 from outpace.decoding.drafters.plain import Plain
-from outpace.decoding.drafters.worth import Worth
 from outpace.decoding.methods import make_planner
 from outpace.decoding.outputs import TargetOutputs
 from outpace.decoding.planners.costs import StepCosts
 from outpace.decoding.planners.fixed import Fixed
 from outpace.decoding.planners.goodput import Goodput
-from outpace.decoding.planners.planner import Room, share_rows
+from outpace.decoding.planners.planner import StepBudget, share_rows
 from outpace.decoding.planners.tetris import Tetris
 from outpace.decoding.sampling import certainty, distribution
-from outpace.decoding.tree import keep_best, promise, reaches
+from outpace.decoding.tree import expected_accepted, keep_best, reaches
 from outpace.errors import MethodError
 from outpace.registry import methods
 from outpace.types import NO_PARENT, Draft, SamplingParams
@@ -62,11 +62,11 @@ def subtrees(drafts: list[Draft]) -> list[tuple[int, float]]:
 
 @given(st.lists(trees(5), min_size=1, max_size=2), st.integers(0, 8))
 def test_tetris_takes_the_best_nodes_of_the_batch(drafts: list[Draft], nodes: int) -> None:
-    room = Room([len(d) for d in drafts], nodes, [10] * len(drafts))
-    chosen = Tetris().choose(drafts, room)
+    budget = StepBudget([len(d) for d in drafts], nodes, [10] * len(drafts))
+    chosen = Tetris().choose(drafts, budget)
     assert sum(map(len, chosen)) <= nodes
     best = max(value for n, value in subtrees(drafts) if n <= nodes)
-    assert sum(map(promise, chosen)) == pytest.approx(best, abs=1e-4)
+    assert sum(map(expected_accepted, chosen)) == pytest.approx(best, abs=1e-4)
 
 
 @given(st.lists(trees(5), min_size=1, max_size=2), st.lists(st.floats(0.0, 0.5), min_size=13, max_size=13))
@@ -74,28 +74,28 @@ def test_goodput_takes_the_nodes_that_pay(drafts: list[Draft], added: list[float
     times = (1.0 + np.cumsum(added)).tolist()
     planner = Goodput(table(times))
     sequences = len(drafts)
-    room = Room([len(d) for d in drafts], 13 - sequences, [10] * sequences)
-    chosen = planner.choose(drafts, room)
+    budget = StepBudget([len(d) for d in drafts], 13 - sequences, [10] * sequences)
+    chosen = planner.choose(drafts, budget)
     possible = [(sequences + value, times[sequences - 1 + n]) for n, value in subtrees(drafts)]
     plain = sequences / times[sequences - 1]  # nothing was observed yet
     rate = max(plain, 0.8 * max(tokens / seconds for tokens, seconds in possible))
     best = max(tokens - rate * seconds for tokens, seconds in possible)
-    tokens, nodes = sequences + sum(map(promise, chosen)), sum(map(len, chosen))
+    tokens, nodes = sequences + sum(map(expected_accepted, chosen)), sum(map(len, chosen))
     assert tokens - rate * times[sequences - 1 + nodes] >= best - 0.01 * tokens - 1e-3
 
 
 def test_goodput_is_plain_decoding_when_rows_cost_what_they_bring() -> None:
     draft = tree([NO_PARENT, 0, 1], [0.5, 0.5, 0.5])
-    room = Room([3], 3, [10])
-    assert len(Goodput(table([1.0, 2.0, 3.0, 4.0])).choose([draft], room)[0]) == 0
-    assert len(Goodput(table([1.0, 1.01, 1.02, 1.03])).choose([draft], room)[0]) == 3
+    budget = StepBudget([3], 3, [10])
+    assert len(Goodput(table([1.0, 2.0, 3.0, 4.0])).choose([draft], budget)[0]) == 0
+    assert len(Goodput(table([1.0, 1.01, 1.02, 1.03])).choose([draft], budget)[0]) == 3
 
 
 def test_goodput_keeps_its_floor_below_every_node_that_pays() -> None:
     planner, drafter = Goodput(table([1.0, 1.3, 1.31, 1.32, 1.6])), Plain()
-    room = Room([4], 4, [10])
-    assert planner.budgets(drafter, room) == [4]
-    assert drafter.price == pytest.approx(1.0)
+    budget = StepBudget([4], 4, [10])
+    assert planner.budgets(drafter, budget) == [4]
+    assert drafter.rate == pytest.approx(1.0)
     # Three nodes of probability p each cost 0.32: they pay from p = 0.1067 on, and no other number pays earlier.
     assert drafter.floor == pytest.approx(0.32 / 3, rel=1e-4)
 
@@ -103,90 +103,90 @@ def test_goodput_keeps_its_floor_below_every_node_that_pays() -> None:
 def test_goodput_goes_by_what_the_engine_makes_of_a_second() -> None:
     planner = Goodput(table([1.0, 1.1, 1.2, 1.3]))
     draft = tree([NO_PARENT, NO_PARENT, NO_PARENT], [0.5, 0.3, 0.15])
-    room = Room([3], 3, [10])
-    assert len(planner.choose([draft], room)[0]) == 3
+    budget = StepBudget([3], 3, [10])
+    assert len(planner.choose([draft], budget)[0]) == 3
     for _ in range(50):
         planner.observe(rows=1, context=10, tokens=2, draft_s=0.0, step_s=1.0)
     # Two tokens a second: a row of 0.1 s must bring 0.2.
-    assert len(planner.choose([draft], room)[0]) == 2
+    assert len(planner.choose([draft], budget)[0]) == 2
     assert any("50 steps" in line for line in planner.explain())
 
 
 def test_goodput_learns_what_rows_cost_in_the_steps_that_are_run() -> None:
     """By the table the rows of a draft are free; in truth they cost a quarter of a step. All steps are disturbed."""
     planner, drafter = Goodput(table([1.0, 1.0, 1.0, 1.0])), Plain()
-    draft, room = tree([NO_PARENT, 0, 1], [0.05, 0.05, 0.05]), Room([3], 3, [10])
-    assert len(planner.choose([draft], room)[0]) > 0
+    draft, budget = tree([NO_PARENT, 0, 1], [0.05, 0.05, 0.05]), StepBudget([3], 3, [10])
+    assert len(planner.choose([draft], budget)[0]) > 0
     noise = np.random.default_rng(0)
     for step in range(300):
-        planner.budgets(drafter, room)
+        planner.budgets(drafter, budget)
         rows, seconds = ((4, 1.25), (1, 1.0), (2, 1.2))[step % 3]
         disturbed = seconds * float(np.exp(noise.normal(0, 0.15))) * (5.0 if step % 50 == 0 else 1.0)
         planner.observe(rows=rows, context=10, tokens=1, draft_s=0.0, step_s=disturbed)
-    planner.budgets(drafter, room)
+    planner.budgets(drafter, budget)
     assert 0.05 < drafter.floor < 0.12  # of a token: 0.2 for the first row, 0.25 for all three
-    assert len(planner.choose([draft], room)[0]) == 0
+    assert len(planner.choose([draft], budget)[0]) == 0
     assert planner.plain_seconds(1, 10) == pytest.approx(1.0, rel=0.25)
 
 
 def test_a_table_of_a_busy_machine_is_found_out() -> None:
     """By the table a draft's rows cost three steps; in truth they are nearly free."""
     planner, drafter = Goodput(table([1.0, 4.0, 4.0, 4.0])), Plain()
-    draft, room = tree([NO_PARENT, 0, 1], [0.5, 0.5, 0.5]), Room([3], 3, [10])
+    draft, budget = tree([NO_PARENT, 0, 1], [0.5, 0.5, 0.5]), StepBudget([3], 3, [10])
     chosen = []
     for _ in range(400):
-        planner.budgets(drafter, room)
+        planner.budgets(drafter, budget)
         offered = draft if drafter.floor < 0.5 else Draft.empty()
-        rows = 1 + len(planner.choose([offered], room)[0])
+        rows = 1 + len(planner.choose([offered], budget)[0])
         chosen.append(rows - 1)
         planner.observe(rows=rows, context=10, tokens=1, draft_s=0.0, step_s=1.0 + 0.01 * rows)
     assert sum(chosen[:16]) == 0 and all(chosen[-50:])
-    planner.budgets(drafter, room)
+    planner.budgets(drafter, budget)
     short = tree([NO_PARENT], [0.5])  # steps of two rows were never run, and cost no more than those of four
-    assert len(planner.choose([short], room)[0]) == 1
+    assert len(planner.choose([short], budget)[0]) == 1
 
 
 def test_more_rows_than_were_ever_run_are_as_much_cheaper() -> None:
-    planner, drafter, room = Goodput(table([1.0, *[4.0] * 7])), Plain(), Room([7], 7, [10])
+    planner, drafter, budget = Goodput(table([1.0, *[4.0] * 7])), Plain(), StepBudget([7], 7, [10])
     draft = tree([NO_PARENT, *range(6)], [0.5] * 7)
-    planner.budgets(drafter, room)
-    assert len(planner.choose([draft], room)[0]) == 0
+    planner.budgets(drafter, budget)
+    assert len(planner.choose([draft], budget)[0]) == 0
     for _ in range(100):
         planner.observe(rows=4, context=10, tokens=3, draft_s=0.0, step_s=1.0)
         planner.observe(rows=1, context=10, tokens=1, draft_s=0.0, step_s=1.0)
-    assert len(planner.choose([draft], room)[0]) > 3
+    assert len(planner.choose([draft], budget)[0]) > 3
 
 
 def test_drafts_that_do_not_pay_are_tried_seldom() -> None:
     planner, drafter = Goodput(table([1.0, 1.1, 1.2, 1.3])), Plain()
-    draft, room = tree([NO_PARENT, 0, 1], [0.01, 0.01, 0.01]), Room([3], 3, [10])
+    draft, budget = tree([NO_PARENT, 0, 1], [0.01, 0.01, 0.01]), StepBudget([3], 3, [10])
     tried = 0
     for _ in range(2000):
-        planner.budgets(drafter, room)
-        rows = 1 + len(planner.choose([draft], room)[0])
+        planner.budgets(drafter, budget)
+        rows = 1 + len(planner.choose([draft], budget)[0])
         tried += rows > 1
         planner.observe(rows=rows, context=10, tokens=1, draft_s=0.0, step_s=1.0 + 0.1 * (rows - 1))
     assert 8 <= tried <= 18
 
 
 def test_a_slower_machine_does_not_change_what_rows_cost_beside_a_step() -> None:
-    planner, drafter, room = Goodput(table([1.0, 1.1, 1.2, 1.3])), Plain(), Room([3], 3, [10])
-    planner.budgets(drafter, room)
+    planner, drafter, budget = Goodput(table([1.0, 1.1, 1.2, 1.3])), Plain(), StepBudget([3], 3, [10])
+    planner.budgets(drafter, budget)
     before = drafter.floor
     for _ in range(3000):
         planner.observe(rows=1, context=10, tokens=1, draft_s=0.0, step_s=1.7)
     planner.observe(rows=2, context=10, tokens=1, draft_s=0.0, step_s=1.7 * 1.1)  # else it tries what rows cost
-    planner.budgets(drafter, room)
-    assert drafter.floor == pytest.approx(before, rel=1e-3) and drafter.price == pytest.approx(1 / 1.7, rel=1e-3)
-    planner.budgets(drafter, Room([3, 3], 6, [10, 10]))  # two sequences: other rows are plain decoding now
+    planner.budgets(drafter, budget)
+    assert drafter.floor == pytest.approx(before, rel=1e-3) and drafter.rate == pytest.approx(1 / 1.7, rel=1e-3)
+    planner.budgets(drafter, StepBudget([3, 3], 6, [10, 10]))  # two sequences: other rows are plain decoding now
     assert planner.plain_seconds(2, 10) == pytest.approx(1.7 * 1.1, rel=1e-3)
 
 
 def test_fixed_shares_fairly_and_keeps_all() -> None:
-    room = Room([10, 2, 10], 12, [1, 1, 1])
-    assert Fixed().budgets(Plain(), room) == [5, 2, 5]
+    budget = StepBudget([10, 2, 10], 12, [1, 1, 1])
+    assert Fixed().budgets(Plain(), budget) == [5, 2, 5]
     draft = tree([NO_PARENT], [0.1])
-    assert Fixed().choose([draft], room) == [draft]
+    assert Fixed().choose([draft], budget) == [draft]
 
 
 @given(trees(8), st.integers(0, 8))
@@ -217,58 +217,58 @@ def test_costs_are_monotone_and_go_on_beyond_the_table() -> None:
 # -- drafters that must repay their time ------------------------------------------------------------------------------
 
 
-def run(worth: Worth, gain: float, steps: int, price: float = 100.0, seconds: float = 0.001, id: int = 1) -> int:
-    """How often a drafter is asked that brings `gain` tokens at each call of `seconds`."""
-    asked, owed = 0, 0.0
+def run(benefit: Benefit, gain: float, steps: int, rate: float = 100.0, seconds: float = 0.001, id: int = 1) -> int:
+    """How often a drafter is called that adds `gain` tokens at each call of `seconds`."""
+    called, owed = 0, 0.0
     sequence = Sequence(id, [1, 2, 3], 3, SamplingParams())
     for _ in range(steps):
-        if worth.paying([sequence], [0.0], price):
-            asked += 1
+        if benefit.select([sequence], [0.0], rate):
+            called += 1
             owed += gain
-            worth.took(seconds, [sequence], [tree([NO_PARENT], [0.5])])
-            worth.learned(id, 0.0, int(owed), seconds)
+            benefit.record_call(seconds, [sequence], [tree([NO_PARENT], [0.5])])
+            benefit.record_step(id, 0.0, int(owed), seconds)
             owed -= int(owed)
-    return asked
+    return called
 
 
 def test_a_drafter_that_never_gains_is_left_alone() -> None:
-    worth = Worth()
-    first = run(worth, gain=0.0, steps=300)
-    later = run(worth, gain=0.0, steps=1000)
+    benefit = Benefit()
+    first = run(benefit, gain=0.0, steps=300)
+    later = run(benefit, gain=0.0, steps=1000)
     assert first < 150
     assert later <= 1000 / 50  # tried now and then
 
 
-def test_a_drafter_that_pays_is_always_asked() -> None:
-    assert run(Worth(), gain=0.5, steps=500) == 500
+def test_a_drafter_that_pays_is_always_called() -> None:
+    assert run(Benefit(), gain=0.5, steps=500) == 500
 
 
 def test_a_drafter_comes_back_when_the_text_changes() -> None:
-    worth = Worth()
-    run(worth, gain=0.0, steps=600)
-    assert run(worth, gain=1.0, steps=600) > 300
+    benefit = Benefit()
+    run(benefit, gain=0.0, steps=600)
+    assert run(benefit, gain=1.0, steps=600) > 300
 
 
-def test_what_a_second_is_worth_decides() -> None:
-    # 0.2 tokens for 1 ms: worth it at 100 tokens/s, not at 1,000.
-    assert run(Worth(), gain=0.2, steps=1000, price=100.0) > 900
-    assert run(Worth(), gain=0.2, steps=1000, price=1000.0) < 500
+def test_the_rate_decides() -> None:
+    # 0.2 tokens for 1 ms: it pays at 100 tokens/s, not at 1,000.
+    assert run(Benefit(), gain=0.2, steps=1000, rate=100.0) > 900
+    assert run(Benefit(), gain=0.2, steps=1000, rate=1000.0) < 500
 
 
-def test_a_dear_drafter_reads_no_text_that_the_target_is_not_sure_of() -> None:
-    worth, price = Worth(), 20.0
-    run(worth, gain=1.0, steps=20, price=price, seconds=0.02)  # a forward costs 0.4 tokens
+def test_a_costly_drafter_reads_no_text_that_the_target_is_not_certain_of() -> None:
+    benefit, rate = Benefit(), 20.0
+    run(benefit, gain=1.0, steps=20, rate=rate, seconds=0.02)  # a forward costs 0.4 tokens
     noise, text = (Sequence(id, [1, 2, 3], 3, SamplingParams()) for id in (2, 3))
-    assert worth.waits(2, price) and not worth.waits(1, price)
-    worth.saw(2, 0.05)
-    worth.saw(3, 0.6)
-    assert worth.paying([noise, text], [0.0, 0.0], price) == [1]
+    assert benefit.needs_certainty(2, rate) and not benefit.needs_certainty(1, rate)
+    benefit.record_certainty(2, 0.05)
+    benefit.record_certainty(3, 0.6)
+    assert benefit.select([noise, text], [0.0, 0.0], rate) == [1]
     for _ in range(5):
-        worth.saw(2, 0.9)
-    assert worth.paying([noise], [0.0], price) == [0], "it became sure"
-    cheap = Worth()
-    run(cheap, gain=1.0, steps=20, price=price, seconds=0.0001)
-    assert not cheap.waits(2, price), "nothing is worth a look"
+        benefit.record_certainty(2, 0.9)
+    assert benefit.select([noise], [0.0], rate) == [0], "it became certain"
+    cheap = Benefit()
+    run(cheap, gain=1.0, steps=20, rate=rate, seconds=0.0001)
+    assert not cheap.needs_certainty(2, rate), "a cheap forward needs no certainty"
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0, 2.0])
@@ -279,44 +279,44 @@ def test_no_token_is_drawn_more_often_than_the_certainty_says(temperature: float
     assert certainty(logits, params) == pytest.approx(expected, rel=1e-5)
 
 
-def test_merged_shows_the_first_row_to_those_who_wait() -> None:
+def test_merged_records_the_certainty_of_the_first_row() -> None:
     merged, sequence = Merged([Ngram()]), Sequence(0, [1, 2, 3], 3, SamplingParams())
     merged.begin(sequence)
-    merged.price, merged.worths[0].forward_s = 20.0, 0.01
+    merged.rate, merged.benefits[0].forward_s = 20.0, 0.01
     outputs = TargetOutputs.of(torch.tensor([[0.0, 0.0, 0.0, 0.0]]))
     merged.observe(sequence, Observation(np.array([1]), Draft.empty(), None, None, first=outputs))
     sequence.tokens.append(1)
-    merged.worths[0]._bins[0].trials = 9
-    assert merged.worths[0]._customers[0].sure == pytest.approx(0.25)
+    merged.benefits[0]._bins[0].trials = 9
+    assert merged.benefits[0]._records[0].certainty == pytest.approx(0.25)
     assert merged.propose([sequence], [4])[0].tokens.size, "0.25 is more than 0.2"
-    merged.worths[0].forward_s = 0.02
-    merged.worths[0]._customers[0].known = False
+    merged.benefits[0].forward_s = 0.02
+    merged.benefits[0]._records[0].prefilled = False
     assert not merged.propose([sequence], [4])[0].tokens.size
 
 
 def test_a_sequence_does_not_pay_for_another() -> None:
-    worth = Worth()
+    benefit = Benefit()
     for _ in range(40):
-        run(worth, gain=1.0, steps=5, id=1)
-        run(worth, gain=0.0, steps=5, id=2, price=500.0)
-    assert run(worth, gain=1.0, steps=100, id=1, price=500.0) > 90
-    assert run(worth, gain=0.0, steps=100, id=2, price=500.0) < 60
+        run(benefit, gain=1.0, steps=5, id=1)
+        run(benefit, gain=0.0, steps=5, id=2, rate=500.0)
+    assert run(benefit, gain=1.0, steps=100, id=1, rate=500.0) > 90
+    assert run(benefit, gain=0.0, steps=100, id=2, rate=500.0) < 60
 
 
-def test_a_resting_drafter_is_neither_asked_nor_shown_anything() -> None:
+def test_a_skipped_drafter_is_neither_called_nor_shown_anything() -> None:
     ngram = Ngram()
     merged = Merged([ngram])
     sequence = Sequence(0, [1, 2, 3, 1, 2, 3, 1, 2], 8, SamplingParams())
     merged.begin(sequence)
-    merged.price = 1.0
+    merged.rate = 1.0
     assert len(merged.propose([sequence], [9])[0]) == 9  # a trial
     for _ in range(3):
-        merged.worths[0].learned(0, 0.0, 0, seconds=5.0)
+        merged.benefits[0].record_step(0, 0.0, 0, seconds=5.0)
     assert len(merged.propose([sequence], [9])[0]) == 0
     assert merged.expects_topk == 0
     sequence.tokens += [3, 1]
     for _ in range(9):
-        merged.worths[0].learned(0, 0.0, 500, seconds=5.0)
+        merged.benefits[0].record_step(0, 0.0, 500, seconds=5.0)
     draft = merged.propose([sequence], [4])[0]
     assert draft.tokens.tolist() == [2, 3, 1, 2], "it must catch up with what it was not shown"
 

@@ -1,7 +1,7 @@
 """The contract of drafters and verifiers: reserve -> propose -> forward -> verify -> commit.
 
-Whoever drafted, every drafter that was asked observes the commit. A verifier is a pure function. Neither keeps anything
-in the target's cache.
+Every drafter that was called for a step observes its commit, whichever proposed the accepted nodes. A verifier is a
+pure function. Neither keeps anything in the target's cache.
 
 Shapes: `n` draft nodes, `V` vocabulary; `outputs` of a step has n + 1 rows: row 0 is the target's answer after the
 last committed token, row i + 1 its answer after draft node i.
@@ -40,7 +40,7 @@ class Sequence:
     prediction: list[int] = field(default_factory=list)  # what the caller expects the output to be, or much of it
     kv: int = NOT_CACHED  # its handle in the target's KV cache, which holds all of `tokens` but the last
     method: str = ""  # that drafts for it, if the engine was opened with several; "": the engine's own
-    owner: str = ""  # whose it is: what drafters learn from one owner's text never reaches another
+    owner: str = ""  # what drafters learn from one owner's text never reaches another owner's
     matcher: Matcher | None = None  # of its grammar, if `params` have one; `history` moves it
     _history: History | None = field(default=None, init=False, repr=False)
 
@@ -100,13 +100,13 @@ class Drafter(ABC):
     floor: float = 0.0
     #: The same for what costs a forward of the draft model.
     forward_floor: float = 0.0
-    #: Tokens that a second is worth at this moment, 0 if nobody keeps count. Where several drafters are asked, each has
-    #: to repay its time at this price.
-    price: float = 0.0
+    #: Tokens per second of the engine at the moment, 0 if it is not measured. Where several drafters are merged, each
+    #: must be expected to gain as many per second of its own time.
+    rate: float = 0.0
 
     @property
     def expects_topk(self) -> int:
-        """The largest k for which `observe` asks the outputs for `topk`, every time; 0 if it does not."""
+        """The largest k for which `observe` reads `topk` from the outputs, every time; 0 if it does not."""
         return 0
 
     @classmethod
@@ -135,11 +135,11 @@ class Drafter(ABC):
         return drafts, self.seconds_by_source(perf_counter() - began)
 
     def observe(self, sequence: Sequence, seen: Observation) -> None:  # noqa: B027
-        """A step was committed. Not called for steps before which the drafter was not asked: what it missed is in
+        """A step was committed. Not called for steps in which `propose` was not called: what it missed is in
         `sequence.tokens`."""
 
     def seconds_by_source(self, total: float) -> dict[str, float]:
-        """Who spent the `total` seconds of the last `propose`."""
+        """The `total` seconds of the last `propose`, by drafter."""
         return {self.name: total}
 
     def explain(self) -> list[str]:

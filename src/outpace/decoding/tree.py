@@ -19,12 +19,12 @@ __all__ = [
     "check_draft",
     "child_lookup",
     "children",
+    "expected_accepted",
     "keep_best",
     "keep_nodes",
     "merge",
     "node_depths",
     "path_to",
-    "promise",
     "reaches",
 ]
 
@@ -113,7 +113,7 @@ def reaches(draft: Draft) -> FloatArray:
     return np.array(reach, dtype=np.float32)
 
 
-def promise(draft: Draft) -> float:
+def expected_accepted(draft: Draft) -> float:
     """Expected number of accepted tokens: the sum over nodes of the probability of being reached and accepted."""
     return float(reaches(draft).sum())
 

@@ -17,7 +17,7 @@ from ..decoding.drafters.plain import Plain
 from ..decoding.drafters.routed import Routed
 from ..decoding.grammar import Grammars, Matcher
 from ..decoding.planners.fixed import Fixed
-from ..decoding.planners.planner import Planner, Room
+from ..decoding.planners.planner import Planner, StepBudget
 from ..errors import CapacityError, MethodError, ParameterError
 from ..models.decoder import Decoder
 from ..types import DecodingStats, Exactness, RequestOptions, Result, SamplingParams
@@ -257,12 +257,12 @@ class Engine:
         self.in_step = [*plan.decoding, *(id for id, _ in plan.chunks)]
         if plan.empty:
             return events
-        room = Room(
+        budget = StepBudget(
             [plan.caps[id] for id in plan.decoding],
             plan.draft_rows,
             [len(r.sequence.tokens) for r in decoding],
         )
-        verified = self._runner.forward(decoding, room, chunks)
+        verified = self._runner.forward(decoding, budget, chunks)
         self.steps += 1
         self.rows += len(decoding) + sum(len(v.draft) for v in verified if v.draft is not None)
         self.rows += sum(rows for _, rows in chunks)

@@ -51,7 +51,7 @@ class Served:
         assert owners.keys() <= self.tokens.keys()
 
 
-class Line:
+class WaitingQueue:
     """The jobs that wait."""
 
     def __init__(self, served: Served, ageing_s: float | None, shortest_first: bool) -> None:

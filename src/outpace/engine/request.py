@@ -7,7 +7,7 @@ from time import perf_counter
 
 from ..cache.swap import Swapped
 from ..decoding.contracts import NOT_CACHED, Sequence
-from ..decoding.drafters.rates import judged_nodes
+from ..decoding.drafters.rates import checked_nodes
 from ..types import Accepted, DecodingStats, Draft, Exactness, FinishReason, IntArray, RequestOptions, Result
 from .prediction import common_tokens
 from .text import TextStream
@@ -151,8 +151,8 @@ class Request:
                 stats.source(name).proposed += 1
             for name in drafted:
                 stats.source(name).accepted += 1
-            for node, depth, right in judged_nodes(draft, accepted.tokens):
-                stats.source(names[node]).judge(depth, right)
+            for node, depth, right in checked_nodes(draft, accepted.tokens):
+                stats.source(names[node]).record(depth, right)
         stats.tokens += kept
         self.sources += sources
         if accepted.logprobs is not None:

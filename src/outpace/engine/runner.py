@@ -19,8 +19,8 @@ import numpy as np
 from ..cache.pages import PagedKVCache
 from ..decoding.contracts import NOT_CACHED, Drafter, Observation, Verifier
 from ..decoding.outputs import StepOutputs, TargetOutputs
-from ..decoding.planners.planner import Planner, Room
-from ..decoding.tree import promise
+from ..decoding.planners.planner import Planner, StepBudget
+from ..decoding.tree import expected_accepted
 from ..models.batch import Span, Tree, pack
 from ..models.decoder import Decoder
 from ..types import Accepted, Draft
@@ -61,12 +61,12 @@ class Runner:
             request.sequence.kv = NOT_CACHED
         self.drafter.end(request.sequence)
 
-    def forward(self, decoding: list[Request], room: Room, chunks: list[tuple[Request, int]]) -> list[Verified]:
-        """One step. `room` is for drafts. `chunks` are prompts to read on, each with its number of rows; a chunk is
+    def forward(self, decoding: list[Request], limits: StepBudget, chunks: list[tuple[Request, int]]) -> list[Verified]:
+        """One step. `limits` is for drafts. `chunks` are prompts to read on, each with its number of rows; a chunk is
         committed here unless it ends its prompt, and what ends a prompt or decodes is verified and left for `commit`.
         """
         began = perf_counter()
-        drafts = self._propose(decoding, room)
+        drafts = self._propose(decoding, limits)
         drafted = perf_counter()
         try:
             step, ends = self._run(decoding, drafts, chunks)
@@ -91,7 +91,7 @@ class Runner:
             self.cache.commit(request.kv, range(n))
             request.prefilled += n
         if decoding and not chunks:
-            self._account(verified, room, drafted - began, perf_counter() - drafted)
+            self._account(verified, limits, drafted - began, perf_counter() - drafted)
         return verified
 
     def _judge(self, request: Request, draft: Draft, outputs: TargetOutputs) -> Verified:
@@ -101,18 +101,18 @@ class Runner:
         except Exception as error:
             return Verified(request, draft, outputs, NOTHING, error)
 
-    def _account(self, verified: list[Verified], room: Room, draft_s: float, step_s: float) -> None:
+    def _account(self, verified: list[Verified], limits: StepBudget, draft_s: float, step_s: float) -> None:
         """Tell the planner what a step without prompts took, and the requests what it would have taken plainly."""
         rows = sum(len(v.outputs) for v in verified)
         tokens = sum(len(v.accepted.tokens) for v in verified)
-        self.planner.observe(rows, room.context, tokens, draft_s, step_s)
-        plain_s = self.planner.plain_seconds(len(verified), room.context)
+        self.planner.observe(rows, limits.context, tokens, draft_s, step_s)
+        plain_s = self.planner.plain_seconds(len(verified), limits.context)
         for v in verified:
             stats = v.request.stats
             stats.verify_s += step_s / len(verified)
             stats.plain_s += plain_s * len(v.accepted.tokens)
             if v.draft is not None:
-                stats.expected_tokens += 1 + (promise(v.draft) if len(v.draft) else 0.0)
+                stats.expected_tokens += 1 + (expected_accepted(v.draft) if len(v.draft) else 0.0)
 
     def commit(self, verified: Verified, kept: Accepted) -> None:
         """Keep the KV of the accepted path and append its tokens; the drafter observes."""
@@ -137,10 +137,10 @@ class Runner:
             if request.cached:
                 self.cache.rollback(request.kv)
 
-    def _propose(self, decoding: list[Request], room: Room) -> list[Draft]:
+    def _propose(self, decoding: list[Request], limits: StepBudget) -> list[Draft]:
         if not decoding:
             return []
-        budgets = self.planner.budgets(self.drafter, room)
+        budgets = self.planner.budgets(self.drafter, limits)
         began = perf_counter()
         drafts, seconds_by_source = self.drafter.timed([r.sequence for r in decoding], budgets)
         total = perf_counter() - began
@@ -151,8 +151,8 @@ class Runner:
                 request.stats.source(name).draft_s += seconds / len(decoding)
         for request in decoding:
             request.stats.draft_s += total / len(decoding)
-        chosen = self.planner.choose(drafts, room)
-        assert sum(map(len, chosen)) <= room.nodes, f"planner {self.planner.name!r} chose more nodes than there is room"
+        chosen = self.planner.choose(drafts, limits)
+        assert sum(map(len, chosen)) <= limits.nodes, f"planner {self.planner.name!r} chose more nodes than it may"
         return chosen
 
     def _run(

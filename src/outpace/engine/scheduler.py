@@ -26,7 +26,7 @@ from dataclasses import replace
 from time import monotonic
 
 from ..errors import ParameterError, QueueFull
-from .fairness import Groups, Line, Served
+from .fairness import Groups, Served, WaitingQueue
 from .jobs import Job, Memory, Preempt, SchedulerLimits, SchedulerStats, Start, StepPlan
 from .rows import Rows, StepSeconds, largest
 
@@ -53,7 +53,7 @@ class Scheduler:
         self._clock, self._predict = clock, predict
         self._rows = Rows(limits, step_seconds)
         self._served = Served()
-        self._line = Line(self._served, limits.ageing_s, limits.shortest_first)
+        self._queue = WaitingQueue(self._served, limits.ageing_s, limits.shortest_first)
         self._jobs: dict[int, Job] = {}
         self._running: dict[int, Job] = {}
         self._starting: set[int] = set()  # admitted, not yet reported as started
@@ -74,7 +74,7 @@ class Scheduler:
         """Queue a job. Raises CapacityError when it could never run, QueueFull when too many wait already."""
         self.check(job.prompt_tokens, job.max_tokens)
         assert job.id not in self._jobs and job.prompt_tokens >= 1 and job.max_tokens >= 1
-        waiting, most = len(self._line), self.limits.max_queue
+        waiting, most = len(self._queue), self.limits.max_queue
         if most is not None and waiting >= most:
             self._counts.refused += 1
             seconds = self.retry_after_s()
@@ -89,7 +89,7 @@ class Scheduler:
         self._jobs[job.id] = job
         self._served.enter(job.owner)
         self._groups.enter(job)
-        self._line.add(job, job.arrived)
+        self._queue.add(job, job.arrived)
 
     def retry_after_s(self) -> float:
         """Seconds until a place in the queue should be free, by the rate at which jobs finish; at least 1."""
@@ -110,7 +110,7 @@ class Scheduler:
             self._starting.discard(id)
             self._finishes.append(self._clock())
         else:
-            self._line.remove(job)
+            self._queue.remove(job)
         self._host_pages -= self.limits.pages(job.context) if job.swapped else 0
         job.running = False
         self._groups.leave(job)
@@ -141,7 +141,7 @@ class Scheduler:
     def _turn(self) -> tuple[Job, int] | None:
         """Who starts next, and at which level."""
         best = min((job.priority for job in self._running.values()), default=WORST)
-        return self._line.first(self._clock(), best, self._groups.held)
+        return self._queue.first(self._clock(), best, self._groups.held)
 
     def _start_pages(self, job: Job) -> int:
         """Available pages for a waiting job: what it reads or brings back, and what it should have room to write."""
@@ -166,7 +166,7 @@ class Scheduler:
 
     def _begin(self, job: Job, level: int) -> None:
         now = self._clock()
-        self._line.start(job, now)
+        self._queue.start(job, now)
         job.level, job.running = level, True
         self._running[job.id] = job
         self._starting.add(job.id)
@@ -320,7 +320,7 @@ class Scheduler:
         job.preempted += 1
         del self._running[job.id]
         self._groups.stop(job)
-        self._line.add(job, self._clock())
+        self._queue.add(job, self._clock())
 
     def _start_over(self, job: Job, plan: StepPlan) -> None:
         """Alone and without a page: a cached page that it shares, and would have to copy, is in its way."""
@@ -354,7 +354,7 @@ class Scheduler:
     @property
     def stats(self) -> SchedulerStats:
         """A copy."""
-        return replace(self._counts, waiting=len(self._line), running=len(self._running))
+        return replace(self._counts, waiting=len(self._queue), running=len(self._running))
 
     def served(self, owner: str) -> float:
         """Weighted tokens that the owner was served, what idleness was lifted over included."""
@@ -366,13 +366,13 @@ class Scheduler:
 
     def waiting(self) -> list[Job]:
         """To look at, in no order."""
-        return list(self._line)
+        return list(self._queue)
 
     def check_integrity(self) -> None:
         """AssertionError if the books contradict each other."""
-        waiting = {job.id: job for job in self._line}
+        waiting = {job.id: job for job in self._queue}
         assert not waiting.keys() & self._running.keys() and waiting.keys() | self._running.keys() == self._jobs.keys()
-        assert len(waiting) == len(self._line) and len(self._running) <= self.limits.max_batch
+        assert len(waiting) == len(self._queue) and len(self._running) <= self.limits.max_batch
         assert self._starting <= self._running.keys()
         for id, job in self._jobs.items():
             assert job.running == (id in self._running)

@@ -27,7 +27,7 @@ from ..contracts import DrafterContext, Observation, Sequence
 from .draft_model import DraftChain
 from .grown import NO_ROW, Choice, Draws, Growth, cell_of, coupled_draw, edit_rows, likeliest
 from .nodes import check_range
-from .rates import judged_nodes
+from .rates import checked_nodes
 from .sources import ModelSource, draft_model_of
 
 _LEAST = 0.02  # probability below which a hedge is not worth its rows
@@ -278,7 +278,7 @@ class BranchDraft(DraftChain):
             self._trees[sequence.id] = _replant(one, chain, len(sequence.tokens))
 
     def _judge(self, one: Branching, truth: list[int]) -> None:
-        for node, _, right in judged_nodes(one.draft, np.array(truth[: len(one.draft)], dtype=np.int64)):
+        for node, _, right in checked_nodes(one.draft, np.array(truth[: len(one.draft)], dtype=np.int64)):
             cell = one.cells[one.kept[node]]
             if cell is not None:
                 self.confidence.update(cell, right)

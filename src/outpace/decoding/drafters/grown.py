@@ -23,7 +23,7 @@ from ...ops.select import row_logsumexp, row_topk
 from ...types import NO_PARENT, Draft, FloatArray, SamplingParams
 from ..contracts import Drafter, DrafterContext, Observation, Sequence
 from ..sampling import choose, host_row, process
-from .rates import Rates, judged_nodes
+from .rates import Rates, checked_nodes
 from .sources import Rows, Source
 from .trimmed import model_source
 
@@ -202,7 +202,7 @@ class Grown(Drafter):
         one, rows = self._growths.pop(sequence.id, None), list[int]()
         if one is not None:
             truth = np.array(sequence.tokens[one.root : one.root + len(one.draft)], dtype=np.int64)
-            for node, _, right in judged_nodes(one.draft, truth):
+            for node, _, right in checked_nodes(one.draft, truth):
                 cell, row = one.cells[one.kept[node]], one.rows[one.kept[node]]
                 if cell is not None:
                     self.confidence.update(cell, right)

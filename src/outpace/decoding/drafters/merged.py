@@ -12,14 +12,18 @@ import numpy as np
 from ...types import NO_PARENT, Draft, IntArray
 from ..contracts import Drafter, Observation, Sequence
 from ..sampling import certainty, host_row
-from ..tree import DEFAULT_SCORE, merge, promise
-from .rates import judged_nodes
-from .worth import Worth
+from ..tree import DEFAULT_SCORE, expected_accepted, merge
+from .benefit import Benefit
+from .rates import checked_nodes
 
 _DEPTHS = 8  # deeper nodes share the last cell
-_TRUST = 10.0  # expected acceptances that the drafter's own scores are worth at first
-_FADE = 0.995  # per observation, so that the factors follow a change of text
-_TRUST_OWN, _FADE_OWN, _MOST_OWN = 2.0, 0.97, 1.3  # the same for one sequence; its factor is at most that
+_PRIOR = 10.0  # expected acceptances: the weight of the drafter's own scores at first
+_DECAY = 0.995  # per observation, so that the factors follow a change of text
+_SEQUENCE_PRIOR, _SEQUENCE_DECAY, _MAX_SEQUENCE_FACTOR = (
+    2.0,
+    0.97,
+    1.3,
+)  # the same for one sequence; its factor is at most that
 
 
 class Calibration:
@@ -27,8 +31,8 @@ class Calibration:
     each sequence's first nodes, since texts differ."""
 
     def __init__(self) -> None:
-        self._announced = [_TRUST] * _DEPTHS
-        self._accepted = [_TRUST] * _DEPTHS
+        self._announced = [_PRIOR] * _DEPTHS
+        self._accepted = [_PRIOR] * _DEPTHS
         self._own: dict[int, tuple[float, float]] = {}  # sequence id -> (announced, accepted) of its first nodes
 
     @property
@@ -40,8 +44,8 @@ class Calibration:
         """The draft of sequence `id` with corrected scores."""
         if not len(draft):
             return draft
-        announced, accepted = self._own.get(id, (_TRUST_OWN, _TRUST_OWN))
-        of_depth, first = self.factors, min(accepted / announced, _MOST_OWN)
+        announced, accepted = self._own.get(id, (_SEQUENCE_PRIOR, _SEQUENCE_PRIOR))
+        of_depth, first = self.factors, min(accepted / announced, _MAX_SEQUENCE_FACTOR)
         scores, depths = [], list[int]()  # lists: most drafts have a handful of nodes
         for score, parent in zip(_scores(draft), draft.parents.tolist(), strict=True):
             depths.append(min(depths[parent] + 1, _DEPTHS - 1) if parent != NO_PARENT else 0)
@@ -51,17 +55,17 @@ class Calibration:
 
     def update(self, id: int, draft: Draft, truth: IntArray) -> None:
         """`draft` as proposed, before correction."""
-        tested = judged_nodes(draft, truth)
+        tested = checked_nodes(draft, truth)
         if not tested:
             return
         scores = _scores(draft)
         first = [node for node, depth, _ in tested if depth == 0]
-        promised = sum(scores[node] for node in first) * self._accepted[0] / self._announced[0]
-        announced, accepted = self._own.get(id, (_TRUST_OWN, _TRUST_OWN))
+        expected = sum(scores[node] for node in first) * self._accepted[0] / self._announced[0]
+        announced, accepted = self._own.get(id, (_SEQUENCE_PRIOR, _SEQUENCE_PRIOR))
         right = any(ok for _, depth, ok in tested if depth == 0)
-        self._own[id] = _FADE_OWN * announced + min(promised, 1.0), _FADE_OWN * accepted + right
-        self._announced = [_TRUST + (x - _TRUST) * _FADE for x in self._announced]
-        self._accepted = [_TRUST + (x - _TRUST) * _FADE for x in self._accepted]
+        self._own[id] = _SEQUENCE_DECAY * announced + min(expected, 1.0), _SEQUENCE_DECAY * accepted + right
+        self._announced = [_PRIOR + (x - _PRIOR) * _DECAY for x in self._announced]
+        self._accepted = [_PRIOR + (x - _PRIOR) * _DECAY for x in self._accepted]
         for node, depth, right in tested:
             cell = min(depth, _DEPTHS - 1)
             self._announced[cell] += scores[node]
@@ -76,24 +80,24 @@ def _scores(draft: Draft) -> list[float]:
 
 
 @dataclass(slots=True, eq=False)
-class _Asked:
-    """What one drafter was asked for one sequence in this step."""
+class _Call:
+    """One drafter's draft for one sequence in this step."""
 
     index: int  # of the drafter
-    expected: float  # tokens that the drafters before it promised
+    expected: float  # tokens that the drafters before it are expected to add
     draft: Draft
     seconds: float  # its share of the call
 
 
 class Merged(Drafter):
-    """Asks the drafters in turn and keeps the nodes of highest expected acceptance.
+    """Calls the drafters one after another and keeps the nodes of highest expected acceptance.
 
-    Each drafter's scores are corrected by its measured acceptance at each depth. What a drafter would have proposed
-    is judged whether or not its nodes made it into the tree: the committed tokens decide either way. A node keeps the
-    name of the first drafter, in the order given, that proposed it; give the cheap ones first.
+    Each drafter's scores are corrected by its measured acceptance at each depth, which counts all nodes that it
+    proposed, kept or not: the committed tokens show which were right. A node keeps the name of the first drafter, in
+    the order given, that proposed it; give the cheap ones first.
 
-    With a `price` a drafter is asked for a sequence only where the tokens that it is expected to add to those of the
-    drafters before it are worth its time (see Worth). Without one all are asked, always.
+    With a `rate` a drafter is called for a sequence only where it is expected to add at least as many tokens per second
+    of its time, beyond those of the drafters before it (see Benefit). Without one all are called, always.
     """
 
     name = "merged"
@@ -102,79 +106,78 @@ class Merged(Drafter):
     def __init__(self, drafters: Seq[Drafter]) -> None:
         assert drafters, "nothing to merge"
         self.drafters = list(drafters)
-        self.worths = [Worth() for _ in self.drafters]
+        self.benefits = [Benefit() for _ in self.drafters]
         self._calibrations = [Calibration() for _ in self.drafters]
-        self._asked: dict[int, list[_Asked]] = {}
+        self._calls: dict[int, list[_Call]] = {}
 
     @property
     def expects_topk(self) -> int:
-        """Of those who are asked for most sequences: for a few the outputs scan a few rows again."""
-        asked = Counter(one.index for each in self._asked.values() for one in each)
-        most = [i for i, times in asked.items() if 2 * times >= len(self._asked)]
+        """Of the drafters called for most sequences: for the others the outputs scan a few rows again."""
+        calls = Counter(one.index for each in self._calls.values() for one in each)
+        most = [i for i, times in calls.items() if 2 * times >= len(self._calls)]
         return max((self.drafters[i].expects_topk for i in most), default=0)
 
     def begin(self, sequence: Sequence) -> None:
         for drafter in self.drafters:
             drafter.begin(sequence)
-        self._asked[sequence.id] = []
+        self._calls[sequence.id] = []
 
     def propose(self, sequences: Seq[Sequence], budgets: Seq[int]) -> list[Draft]:
         merged = [Draft.empty()] * len(sequences)
         for sequence in sequences:
-            self._asked[sequence.id] = []
+            self._calls[sequence.id] = []
         if not any(budgets):
             return merged
-        places_with_room = [i for i, n in enumerate(budgets) if n > 0]
-        asking = [sequences[i] for i in places_with_room]
+        drafting = [i for i, n in enumerate(budgets) if n > 0]
         for index in range(len(self.drafters)):
-            promised = [promise(draft) if self.price > 0 and len(draft) else 0.0 for draft in merged]
-            places = places_with_room
-            if self.price > 0:
-                expected = [promised[i] for i in places]
-                places = [places[k] for k in self.worths[index].paying(asking, expected, self.price)]
-            if places:
-                drafts, seconds = self._ask(index, [sequences[i] for i in places], [budgets[i] for i in places])
-                for i, draft in zip(places, drafts, strict=True):
-                    self._asked[sequences[i].id].append(_Asked(index, promised[i], draft, seconds))
+            expected = [expected_accepted(draft) if self.rate > 0 and len(draft) else 0.0 for draft in merged]
+            chosen = drafting
+            if self.rate > 0:
+                candidates, before = [sequences[i] for i in drafting], [expected[i] for i in drafting]
+                chosen = [drafting[k] for k in self.benefits[index].select(candidates, before, self.rate)]
+            if chosen:
+                drafts, seconds = self._call(index, [sequences[i] for i in chosen], [budgets[i] for i in chosen])
+                for i, draft in zip(chosen, drafts, strict=True):
+                    self._calls[sequences[i].id].append(_Call(index, expected[i], draft, seconds))
                     corrected = self._calibrations[index].apply(sequences[i].id, draft)
                     # A draft that stays alone keeps what merging loses: q.
                     merged[i] = merge([merged[i], corrected], budgets[i]) if len(merged[i]) else corrected
         return merged
 
-    def _ask(self, index: int, sequences: list[Sequence], nodes: list[int]) -> tuple[list[Draft], float]:
-        drafter, worth = self.drafters[index], self.worths[index]
-        drafter.floor, drafter.price = self.floor, self.price
-        drafter.forward_floor = max(self.floor, self.price * worth.forward_s / len(sequences))
+    def _call(self, index: int, sequences: list[Sequence], nodes: list[int]) -> tuple[list[Draft], float]:
+        drafter, benefit = self.drafters[index], self.benefits[index]
+        drafter.floor, drafter.rate = self.floor, self.rate
+        drafter.forward_floor = max(self.floor, self.rate * benefit.forward_s / len(sequences))
         began = perf_counter()
         drafts = drafter.propose(sequences, nodes)
-        return drafts, worth.took(perf_counter() - began, sequences, drafts)
+        return drafts, benefit.record_call(perf_counter() - began, sequences, drafts)
 
     def observe(self, sequence: Sequence, seen: Observation) -> None:
-        self._look(sequence, seen)
-        asked = self._asked[sequence.id]
-        if not asked:  # most of the time in a large batch, so it must cost nothing
+        self._record_certainty(sequence, seen)
+        calls = self._calls[sequence.id]
+        if not calls:  # most of the time in a large batch, so it must cost nothing
             return
         gained = self._gains(seen)
-        for one in asked:
+        for one in calls:
             began = perf_counter()
             self._calibrations[one.index].update(sequence.id, one.draft, seen.new_tokens)
             drafter = self.drafters[one.index]
             drafter.observe(sequence, seen)
             if seen.outputs is not None:
                 seconds = one.seconds + perf_counter() - began
-                self.worths[one.index].learned(sequence.id, one.expected, gained.get(drafter.name, 0.0), seconds)
-        self._asked[sequence.id] = []
+                self.benefits[one.index].record_step(sequence.id, one.expected, gained.get(drafter.name, 0.0), seconds)
+        self._calls[sequence.id] = []
 
-    def _look(self, sequence: Sequence, seen: Observation) -> None:
-        """How sure of its next token the target was, for those who have not read this text because reading is dear."""
-        waiting = [worth for worth in self.worths if worth.waits(sequence.id, self.price)]
+    def _record_certainty(self, sequence: Sequence, seen: Observation) -> None:
+        """The target's certainty of its next token, for costly drafters that have not read this text yet."""
+        waiting = [benefit for benefit in self.benefits if benefit.needs_certainty(sequence.id, self.rate)]
         outputs = seen.first if seen.outputs is None else seen.outputs
         if waiting and outputs is not None:
             path = [] if seen.accepted is None else seen.accepted.path.tolist()
             row = path[-1] + 1 if path else 0
-            sure = certainty(host_row(outputs.logits(row)), sequence.params)
-            for worth in waiting:
-                worth.saw(sequence.id, sure)
+            value = certainty(host_row(outputs.logits(row)), sequence.params)
+            for benefit in waiting:
+                benefit.record_certainty(sequence.id, value)
 
     def _gains(self, seen: Observation) -> dict[str, float]:
         """Accepted tokens by the drafter that proposed them first, less what the rows of its nodes cost."""
@@ -187,16 +190,17 @@ class Merged(Drafter):
         return gains
 
     def end(self, sequence: Sequence) -> None:
-        self._asked.pop(sequence.id, None)
-        for drafter, worth, calibration in zip(self.drafters, self.worths, self._calibrations, strict=True):
-            worth.forget(sequence.id)
+        self._calls.pop(sequence.id, None)
+        for drafter, benefit, calibration in zip(self.drafters, self.benefits, self._calibrations, strict=True):
+            benefit.forget(sequence.id)
             calibration.forget(sequence.id)
             drafter.end(sequence)
 
     def seconds_by_source(self, total: float) -> dict[str, float]:
-        return {d.name: worth.spent() for d, worth in zip(self.drafters, self.worths, strict=True)}
+        return {d.name: benefit.spent() for d, benefit in zip(self.drafters, self.benefits, strict=True)}
 
     def explain(self) -> list[str]:
         return [
-            f"{drafter.name}: {worth.explain()}" for drafter, worth in zip(self.drafters, self.worths, strict=True)
+            f"{drafter.name}: {benefit.explain()}"
+            for drafter, benefit in zip(self.drafters, self.benefits, strict=True)
         ] + [line for drafter in self.drafters for line in drafter.explain()]

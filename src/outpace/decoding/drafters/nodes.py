@@ -17,7 +17,7 @@ import numpy as np
 from ...errors import ParameterError
 from ...types import Draft
 from ..contracts import Drafter, Observation, Sequence
-from .rates import Rates, judged_nodes
+from .rates import Rates, checked_nodes
 
 Cell = tuple[int, ...]  # of the table of acceptance rates on which a node's score rests
 
@@ -60,11 +60,11 @@ class Nodes:
             np.array(self.scores, dtype=np.float32),
         )
 
-    def judge(self, rates: Rates, tokens: list[int]) -> None:
+    def update_rates(self, rates: Rates, tokens: list[int]) -> None:
         """Tell `rates` which nodes the text proves right or wrong."""
         truth = np.array(tokens[self.root : self.root + len(self)], dtype=np.int64)
         if len(truth):
-            for node, _, right in judged_nodes(self.draft(""), truth):
+            for node, _, right in checked_nodes(self.draft(""), truth):
                 rates.update(self.cells[node], right)
 
 
@@ -106,7 +106,7 @@ class NodeDrafter(Drafter, Generic[S]):
         self._states.pop(sequence.id, None)
 
     def _judge(self, sequence: Sequence, state: S) -> None:
-        state.nodes.judge(self._rates, sequence.tokens)
+        state.nodes.update_rates(self._rates, sequence.tokens)
         state.nodes = Nodes()
 
 

@@ -157,7 +157,7 @@ class OmniDraft(Drafter):
     def _read(self, sequence: Sequence, state: _State, seen: Observation | None) -> None:
         """Judge the last draft and bring the twin up to the text. Where its end is cut anew, what was read of that is
         taken back."""
-        state.nodes.judge(self.rates, sequence.tokens)
+        state.nodes.update_rates(self.rates, sequence.tokens)
         state.nodes = Nodes()
         before = len(state.twin.tokens)
         kept = state.twin.extend(sequence.tokens[state.twin.read :])

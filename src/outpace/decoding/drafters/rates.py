@@ -27,7 +27,7 @@ class Rates:
         self.value[cell] += (float(hit) - self.value[cell]) / trials
 
 
-def judged_nodes(draft: Draft, truth: IntArray) -> list[tuple[int, int, bool]]:
+def checked_nodes(draft: Draft, truth: IntArray) -> list[tuple[int, int, bool]]:
     """Nodes that `truth`, the tokens committed after the draft's root, decides: (node, depth, right).
 
     Those are the nodes whose ancestors are all right, as deep as `truth` goes.

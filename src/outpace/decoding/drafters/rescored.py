@@ -153,7 +153,7 @@ class Rescored(NodeDrafter[_State]):
         self._judge(sequence, self._states[sequence.id])
 
     def propose(self, sequences: Seq[Sequence], budgets: Seq[int]) -> list[Draft]:
-        self.inner.floor, self.inner.forward_floor, self.inner.price = self.floor, self.forward_floor, self.price
+        self.inner.floor, self.inner.forward_floor, self.inner.rate = self.floor, self.forward_floor, self.rate
         for sequence, draft in zip(sequences, self.inner.propose(sequences, budgets), strict=True):
             lattice = self.inner.columns(sequence) if isinstance(self.inner, Jacobi) else lattice_of(draft)
             self._states[sequence.id].lattice = lattice

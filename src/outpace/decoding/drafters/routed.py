@@ -51,7 +51,7 @@ class Routed(Drafter):
             mine = [i for i, sequence in enumerate(sequences) if sequence.method == method]
             if not mine:
                 continue
-            drafter.floor, drafter.forward_floor, drafter.price = self.floor, self.forward_floor, self.price
+            drafter.floor, drafter.forward_floor, drafter.rate = self.floor, self.forward_floor, self.rate
             proposed, seconds = drafter.timed([sequences[i] for i in mine], [budgets[i] for i in mine])
             for name, spent in seconds.items():
                 self._seconds[name] = self._seconds.get(name, 0.0) + spent

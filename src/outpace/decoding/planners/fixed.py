@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ...registry import register
 from ..contracts import Drafter
-from .planner import Planner, Room, share_rows
+from .planner import Planner, StepBudget, share_rows
 
 
 @register(
@@ -21,5 +21,5 @@ class Fixed(Planner):
     name = "fixed"
     paper = ""
 
-    def budgets(self, drafter: Drafter, room: Room) -> list[int]:
-        return share_rows(room.nodes, room.caps)
+    def budgets(self, drafter: Drafter, budget: StepBudget) -> list[int]:
+        return share_rows(budget.nodes, budget.caps)

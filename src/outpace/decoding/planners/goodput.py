@@ -10,15 +10,16 @@ from ...types import Draft
 from ..contracts import Drafter
 from ..tree import keep_best, reaches
 from .costs import StepCosts
-from .planner import Planner, Room
+from .planner import Planner, StepBudget
 
-_FADE, _SLOW = 0.9, 0.95  # of averages over steps
-_BEND = 0.03  # of the error of one step goes to what its number of rows costs beside plain decoding
-_PEAK = 0.8  # of the rate that a step promises is taken as what steps will give
-_EQUAL = 0.01  # of a step's tokens is no difference
-_TRIAL = 3  # nodes that are verified to see what they cost, though they do not seem to pay
-_OFTEN, _SELDOM, _KNOWN = 16, 256, 8  # steps without drafts until then, before and after so many steps with some
-_SHOWN = (4, 8, 16, 32)  # rows whose cost `explain` tells
+_DECAY, _SLOW_DECAY = 0.9, 0.95  # of averages over steps
+_LEARNING_RATE = 0.03  # share of one step's error that corrects the cost of its number of rows beside plain's
+_PEAK = 0.8  # share of the best step's expected rate that the next steps are assumed to reach
+_TOLERANCE = 0.01  # of a step's tokens: choices that differ by less are equal
+_TRIAL = 3  # nodes that are verified to measure their cost, though they are not expected to pay
+# Steps without drafts until a trial: before and after that many rows were measured _MEASURED times
+_TRIAL_EARLY, _TRIAL_LATER, _MEASURED = 16, 256, 8
+_SHOWN = (4, 8, 16, 32)  # rows whose cost `explain` shows
 
 
 @register(
@@ -36,20 +37,20 @@ class Goodput(Planner):
 
         sum of their probabilities - rate * T(sequences + n),
 
-    where `rate` is what the engine makes of a second: the tokens per second of its last steps, of plain decoding, or
-    nearly those that this step promises, whichever is most. That maximises tokens per second in the long run, where the
-    quotient of one step alone would be too careful in steps that promise much. Drafts that do not pay are dropped, and
+    where `rate` is the engine's tokens per second: that of its last steps, that of plain decoding, or nearly that
+    expected of this step, whichever is highest. This maximises tokens per second in the long run; the quotient of one
+    step alone would draft too little in steps that are expected to accept much. Drafts that do not pay are dropped, and
     what is left is plain decoding.
 
     Liu et al., "Optimizing Speculative Decoding for Serving Large Language Models Using Goodput" (SmartSpec), section
     4: a length for each request from load and acceptance; here over trees and over the whole batch, so that n is also
     the hardware-aware tree size of Sequoia (arXiv 2402.12374, section 3.3) and PPD (arXiv 2405.18628, section 4.2).
-    Before drafting it tells the drafter the rate (`price`), so that sources that do not repay their time rest.
+    Before drafting it sets the drafter's `rate`, so that sources whose gain does not repay their time are skipped.
 
-    The table was measured in a loop of equal steps, at another moment; a row that seemed free there may cost a tenth of
-    a step in the traffic of real ones. So the step times of plain decoding and, beside them, of 2, 4, 8, ... rows are
-    corrected by those of the steps that are run, and where drafts do not seem to pay some are verified now and then: a
-    table that was measured on a busy machine would otherwise never be found out.
+    The table was measured in a loop of equal steps, at another moment; a row that cost nothing there may cost a
+    tenth of a step between others. So the step times of plain decoding and, beside them, of 2, 4, 8, ... rows are
+    corrected by those of the steps that are run, and where drafts are not expected to pay a few are verified now
+    and then: a table that was measured on a busy machine would otherwise never be corrected.
     """
 
     name = "goodput"
@@ -58,9 +59,9 @@ class Goodput(Planner):
 
     def __init__(self, costs: StepCosts | None = None) -> None:
         super().__init__(costs)
-        self._scale = 1.0  # of this moment's step times to the table's
-        self._bends = [1.0] * 20  # the same beside plain decoding, by the logarithm of the rows
-        self._seen = [0] * len(self._bends)  # steps of so many rows
+        self._scale = 1.0  # ratio of present step times to the table's
+        self._factors = [1.0] * 20  # the same relative to plain decoding, by the logarithm of the rows
+        self._measured = [0] * len(self._factors)  # steps of that many rows
         self._sequences = 1  # of the last step
         self._idle = 0  # steps since one verified drafts
         self._trying = False
@@ -73,81 +74,82 @@ class Goodput(Planner):
         assert self.costs is not None
         return self.costs
 
-    def budgets(self, drafter: Drafter, room: Room) -> list[int]:
-        self._sequences = sequences = len(room.caps)
-        times = self._times(sequences, room.nodes, room.context)
-        drafter.price = rate = self._rate(sequences, times[0])
-        if room.nodes:  # n nodes of this probability each at most cost what they bring, whatever n
+    def budgets(self, drafter: Drafter, budget: StepBudget) -> list[int]:
+        self._sequences = sequences = len(budget.caps)
+        times = self._times(sequences, budget.nodes, budget.context)
+        drafter.rate = rate = self._rate(sequences, times[0])
+        if budget.nodes:  # n nodes of this probability each at most cost what they bring, whatever n
             drafter.floor = rate * min((time - times[0]) / n for n, time in enumerate(times[1:], 1))
-            known = self._seen[_bin(sequences + min(_TRIAL, room.nodes))] >= _KNOWN
-            self._trying = self._idle >= (_SELDOM if known else _OFTEN)
+            known = self._measured[_bin(sequences + min(_TRIAL, budget.nodes))] >= _MEASURED
+            self._trying = self._idle >= (_TRIAL_LATER if known else _TRIAL_EARLY)
             if self._trying:
                 drafter.floor = 0.0
-        return [min(cap, room.nodes) for cap in room.caps]
+        return [min(cap, budget.nodes) for cap in budget.caps]
 
     def _times(self, sequences: int, nodes: int, context: float) -> list[float]:
         """Seconds of a step with 0 to `nodes` draft rows, as things are; fewer rows are never slower."""
         curve = self._table.curve(sequences + nodes, context)[sequences - 1 :].tolist()
-        scale, bends = self._scale, self._bends
-        times = [scale * bends[_bin(rows)] * seconds for rows, seconds in enumerate(curve, sequences)]
+        scale, factors = self._scale, self._factors
+        times = [scale * factors[_bin(rows)] * seconds for rows, seconds in enumerate(curve, sequences)]
         return list(accumulate(reversed(times), min))[::-1]
 
-    def choose(self, drafts: list[Draft], room: Room) -> list[Draft]:
+    def choose(self, drafts: list[Draft], budget: StepBudget) -> list[Draft]:
         if not any(map(len, drafts)):
             return drafts
         sequences = len(drafts)
         reach = [reaches(draft) for draft in drafts]
-        best = sorted(chain.from_iterable(each.tolist() for each in reach), reverse=True)[: room.nodes]
+        best = sorted(chain.from_iterable(each.tolist() for each in reach), reverse=True)[: budget.nodes]
         # Mostly a handful of nodes, where lists are faster than arrays
         gains = list(accumulate(best, initial=float(sequences)))
-        # What few rows cost is bounded by what more of them do, also where this draft has not as many
-        times = self._times(sequences, room.nodes, room.context)[: len(best) + 1]
+        # The cost of few rows is bounded by that of more rows, also where this draft has fewer
+        times = self._times(sequences, budget.nodes, budget.context)[: len(best) + 1]
         rate = max(self._rate(sequences, times[0]), _PEAK * max(map(truediv, gains, times)))
-        worth = [gain - rate * time for gain, time in zip(gains, times, strict=True)]
-        # Of choices that are as good as equal the one with the fewest rows: it promises least that may not come.
-        most = max(worth)
-        enough = [value >= most - _EQUAL * gain for value, gain in zip(worth, gains, strict=True)]
+        net = [gain - rate * time for gain, time in zip(gains, times, strict=True)]
+        # Of choices that are nearly equal take the one with the fewest rows: it depends least on expectations.
+        most = max(net)
+        enough = [value >= most - _TOLERANCE * gain for value, gain in zip(net, gains, strict=True)]
         count = max(enough.index(True), min(_TRIAL, len(best)) if self._trying else 0)
         return keep_best(drafts, count, reach)
 
     def _rate(self, sequences: int, plain_s: float) -> float:
-        """Tokens a second is worth. `plain_s`: seconds of a plain step."""
+        """Tokens per second of the engine. `plain_s`: seconds of a plain step."""
         plain = sequences / plain_s
         tokens, seconds = self._recent
         return max(plain, tokens / seconds) if seconds else plain
 
     def observe(self, rows: int, context: float, tokens: int, draft_s: float, step_s: float) -> None:
         cell = _bin(rows)
-        # Twice as slow at most: an interrupted step says nothing of the next one.
-        error = min(max(step_s / (self._scale * self._bends[cell] * self._table.step(rows, context)), 0.5), 2.0)
-        self._scale *= error ** (1 - _FADE)
+        # Twice as slow at most: an interrupted step says nothing about the next one.
+        error = min(max(step_s / (self._scale * self._factors[cell] * self._table.step(rows, context)), 0.5), 2.0)
+        self._scale *= error ** (1 - _DECAY)
         self._idle = self._idle + 1 if rows <= self._sequences else 0
-        if cell != _bin(self._sequences):  # plain decoding is what the others are beside
-            self._seen[cell] += 1
-            self._bends[cell] *= error ** max(_BEND, 1 / (1 + self._seen[cell]))  # the table counts as one step
-            for more in range(cell + 1, len(self._bends)):  # nothing is known of those yet
-                if self._seen[more] or more == _bin(self._sequences):
+        if cell != _bin(self._sequences):  # the factors of the others are relative to this one
+            self._measured[cell] += 1
+            # The table counts as one step.
+            self._factors[cell] *= error ** max(_LEARNING_RATE, 1 / (1 + self._measured[cell]))
+            for more in range(cell + 1, len(self._factors)):  # not measured yet
+                if self._measured[more] or more == _bin(self._sequences):
                     break
-                self._bends[more] = self._bends[cell]
-        self._recent = (_SLOW * self._recent[0] + tokens, _SLOW * self._recent[1] + draft_s + step_s)
+                self._factors[more] = self._factors[cell]
+        self._recent = (_SLOW_DECAY * self._recent[0] + tokens, _SLOW_DECAY * self._recent[1] + draft_s + step_s)
         self._steps += 1
         self._rows += rows
         self._tokens += tokens
         self._spent += draft_s + step_s
 
     def plain_seconds(self, sequences: int, context: float) -> float:
-        return self._scale * self._bends[_bin(sequences)] * self._table.step(sequences, context)
+        return self._scale * self._factors[_bin(sequences)] * self._table.step(sequences, context)
 
     def explain(self) -> list[str]:
         if not self._steps:
             return ["no step yet"]
         one = self._table.step(1, 0)
-        bends = [self._bends[_bin(n)] / self._bends[0] for n in _SHOWN]
+        factors = [self._factors[_bin(n)] / self._factors[0] for n in _SHOWN]
         rows = ", ".join(
-            f"{n} rows {bend * self._table.step(n, 0) / one:.2f}" for n, bend in zip(_SHOWN, bends, strict=True)
+            f"{n} rows {factor * self._table.step(n, 0) / one:.2f}" for n, factor in zip(_SHOWN, factors, strict=True)
         )
         return [
-            f"a step of one row takes {1e3 * one * self._scale * self._bends[0]:.1f} ms; beside that: {rows}",
+            f"a step of one row takes {1e3 * one * self._scale * self._factors[0]:.1f} ms; beside that: {rows}",
             f"{self._steps} steps verified {self._rows / self._steps:.1f} rows and gave "
             f"{self._tokens / self._steps:.2f} tokens each, {self._tokens / self._spent:.1f} tokens/s",
         ]

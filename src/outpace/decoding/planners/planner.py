@@ -13,9 +13,9 @@ from .costs import StepCosts
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
-    """What a step has room for. `caps[i]` most draft nodes of sequence i, `nodes` of all together, `contexts[i]` tokens
-    it has in the KV cache."""
+class StepBudget:
+    """Draft rows that a step may have. `caps[i]` most draft nodes of sequence i, `nodes` of all together, `contexts[i]`
+    tokens it has in the KV cache."""
 
     caps: list[int]
     nodes: int
@@ -42,11 +42,11 @@ class Planner(ABC):
         self.costs = costs
 
     @abstractmethod
-    def budgets(self, drafter: Drafter, room: Room) -> list[int]:
-        """Most nodes to draft for each sequence; may tell the drafter what a row and a second are worth."""
+    def budgets(self, drafter: Drafter, budget: StepBudget) -> list[int]:
+        """Most nodes to draft for each sequence; may set the drafter's `floor` and `rate`."""
 
-    def choose(self, drafts: list[Draft], room: Room) -> list[Draft]:
-        """The nodes that are verified, at most `room.nodes` in all. A node's ancestors stay with it."""
+    def choose(self, drafts: list[Draft], budget: StepBudget) -> list[Draft]:
+        """The nodes that are verified, at most `budget.nodes` in all. A node's ancestors stay with it."""
         return drafts
 
     def observe(self, rows: int, context: float, tokens: int, draft_s: float, step_s: float) -> None:  # noqa: B027

@@ -6,7 +6,7 @@ from ...registry import register
 from ...types import Draft
 from ..contracts import Drafter
 from ..tree import keep_best, reaches
-from .planner import Planner, Room
+from .planner import Planner, StepBudget
 
 
 @register(
@@ -26,8 +26,8 @@ class Tetris(Planner):
     name = "tetris"
     paper = "https://arxiv.org/abs/2502.15197"
 
-    def budgets(self, drafter: Drafter, room: Room) -> list[int]:
-        return [min(cap, room.nodes) for cap in room.caps]
+    def budgets(self, drafter: Drafter, budget: StepBudget) -> list[int]:
+        return [min(cap, budget.nodes) for cap in budget.caps]
 
-    def choose(self, drafts: list[Draft], room: Room) -> list[Draft]:
-        return keep_best(drafts, room.nodes, [reaches(draft) for draft in drafts])
+    def choose(self, drafts: list[Draft], budget: StepBudget) -> list[Draft]:
+        return keep_best(drafts, budget.nodes, [reaches(draft) for draft in drafts])
