@@ -25,7 +25,7 @@ class ParameterError(OutpaceError, ValueError):
 
 
 class GrammarError(ParameterError):
-    """A JSON schema, regular expression or grammar does not compile, or asks for more than can be followed."""
+    """A JSON schema, regular expression or grammar does not compile, or exceeds the grammar library's limits."""
 
 
 class ModelError(OutpaceError):
@@ -53,7 +53,7 @@ class CapacityError(OutpaceError):
 
 
 class QueueFull(CapacityError):
-    """Too many requests wait already. `retry_after_s`: when there should be room again, in seconds."""
+    """Too many requests wait already. `retry_after_s`: when a place should be free, in seconds."""
 
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""The words of the engine as data. No torch at import time.
+"""Requests, drafts, results and statistics as plain data. No torch at import time.
 
 Shapes: `n` nodes of a draft, `V` vocabulary, `R` rows of logits.
 """
@@ -98,11 +98,11 @@ class SamplingParams:
 class RequestOptions:
     """How one request is served; nothing here changes which tokens it gets, unless `method` is not lossless.
 
-    owner      requests of two owners share no cached prefix, no drafter state and no turn in the queue
+    owner      requests of two owners share no cached prefix, and no drafter state, and are queued fairly
     priority   lower ones start, and are kept running, before higher ones
     method     drafts with this method instead of the engine's own; the engine must have been opened with it
     max_draft  most draft nodes of a step; 0 is plain decoding
-    exactness  the weakest result that will do: a request that could only get less is refused
+    exactness  the weakest guarantee that is acceptable: a request that could only get less is refused
     group      requests of one group have a long common beginning: the first reads it, the others wait for that
 
     Raises ParameterError for a value out of range.
@@ -260,13 +260,13 @@ class DecodingStats:
     prefill_s: float = 0.0
     decode_s: float = 0.0
     draft_s: float = 0.0
-    verify_s: float = 0.0  # this request's share of the target's forwards and of judging drafts
+    verify_s: float = 0.0  # this request's share of the target's forwards and of verifying drafts
     plain_s: float = 0.0  # what plain decoding of the same tokens takes by the measured step times; 0: not measured
-    expected_tokens: float = 0.0  # what the drafts' scores promised, the target's own tokens included
+    expected_tokens: float = 0.0  # by the drafts' scores, the target's own tokens included
     time_to_first_token_s: float = 0.0
     cached_tokens: int = 0  # of the prompt, found in the prefix cache
     queue_s: float = 0.0  # waiting before the prompt was begun
-    preemptions: int = 0  # how often it had to make room for others
+    preemptions: int = 0  # how often it was stopped to free pages for others
     prediction_accepted: int = 0  # tokens of the caller's prediction that the output has, in order
     prediction_rejected: int = 0  # and those that it has not
 
@@ -288,7 +288,7 @@ class DecodingStats:
 
     @property
     def predicted_speedup(self) -> float | None:
-        """The same, had as many tokens been accepted as the drafts' scores promised."""
+        """The same, had as many tokens been accepted as the drafts' scores predicted."""
         realised = self.realised_speedup
         return None if realised is None else realised * self.expected_tokens / max(self.tokens - 1, 1)
 

@@ -152,7 +152,7 @@ def test_a_long_prompt_is_shortened_to_what_the_question_is_about() -> None:
 @pytest.mark.parametrize("params", PARAMS)
 def test_a_draft_model_reads_the_short_prompt_and_all_of_the_output(params: SamplingParams) -> None:
     decoder = FakeDecoder(max_position=120)
-    source = RetrievedSource(decoder, 64, V, room=32, chunk=4)
+    source = RetrievedSource(decoder, 64, V, limit=32, chunk=4)
     drafter = Rapid(source, threshold=1.0)
     prompts = [np.random.default_rng(1).integers(V, size=300).tolist(), [1, 2, 3]]
     sequences = [Sequence(i, list(p), len(p), params) for i, p in enumerate(prompts)]

@@ -272,7 +272,7 @@ def test_the_search_finds_what_may_be_skipped() -> None:
     while not search.over:
         skips = search.candidate()
         search.offer(skips, *judge(skips))
-    assert search.value > 1.2 * start and search.judged <= 300
+    assert search.value > 1.2 * start and search.tried <= 300
     assert len(search.best[0] & idle[0]) >= 2 and len(search.best[0] - idle[0]) + len(search.best[1] - idle[1]) <= 1
 
 
@@ -305,7 +305,7 @@ def test_swift_improves_on_its_first_set(deep: NativeDecoder) -> None:
     _, drafter, _ = run(deep, "swift:window=16", replace(GREEDY, max_tokens=120))
     assert isinstance(drafter, Swift)
     search = drafter.search
-    assert search.judged > 10 and search.best != uniform_skips(8, 0.45)
+    assert search.tried > 10 and search.best != uniform_skips(8, 0.45)
     assert drafter._view.skipped == search.best and "skips attention of layers" in drafter.explain()[0]
 
 

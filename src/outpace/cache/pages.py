@@ -41,7 +41,7 @@ class Reclaimer(Protocol):
 
 
 class PagedKVCache:
-    """Books the pages of one storage. Not thread-safe; the engine alone changes it.
+    """Keeps track of the pages of one storage. Not thread-safe; the engine alone changes it.
 
     Sequence handles are whole numbers, never used twice. A handle that is unknown raises KeyError; calls out
     of order (commit without a reservation, fork or truncate with one open) are broken invariants:
@@ -198,7 +198,7 @@ class PagedKVCache:
         return swapped
 
     def swap_in(self, swapped: Swapped) -> int:
-        """Bring a sequence back, under a new handle. Raises CapacityError, and changes nothing, without room."""
+        """Bring a sequence back, under a new handle. Raises CapacityError, and changes nothing, without free pages."""
         needed = self.swap_in_pages(swapped)
         if needed > self.available_pages:
             raise CapacityError(

@@ -36,8 +36,8 @@ class Places:
         self.reserved = CLOSED  # provisional; 0 is an open reservation too
         self.host: HostPages | None = None  # copies of complete pages, since it was out of the cache
         self.pages: list[int] = []
-        self.table = np.zeros(8, dtype=np.int32)  # [room], grows
-        self.slots = np.zeros(8 * PAGE_SIZE, dtype=np.int64)  # [room * PAGE_SIZE] slot of each place
+        self.table = np.zeros(8, dtype=np.int32)  # [capacity], grows
+        self.slots = np.zeros(8 * PAGE_SIZE, dtype=np.int64)  # [capacity * PAGE_SIZE] slot of each place
 
     def twin(self) -> Places:
         """Another sequence with the same committed places."""
@@ -88,8 +88,8 @@ class Places:
         assert np.array_equal(self.slots[: want * PAGE_SIZE], _slots(self.pages)), f"slots of {self.pages} are stale"
 
     def _grow(self, pages: int) -> None:
-        """Room for at least so many pages, doubled so that growing stays cheap."""
-        room = max(pages, 2 * len(self.table))
-        table, slots = np.zeros(room, dtype=np.int32), np.zeros(room * PAGE_SIZE, dtype=np.int64)
+        """Capacity for at least so many pages, doubled so that growing stays cheap."""
+        capacity = max(pages, 2 * len(self.table))
+        table, slots = np.zeros(capacity, dtype=np.int32), np.zeros(capacity * PAGE_SIZE, dtype=np.int64)
         table[: len(self.table)], slots[: len(self.slots)] = self.table, self.slots
         self.table, self.slots = table, slots

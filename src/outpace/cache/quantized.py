@@ -22,7 +22,7 @@ class QuantizedPages:
     place, asymmetrically, and the lower four bits code what the upper four left. Here a channel of keys has a middle
     in each page and one spread in the whole store (from the first pages that are quantised), and a place has a gain.
 
-    A page is quantised once, when it is first asked for, whoever holds it: sequences that share a page share its
+    A page is quantised once, when it is first read: sequences that share a page share its
     copy. It is done anew when the cache has since given the page away (`PagedKVCache.generations`). Memory is set aside
     like the cache's own, page by page as it is touched; all in all 18 C + 192 bytes for the 64 C of a page of one KV
     head of width C (0.30 at C = 128), and 16 C more with the lower bits (0.55). Not thread-safe, as the cache.

@@ -85,9 +85,10 @@ def _value(name: str, key: str, text: str, default: Option) -> Option:
 
 def make_drafter(spec: str, context: DrafterContext, planned: bool = False) -> Drafter:
     """Build what `spec` names; several names joined by '+' draft into one tree. `planned`: a planner will choose among
-    the nodes and ask only those drafters that repay their time, for which even one is calibrated and watched.
+    the nodes and call only the drafters that repay their time; then a single drafter is calibrated and measured as
+    well.
 
-    Merged drafts carry no q, so drafters are told not to sample. Raises MethodError for an unknown name or an unmet
+    Merged drafts carry no q, so drafters are set not to sample. Raises MethodError for an unknown name or an unmet
     need, ParameterError for an option out of range, each saying what would work.
     """
     named = parse_spec(spec)

@@ -1,4 +1,4 @@
-"""The target's answers of a step, read lazily and once for whoever asks.
+"""The target's outputs of a step, computed at first use and kept for the step.
 
 Shapes: `R` rows, `V` vocabulary.
 """
@@ -16,9 +16,9 @@ _ALL = slice(None)
 
 class StepOutputs:
     """Logits f32[R, V] of a whole packed step; argmax is computed for all rows at the first request, top-k too if it is
-    expected, else for the rows that are asked for.
+    expected, else for the rows requested.
 
-    `expect_topk`: the k that a drafter will ask for afterwards, for most rows (0: not so); then one scan of the logits
+    `expect_topk`: the k that a drafter will request afterwards, for most rows (0: none); then one scan of the logits
     serves both.
     """
 

@@ -1,12 +1,12 @@
-"""Whose turn it is: priority raised by waiting, then the owner who was served least, then who came first. Of a group
-only one reads the common beginning.
+"""The order of waiting jobs: by priority (raised by waiting), then the owner who was served least, then arrival. Of a
+group only one reads the common prefix.
 
 Virtual token counters after Sheng et al., Fairness in Serving Large Language Models, OSDI 2024
 (https://arxiv.org/abs/2401.00588). Within an owner's jobs of one priority nobody overtakes, so only the first of
 each such class is ever looked at. A class ages from its last start: an owner with a thousand old jobs that are
-served in turn gains nothing over one whose first job is new, while a class that gets no turn is raised until it does.
+served regularly gains nothing over one whose first job is new, while a class that is not served is raised until it is.
 What was preempted ages by its own waiting since. Ageing ends at the best priority that anybody has: from there on
-turns are fair, and among equals nothing ages at all.
+order is fair, and among equals nothing ages at all.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 
 from .jobs import Job
 
-PROMPT_WEIGHT, OUTPUT_WEIGHT = 1, 2  # of a token: what it costs, as in the paper
+PROMPT_WEIGHT, OUTPUT_WEIGHT = 1, 2  # cost of a token, as in the paper
 
 
 class Served:
@@ -29,7 +29,7 @@ class Served:
         self._floor = 0.0  # of the owner who left last
 
     def enter(self, owner: str) -> None:
-        """A job more. An owner who had none is lifted to the least served one: idleness is no credit."""
+        """One more job. An owner who had none is lifted to the least served one: idle time earns no credit."""
         if not self._jobs[owner]:
             least = min((self.tokens[o] for o in self._jobs if self._jobs[o]), default=self._floor)
             self.tokens[owner] = max(self.tokens.get(owner, 0.0), least)
@@ -40,7 +40,7 @@ class Served:
         if not self._jobs[owner]:
             del self._jobs[owner]
             self._floor = self.tokens[owner]
-            if not self._jobs:  # everybody starts level with who left last, so nobody need be remembered
+            if not self._jobs:  # everybody starts equal to who left last, so no counter need be kept
                 self.tokens.clear()
 
     def charge(self, owner: str, prompt: int = 0, output: int = 0) -> None:
@@ -75,17 +75,17 @@ class WaitingQueue:
         return length, job.order
 
     def first(self, now: float, best: int, held: set[tuple[str, str]]) -> tuple[Job, int] | None:
-        """Whose turn it is, and its priority as raised by now. `best`: the best priority among those that run.
-        `held`: groups that wait for their first."""
+        """The next job to start, and its priority as raised by now. `best`: the best priority among those that run.
+        `held`: groups that wait for their first member."""
         best = min([best, *(priority for _, priority in self._classes)])
-        turns = []
+        candidates = []
         for name, jobs in self._classes.items():
             job = next((j for j in jobs if j.group is None or (j.owner, j.group) not in held), None)
             if job is not None:
-                turns.append((self._level(name, job, now, best), self._served.tokens[job.owner], job.order, job))
-        if not turns:
+                candidates.append((self._level(name, job, now, best), self._served.tokens[job.owner], job.order, job))
+        if not candidates:
             return None
-        level, _, _, job = min(turns, key=lambda turn: turn[:3])
+        level, _, _, job = min(candidates, key=lambda candidate: candidate[:3])
         return job, level
 
     def _level(self, name: tuple[str, int], job: Job, now: float, best: int) -> int:

@@ -1,4 +1,4 @@
-"""What the scheduler and whoever executes its plans tell each other. Plain data: no tensors, no decoder.
+"""What the scheduler and the engine that executes its plans exchange. Plain data: no tensors, no decoder.
 
 tokens of a job     prompt_tokens | generated              (the last one is not in the cache while it decodes)
 places in the cache `read` while the prompt is read, then prompt_tokens + generated - 1
@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, Protocol
 
 from ..errors import CapacityError, ParameterError
 
-Way = Literal["swap", "recompute"]
+Preemption = Literal["swap", "recompute"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class SchedulerLimits:
     draft_share   of the rows beside the decoding sequences' own, what drafts get while prompts are read
     ageing_s      seconds without a start that raise the priority of an owner's waiting jobs by one, up to the best
                   that anybody has. None: never
-    headroom      tokens that every running job must have room for beside the one that starts
+    headroom      tokens that every running job must have pages for beside the one that starts
     swap_pages    most pages on the host at once. 0: what is preempted is read again
     swap_least    pages below which a preempted job is read again all the same
     shortest_first among an owner's jobs of one priority those of the shortest predicted output start first
@@ -79,8 +79,8 @@ class SchedulerLimits:
         """Raises CapacityError when such a job could never run."""
         total = prompt_tokens + max_tokens
         if total > self.max_position:
-            room = self.max_position - prompt_tokens
-            advice = f"use max_tokens of at most {room}" if room > 0 else "shorten the prompt"
+            left = self.max_position - prompt_tokens
+            advice = f"use max_tokens of at most {left}" if left > 0 else "shorten the prompt"
             raise CapacityError(
                 f"{prompt_tokens} prompt tokens and max_tokens={max_tokens} make {total}, but the model's context "
                 f"is {self.max_position} tokens: {advice}"
@@ -114,7 +114,7 @@ class Job:
     running: bool = field(default=False, init=False)
     began: float | None = field(default=None, init=False)  # its first start
     preempted: int = field(default=0, init=False)  # so often
-    since: float = field(default=0.0, init=False)  # when it last joined the line
+    since: float = field(default=0.0, init=False)  # when it last joined the queue
     waited: float = field(default=0.0, init=False)  # after preemptions, in seconds
     swapped: bool = field(default=False, init=False)  # its pages are on the host
     fresh: bool = field(default=False, init=False)  # must start without cached pages
@@ -139,7 +139,7 @@ class Job:
 
     @property
     def rank(self) -> tuple[int, int]:
-        """Who keeps running: the smallest first."""
+        """The order in which jobs keep running: the smallest first."""
         return self.level, self.order
 
 
@@ -174,7 +174,7 @@ class Preempt(NamedTuple):
     """A running job that gives its pages back before the step runs."""
 
     id: int
-    how: Way
+    how: Preemption
 
 
 @dataclass(slots=True)

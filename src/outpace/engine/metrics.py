@@ -1,4 +1,4 @@
-"""What an engine did and does, as plain numbers for whoever watches it."""
+"""Counters and gauges of an engine, as plain numbers."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 def metrics(engine: Engine) -> dict[str, float]:
     """Names as in SchedulerStats, and: kv_pages, kv_pages_used (by requests), kv_pages_cached (by the prefix cache
     alone), kv_bytes (of the pages that hold something), prefix_tokens_asked, prefix_tokens_hit, steps, rows, and the
-    seconds of those steps: draft_seconds, forward_seconds (of the target), judge_seconds (sampling, judging drafts). On
-    CUDA a forward ends when it is judged."""
+    seconds of those steps: draft_seconds, forward_seconds (of the target), sample_seconds (sampling and verifying). On
+    CUDA a forward ends when its outputs are read."""
     cache, counts = engine.cache, asdict(engine.scheduler.stats)
     pages = cache.storage.num_pages
     counts["kv_pages"] = pages
@@ -24,7 +24,7 @@ def metrics(engine: Engine) -> dict[str, float]:
         counts["prefix_tokens_asked"] = engine.prefixes.asked
         counts["prefix_tokens_hit"] = engine.prefixes.hit
     counts["steps"], counts["rows"] = engine.steps, engine.rows
-    runner = engine._runner  # of the same package, and nobody else asks
+    runner = engine._runner  # private to this package
     counts["draft_seconds"], counts["forward_seconds"] = runner.draft_s, runner.forward_s
-    counts["judge_seconds"] = runner.judge_s
+    counts["sample_seconds"] = runner.sample_s
     return counts

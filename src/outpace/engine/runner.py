@@ -32,9 +32,9 @@ NOTHING = Accepted(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
 
 @dataclass(slots=True, eq=False)
 class Verified:
-    """What the target said to one sequence. `draft` is None for the token that prefill gives.
+    """What the target answered for one sequence. `draft` is None for the token that prefill gives.
 
-    `error`: what went wrong when it was judged (a grammar that outgrew its limits, say); nothing is accepted then.
+    `error`: what went wrong when it was verified (a grammar that outgrew its limits, say); nothing is accepted then.
     """
 
     request: Request
@@ -52,7 +52,7 @@ class Runner:
     ) -> None:
         self.decoder, self.cache, self.drafter, self.verifier = decoder, cache, drafter, verifier
         self.planner = planner
-        self.draft_s = self.forward_s = self.judge_s = 0.0  # so far: proposing, the target's forwards, choosing tokens
+        self.draft_s = self.forward_s = self.sample_s = 0.0  # so far: proposing, the target's forwards, choosing tokens
 
     def end(self, request: Request) -> None:
         """Forget a request, at any moment outside `forward`; one that has no pages too."""
@@ -75,18 +75,18 @@ class Runner:
             for request, draft in zip(decoding, drafts, strict=True):
                 outputs = TargetOutputs(step, row, row + 1 + len(draft))
                 row += 1 + len(draft)
-                verified.append(self._judge(request, draft, outputs))
+                verified.append(self._verify(request, draft, outputs))
             for request, ended in ends:
                 if ended:
-                    judged = self._judge(request, NO_DRAFT, TargetOutputs(step, row, row + 1))
+                    first = self._verify(request, NO_DRAFT, TargetOutputs(step, row, row + 1))
                     row += 1
-                    verified.append(replace(judged, draft=None))
+                    verified.append(replace(first, draft=None))
         except BaseException:
             self.abandon([*decoding, *(r for r, _ in chunks)])
             raise
         self.draft_s += drafted - began
         self.forward_s += forwarded - drafted
-        self.judge_s += perf_counter() - forwarded
+        self.sample_s += perf_counter() - forwarded
         for request, n in chunks:
             self.cache.commit(request.kv, range(n))
             request.prefilled += n
@@ -94,15 +94,15 @@ class Runner:
             self._account(verified, limits, drafted - began, perf_counter() - drafted)
         return verified
 
-    def _judge(self, request: Request, draft: Draft, outputs: TargetOutputs) -> Verified:
-        """One request's trouble (its grammar, its numbers) must not end the others of its step."""
+    def _verify(self, request: Request, draft: Draft, outputs: TargetOutputs) -> Verified:
+        """An error of one request (its grammar, its numbers) must not end the others of its step."""
         try:
             return Verified(request, draft, outputs, self.verifier.verify(request.sequence, draft, outputs))
         except Exception as error:
             return Verified(request, draft, outputs, NOTHING, error)
 
     def _account(self, verified: list[Verified], limits: StepBudget, draft_s: float, step_s: float) -> None:
-        """Tell the planner what a step without prompts took, and the requests what it would have taken plainly."""
+        """Report the time of a step without prompts to the planner, and count what plain decoding would have taken."""
         rows = sum(len(v.outputs) for v in verified)
         tokens = sum(len(v.accepted.tokens) for v in verified)
         self.planner.observe(rows, limits.context, tokens, draft_s, step_s)

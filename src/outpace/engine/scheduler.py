@@ -1,9 +1,10 @@
-"""Who runs, with how many rows, and who gives way. Pure Python, no tensors: a simulator runs it with its own clock.
+"""Which jobs run, with how many rows, and which are preempted. Pure Python, no tensors: a simulator runs it with its
+own clock.
 
 One step, as the engine drives it:
 
-    for start in scheduler.admit():          # who starts or comes back
-        scheduler.started(start.id, places)  # after the prefix cache was asked, or the pages came back
+    for start in scheduler.admit():          # jobs that start or come back
+        scheduler.started(start.id, places)  # after the prefix cache was searched, or the pages came back
     plan = scheduler.plan()                  # carry out plan.preempt first, then run the rows
     scheduler.prefilled(id, rows)            # each chunk; the last one of a prompt brings a token as well
     scheduler.advanced(id, tokens)           # each sequence that got tokens
@@ -14,8 +15,8 @@ Sarathi-Serve (Agrawal et al., 2024, https://arxiv.org/abs/2403.02310, algorithm
 after PagedAttention (Kwon et al., 2023, https://arxiv.org/abs/2309.06180, section 4.5); predicted lengths after S3
 (Jin et al., 2023, https://arxiv.org/abs/2306.06000).
 
-Nobody starves. Running jobs are ranked by (level, arrival); only worse ranked ones give way, so the first always gets
-its rows. A level sinks by waiting, never rises again and has a floor, so the order settles and the first finishes.
+No job starves. Running jobs are ranked by (level, arrival); only worse ranked ones are preempted, so the first always
+gets its rows. A level sinks by waiting, never rises again and has a floor, so the order settles and the first finishes.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ from .fairness import Groups, Served, WaitingQueue
 from .jobs import Job, Memory, Preempt, SchedulerLimits, SchedulerStats, Start, StepPlan
 from .rows import Rows, StepSeconds, largest
 
-WORST = 2**31  # of priorities: nobody's
+WORST = 2**31  # below every priority
 _FINISHES = 32  # the last ones, from which the rate of finishing is taken
 
 Predict = Callable[[Job], int]  # tokens of output; what is out of range is brought into it
 
 
 class Scheduler:
-    """Decides; whoever owns it executes. Not thread-safe. Ids are never used twice."""
+    """Decides; its owner executes. Not thread-safe. Ids are never used twice."""
 
     def __init__(
         self,
@@ -120,15 +121,15 @@ class Scheduler:
     # -- starts ------------------------------------------------------------------------------------------------
 
     def admit(self) -> list[Start]:
-        """Jobs that start or come back now, in order of their turn; they run from here on. Each is then reported by
-        `started`. Nobody overtakes whose turn it is: a large job would starve."""
+        """Jobs that start or come back now, in queue order; they run from here on. Each is then reported by `started`.
+        Nobody overtakes the first in the queue: a large job would starve."""
         starts: list[Start] = []
         available = self.memory.available_pages
         while len(self._running) < self.limits.max_batch:
-            turn = self._turn()
-            if turn is None:
+            first = self._next()
+            if first is None:
                 break
-            job, level = turn
+            job, level = first
             need = self._start_pages(job)
             if need + self._future_pages() > available:
                 assert self._running, "nothing runs and a job that fits does not start: pages are lost"
@@ -138,19 +139,19 @@ class Scheduler:
             self._begin(job, level)
         return starts
 
-    def _turn(self) -> tuple[Job, int] | None:
-        """Who starts next, and at which level."""
+    def _next(self) -> tuple[Job, int] | None:
+        """The job that starts next, and its level."""
         best = min((job.priority for job in self._running.values()), default=WORST)
         return self._queue.first(self._clock(), best, self._groups.held)
 
     def _start_pages(self, job: Job) -> int:
-        """Available pages for a waiting job: what it reads or brings back, and what it should have room to write."""
+        """Available pages for a waiting job: for what it reads or brings back, and for what it is to write next."""
         known = max(job.target, job.context + 1)
         shared = 0 if job.swapped or job.fresh else self.memory.shared_pages(job.id)
         return max(self.limits.pages(known + self._headroom(job)) - shared, 0)
 
     def _headroom(self, job: Job) -> int:
-        """Tokens a job should have room to write: as many as it is predicted to, or a few, which is enough for it not
+        """Tokens that a job should have pages for: as many as it is predicted to, or a few, which is enough for it not
         to be preempted at once."""
         ahead = self.limits.headroom if job.predicted is None else job.predicted - job.generated
         return min(max(ahead, 1), job.remaining) - 1  # the last token is never written
@@ -201,7 +202,7 @@ class Scheduler:
         assert not self._starting, "every job from admit() must be reported by started()"
         plan = StepPlan()
         self._freed = 0
-        self._make_way(plan)
+        self._preempt_lower(plan)
         self._check_predictions(plan)
         spare = self._decodes(plan)
         rows, drafts = self._rows.share(self._running.values(), [self._jobs[id] for id in plan.decoding])
@@ -212,13 +213,13 @@ class Scheduler:
     def _ranked(self) -> list[Job]:
         return sorted(self._running.values(), key=lambda job: job.rank)
 
-    def _make_way(self, plan: StepPlan) -> None:
-        """If a job of higher priority waits and would start in place of lower ones that run, those give way. Ageing
-        alone displaces nobody, and whoever has aged as far is not displaced: that would only read prompts again."""
-        turn = self._turn()
-        if turn is None or not self._running:
+    def _preempt_lower(self, plan: StepPlan) -> None:
+        """Preempt running jobs of lower priority if a waiting one of higher priority can then start. Ageing alone
+        preempts nobody, and a job that has aged as far is not preempted: that would only read prompts again."""
+        first = self._next()
+        if first is None or not self._running:
             return
-        job, level = turn
+        job, level = first
         victims = [v for v in reversed(self._ranked()) if v.level > level and v.priority > job.priority]
         available, need = self.memory.available_pages, self._start_pages(job)
         future, running = self._future_pages(), len(self._running)
@@ -234,7 +235,7 @@ class Scheduler:
                 running -= 1
 
     def _check_predictions(self, plan: StepPlan) -> None:
-        """A prediction that has run out is doubled; if that has no room beside the others, the job gives way."""
+        """A prediction that has run out is doubled; if the pages for it are lacking, the job is preempted."""
         for job in self._ranked()[::-1]:
             if job.predicted is None or job.generated < job.predicted or not job.decoding:
                 continue
@@ -245,7 +246,8 @@ class Scheduler:
                 self._preempt(job, plan)
 
     def _decodes(self, plan: StepPlan) -> int:
-        """Every decoding job gets its row; while pages lack, the worst ranked job gives way. Returns the pages left."""
+        """Every decoding job gets its row; while pages are lacking, the worst ranked job is preempted. Returns the
+        pages left."""
         while True:
             ranked = self._ranked()
             decoding = [job for job in ranked if job.decoding]
@@ -266,8 +268,8 @@ class Scheduler:
         return self.memory.available_pages + self._freed
 
     def _chunks(self, plan: StepPlan, rows: int, spare: int) -> int:
-        """Deal prompt rows out by rank, as far as pages go. If nobody runs otherwise, the worst ranked give way for the
-        first. Returns the pages left."""
+        """Give prompt rows by rank, as far as pages allow. If nothing runs otherwise, the worst ranked are preempted
+        for the first. Returns the pages left."""
         for job in self._ranked():
             n = self._rows_in(job.id, min(job.unread, rows), spare)
             if n:
@@ -276,11 +278,11 @@ class Scheduler:
                 spare -= self.memory.pages_needed(job.id, n)
         first = min(self._running.values(), key=lambda job: job.rank, default=None)
         if first is not None and not first.decoding and not any(id == first.id for id, _ in plan.chunks):
-            self._help(first, plan)
+            self._free_pages_for(first, plan)
         return spare
 
-    def _help(self, first: Job, plan: StepPlan) -> None:
-        """The first ranked job reads and has no page: the worst ranked gives way, from the next step on."""
+    def _free_pages_for(self, first: Job, plan: StepPlan) -> None:
+        """The first ranked job reads and has no page: the worst ranked is preempted, from the next step on."""
         if len(self._running) > 1:
             last = self._ranked()[-1]
             plan.decoding = [id for id in plan.decoding if id != last.id]
@@ -294,7 +296,7 @@ class Scheduler:
         return largest(most, lambda rows: self.memory.pages_needed(id, rows) <= pages)
 
     def _drafts(self, plan: StepPlan, rows: int, spare: int) -> None:
-        """Caps by rank, as far as pages go: what the drafts of all may need is there."""
+        """Caps by rank, as far as pages allow: those for the drafts of all are available."""
         plan.draft_rows = rows
         for id in plan.decoding:
             own = self.memory.pages_needed(id, 1)  # taken off already
@@ -302,10 +304,10 @@ class Scheduler:
             spare -= self.memory.pages_needed(id, 1 + plan.caps[id]) - own
         plan.draft_rows = min(rows, sum(plan.caps.values()))
 
-    # -- giving way --------------------------------------------------------------------------------------------
+    # -- preemption --------------------------------------------------------------------------------------------
 
     def _preempt(self, job: Job, plan: StepPlan, fresh: bool = False) -> None:
-        """Back to the line. Swapped if that is offered, there is room on the host, and it pays."""
+        """Back to the queue. Swapped if that is configured, the host has space, and it pays."""
         limits, pages = self.limits, self.limits.pages(job.context)
         swap = limits.swap_least <= pages <= limits.swap_pages - self._host_pages and job.context > 0 and not fresh
         self._freed += self.memory.pages_held(job.id)
@@ -323,7 +325,7 @@ class Scheduler:
         self._queue.add(job, self._clock())
 
     def _start_over(self, job: Job, plan: StepPlan) -> None:
-        """Alone and without a page: a cached page that it shares, and would have to copy, is in its way."""
+        """Alone and without a page: it holds a shared cached page, which it would have to copy."""
         assert not job.fresh, f"job {job.id} runs alone and has no page for a row: pages are lost"
         self._preempt(job, plan, fresh=True)
 
@@ -369,7 +371,7 @@ class Scheduler:
         return list(self._queue)
 
     def check_integrity(self) -> None:
-        """AssertionError if the books contradict each other."""
+        """AssertionError if the counters contradict each other."""
         waiting = {job.id: job for job in self._queue}
         assert not waiting.keys() & self._running.keys() and waiting.keys() | self._running.keys() == self._jobs.keys()
         assert len(waiting) == len(self._queue) and len(self._running) <= self.limits.max_batch

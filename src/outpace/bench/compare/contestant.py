@@ -198,7 +198,7 @@ class _Watch:
             rows=int(spent("rows")),
             draft_s=spent("draft_seconds"),
             verify_s=spent("forward_seconds"),
-            sample_s=spent("judge_seconds"),
+            sample_s=spent("sample_seconds"),
             forwards=[(rows, *of) for rows, of in sorted(self.forwards.items())],
             drafted=sum(r.stats.drafted for r in results),
             accepted=sum(r.stats.accepted for r in results),

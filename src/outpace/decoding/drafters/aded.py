@@ -32,7 +32,7 @@ class Trigrams:
     def __init__(self, k: int, keep: float, most: int) -> None:
         self._k, self._keep, self._most = k, keep, most
         self._rows: dict[Pair, dict[int, float]] = {}
-        self._ranked: dict[Pair, Options] = {}  # rows in order, made when they are asked for
+        self._ranked: dict[Pair, Options] = {}  # rows in order, made when they are needed
 
     def learn(self, pair: Pair, answer: Options) -> None:
         row = self._rows.pop(pair, None)
@@ -215,7 +215,7 @@ class Aded(NodeDrafter[_State]):
 
     def observe(self, sequence: Sequence, seen: Observation) -> None:
         state = self._states[sequence.id]
-        self._judge(sequence, state)
+        self._check(sequence, state)
         if seen.outputs is None:
             return
         root = len(sequence.tokens) - len(seen.new_tokens) - 1

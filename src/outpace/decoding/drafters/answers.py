@@ -1,6 +1,6 @@
 """The target's answers after a drafter's own nodes, whichever draft was verified.
 
-Drafters that learn from rejected rows, such as Jacobi decoding, ask here. A drafter's nodes are found in the verified
+For drafters that learn from rejected rows, such as Jacobi decoding. A drafter's nodes are found in the verified
 draft by their tokens: it may be their own, a merged tree, or a part of either.
 """
 
@@ -52,7 +52,7 @@ class Answers:
         for on_path in path_to(self._own.parents, node):
             history.append(int(self._own.tokens[on_path]))
         edited = process(logits, params, history)
-        history.truncate(self._root)  # it catches up with the sequence when it is next asked for
+        history.truncate(self._root)  # it catches up with the sequence when it is next read
         return edited
 
     def token(self, node: int, coupled: bool) -> int:

@@ -30,7 +30,7 @@ from .nodes import check_range
 from .rates import checked_nodes
 from .sources import ModelSource, draft_model_of
 
-_LEAST = 0.02  # probability below which a hedge is not worth its rows
+_LEAST = 0.02  # probability below which a hedge does not repay its rows
 
 
 @dataclass(slots=True, eq=False)
@@ -48,7 +48,7 @@ class Overlap:
     drafts: int = 0  # handed out
     hits: int = 0  # of these, the text went on along a branch with a draft below it
     tokens: int = 0  # of all drafts
-    ready: int = 0  # of these, those that were there before they were asked for
+    ready: int = 0  # of these, those that were ready before they were needed
     busy_s: float = 0.0  # the draft model's time in the background
     waited_s: float = 0.0  # part of it that the engine waited for
 
@@ -78,7 +78,7 @@ class BranchSource(ModelSource):
         else:
             self.cache.rollback(kv)
 
-    def room(self, sequence: Sequence, rows: int) -> int | None:
+    def pages_for(self, sequence: Sequence, rows: int) -> int | None:
         """Free pages that a provisional region of `rows` takes; None if it is longer than the model's context."""
         kv = self._kv[sequence.id]
         fits = self.cache.length(kv) + rows <= self.foreground.config.max_position
@@ -194,7 +194,7 @@ class BranchDraft(DraftChain):
             one = self._trees.get(sequence.id)
             if one is None:
                 continue
-            pages = self.source.room(sequence, max(self._rows(budget), len(one.row_parents)))
+            pages = self.source.pages_for(sequence, max(self._rows(budget), len(one.row_parents)))
             if pages is None or pages > free:
                 del self._trees[sequence.id]
                 continue
@@ -208,11 +208,11 @@ class BranchDraft(DraftChain):
 
     def _anew(self, wanted: list[tuple[Sequence, int]]) -> list[Branching]:
         """Drafts begun after the last token."""
-        asked = [(s, budget) for s, budget in wanted if s.id not in self._trees]
-        for sequence, _ in asked:
+        missing = [(s, budget) for s, budget in wanted if s.id not in self._trees]
+        for sequence, _ in missing:
             self.source.rollback(sequence)
-        fits = self.source.admit([s for s, _ in asked], [self._rows(budget) for _, budget in asked])
-        growing = [Branching(s, b, len(s.tokens)) for (s, b), ok in zip(asked, fits, strict=True) if ok]
+        fits = self.source.admit([s for s, _ in missing], [self._rows(budget) for _, budget in missing])
+        growing = [Branching(s, b, len(s.tokens)) for (s, b), ok in zip(missing, fits, strict=True) if ok]
         if growing:
             logits = self.source.catch_up([one.sequence for one in growing])
             self._choose([(one, NO_PARENT) for one in growing], logits)
@@ -256,7 +256,7 @@ class BranchDraft(DraftChain):
         if one is None:
             return
         truth = sequence.tokens[one.root :]
-        self._judge(one, truth)
+        self._check(one, truth)
         below: dict[int, list[int]] = {}
         for node, parent in enumerate(one.parents):
             below.setdefault(parent, []).append(node)
@@ -277,7 +277,7 @@ class BranchDraft(DraftChain):
         if chain:
             self._trees[sequence.id] = _replant(one, chain, len(sequence.tokens))
 
-    def _judge(self, one: Branching, truth: list[int]) -> None:
+    def _check(self, one: Branching, truth: list[int]) -> None:
         for node, _, right in checked_nodes(one.draft, np.array(truth[: len(one.draft)], dtype=np.int64)):
             cell = one.cells[one.kept[node]]
             if cell is not None:
@@ -290,7 +290,7 @@ class BranchDraft(DraftChain):
         free, chosen = self.source.cache.available_pages, list[Branching]()
         for one in growing:
             more = (1 + self.hedges) * (self.max_tokens + 1)
-            pages = self.source.room(one.sequence, len(one.row_parents) + more)
+            pages = self.source.pages_for(one.sequence, len(one.row_parents) + more)
             if one.tokens and not one.sequence.params.edits_logits and pages is not None and pages <= free:
                 free -= pages
                 chosen.append(one)

@@ -181,8 +181,8 @@ class Grown(Drafter):
         for sequence in sequences:
             self._growths.pop(sequence.id, None)
             self.source.rollback(sequence)  # of a step that was abandoned
-        asked = zip(sequences, budgets, strict=True)
-        wanted = [Growth(s, budget, len(s.tokens)) for s, budget in asked if budget > 0]
+        pairs = zip(sequences, budgets, strict=True)
+        wanted = [Growth(s, budget, len(s.tokens)) for s, budget in pairs if budget > 0]
         admitted = self.source.admit([one.sequence for one in wanted], [self._rows(one.budget) for one in wanted])
         growing = [one for one, fits in zip(wanted, admitted, strict=True) if fits]
         if growing:

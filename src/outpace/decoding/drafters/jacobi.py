@@ -157,7 +157,7 @@ class Jacobi(NodeDrafter[JacobiState]):
         if follows(sequence, seen, state.nodes.root) and len(state.nodes):
             self._iterate(sequence, state, Answers(sequence, seen, state.nodes.draft(self.name)))
         state.drop_before(len(sequence.tokens))
-        self._judge(sequence, state)
+        self._check(sequence, state)
 
     def _iterate(self, sequence: Sequence, state: JacobiState, answers: Answers) -> None:
         """Replace the guesses by the target's answers."""

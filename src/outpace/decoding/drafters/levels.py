@@ -121,8 +121,8 @@ class LevelTree(Grown):
         self.max_depth = max_depth
 
     @abstractmethod
-    def _fill(self, families: list[Children], depth: int, room: int) -> list[int]:
-        """Add at most `room` nodes of one level, children of `families`; returns them. May look at `value` and `reach`
+    def _fill(self, families: list[Children], depth: int, limit: int) -> list[int]:
+        """Add at most `limit` nodes of one level, children of `families`; returns them. May look at `value` and `reach`
         of families, not at tokens."""
 
     def _grow(self, growing: list[Growth], logits: torch.Tensor) -> None:

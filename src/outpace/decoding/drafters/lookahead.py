@@ -140,4 +140,4 @@ class Lookahead(NodeDrafter[_State]):
                     state.learn(column, self.guesses)
                     state.window[place] = column[1:]
         state.ends = []
-        self._judge(sequence, state)
+        self._check(sequence, state)

@@ -1,7 +1,7 @@
 """A draft in the making, and the base of drafters that grow one node by node from what they know of the text.
 
-Such a drafter may sleep: a step before which it was not asked is not observed either. All that it knows of the text it
-therefore reads from `sequence.tokens` when it is asked, and a draft is judged by the tokens that stand behind its root.
+Such a drafter may be skipped: a step in which it was not called is not observed either. It therefore reads all that it
+knows of the text from `sequence.tokens` when it is called, and a draft is checked against the tokens after its root.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Nodes:
         )
 
     def update_rates(self, rates: Rates, tokens: list[int]) -> None:
-        """Tell `rates` which nodes the text proves right or wrong."""
+        """Count in `rates` which nodes the text proves right or wrong."""
         truth = np.array(tokens[self.root : self.root + len(self)], dtype=np.int64)
         if len(truth):
             for node, _, right in checked_nodes(self.draft(""), truth):
@@ -70,7 +70,7 @@ class Nodes:
 
 @dataclass(slots=True)
 class NodeState:
-    """What a NodeDrafter keeps of a sequence: the nodes last proposed, until they are judged."""
+    """What a NodeDrafter keeps of a sequence: the nodes last proposed, until they are checked."""
 
     nodes: Nodes = field(default_factory=Nodes, init=False)
 
@@ -87,25 +87,25 @@ class NodeDrafter(Drafter, Generic[S]):
 
     @abstractmethod
     def _grow(self, sequence: Sequence, state: S, nodes: Nodes, budget: int) -> Draft | None:
-        """Add at most `budget` (above 0) nodes. May return the draft made of them, if there is more to it than they."""
+        """Add at most `budget` (above 0) nodes. May return the draft made of them, if it holds more than they."""
 
     def propose(self, sequences: Seq[Sequence], budgets: Seq[int]) -> list[Draft]:
         drafts = []
         for sequence, budget in zip(sequences, budgets, strict=True):
             state = self._states[sequence.id]
-            self._judge(sequence, state)
+            self._check(sequence, state)
             state.nodes.root = len(sequence.tokens)
             made = self._grow(sequence, state, state.nodes, budget) if budget > 0 else None
             drafts.append(state.nodes.draft(self.name) if made is None else made)
         return drafts
 
     def observe(self, sequence: Sequence, seen: Observation) -> None:
-        self._judge(sequence, self._states[sequence.id])
+        self._check(sequence, self._states[sequence.id])
 
     def end(self, sequence: Sequence) -> None:
         self._states.pop(sequence.id, None)
 
-    def _judge(self, sequence: Sequence, state: S) -> None:
+    def _check(self, sequence: Sequence, state: S) -> None:
         state.nodes.update_rates(self._rates, sequence.tokens)
         state.nodes = Nodes()
 

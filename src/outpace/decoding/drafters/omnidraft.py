@@ -50,7 +50,7 @@ class RereadSource(ModelSource):
 class _State:
     twin: Twin
     sequence: Sequence  # of the twin's tokens, as the draft model's drafter sees it
-    nodes: Nodes = field(default_factory=Nodes)  # the whole translation last made, until it is judged
+    nodes: Nodes = field(default_factory=Nodes)  # the whole translation last made, until it is checked
 
 
 @register(
@@ -140,10 +140,10 @@ class OmniDraft(Drafter):
             self._read(sequence, state, None)
         self.chain.floor, self.chain.forward_floor = self.floor, self.forward_floor
         # a sequence of control tokens alone may leave the draft model nothing to read
-        asked = [
+        wanted = [
             self._budget(s.twin, budget) if s.twin.tokens else 0 for s, budget in zip(states, budgets, strict=True)
         ]
-        chains = self.chain.propose([state.sequence for state in states], asked)
+        chains = self.chain.propose([state.sequence for state in states], wanted)
         return [
             self._translate(sequence, state, chain, budget)
             for sequence, state, chain, budget in zip(sequences, states, chains, budgets, strict=True)
@@ -155,7 +155,7 @@ class OmniDraft(Drafter):
         return ceil(budget * len(twin.tokens) / max(twin.read, 1)) + 1 if budget else 0
 
     def _read(self, sequence: Sequence, state: _State, seen: Observation | None) -> None:
-        """Judge the last draft and bring the twin up to the text. Where its end is cut anew, what was read of that is
+        """Check the last draft and bring the twin up to the text. Where its end is cut anew, what was read of that is
         taken back."""
         state.nodes.update_rates(self.rates, sequence.tokens)
         state.nodes = Nodes()
@@ -168,7 +168,7 @@ class OmniDraft(Drafter):
             self.chain.observe(state.sequence, Observation(new, Draft.empty(), None, None))
 
     def _translate(self, sequence: Sequence, state: _State, chain: Draft, budget: int) -> Draft:
-        """The whole translation is judged later; what may pay is proposed."""
+        """The whole translation is checked later; the part that may pay is proposed."""
         found = self.translator.translate(chain.tokens.tolist(), state.twin.words)
         scores = [] if chain.scores is None else chain.scores.tolist()
         state.nodes = nodes = Nodes(root=len(sequence.tokens))

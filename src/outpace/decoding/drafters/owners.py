@@ -13,7 +13,7 @@ OwnerOf = Callable[[Sequence], Hashable]
 
 
 def one_owner(sequence: Sequence) -> Hashable:
-    """All sequences have one owner: the default where nobody tells them apart."""
+    """All sequences have one owner: the default where owners are not distinguished."""
     return None
 
 

@@ -34,40 +34,40 @@ def bm25(chunks: list[list[int]], query: list[int]) -> FloatArray:
     return scores
 
 
-def shorten(prompt: list[int], room: int, chunk: int) -> list[int]:
-    """At most `room` tokens of a prompt: its head (a chunk), its tail (a quarter of the room: the question), and of
+def shorten(prompt: list[int], limit: int, chunk: int) -> list[int]:
+    """At most `limit` tokens of a prompt: its head (a chunk), its tail (a quarter of the limit: the question), and of
     the chunks between them, in their order, those that score best against the tail. A short prompt stays whole."""
-    if len(prompt) <= room:
+    if len(prompt) <= limit:
         return list(prompt)
-    tail = len(prompt) - max(room // 4, chunk)
+    tail = len(prompt) - max(limit // 4, chunk)
     chunks = [prompt[at : min(at + chunk, tail)] for at in range(chunk, tail, chunk)]
-    most = (room - chunk - (len(prompt) - tail)) // chunk
+    most = (limit - chunk - (len(prompt) - tail)) // chunk
     best = np.argsort(-bm25(chunks, prompt[tail:]), kind="stable")[:most]
     kept = [token for i in sorted(best.tolist()) for token in chunks[i]]
     return [*prompt[:chunk], *kept, *prompt[tail:]]
 
 
 class RetrievedSource(ModelSource):
-    """A draft model that reads `room` tokens of each prompt, in chunks of `chunk`, and all of the output.
+    """A draft model that reads `limit` tokens of each prompt, in chunks of `chunk`, and all of the output.
 
     Raises ParameterError for values out of range.
     """
 
-    def __init__(self, decoder: Decoder, num_pages: int, vocab_size: int, room: int, chunk: int) -> None:
+    def __init__(self, decoder: Decoder, num_pages: int, vocab_size: int, limit: int, chunk: int) -> None:
         super().__init__(decoder, num_pages, vocab_size)
-        if chunk < 1 or room < 4 * chunk:
+        if chunk < 1 or limit < 4 * chunk:
             raise ParameterError(
-                f"prompt={room} with chunk={chunk} is out of range: a chunk has at least 1 token, and the part of the "
+                f"prompt={limit} with chunk={chunk} is out of range: a chunk has at least 1 token, and the part of the "
                 "prompt that the draft model reads at least 4 chunks"
             )
-        self._room, self._chunk = room, chunk
+        self._limit, self._chunk = limit, chunk
         self._texts: dict[int, list[int]] = {}
         self._seen: dict[int, int] = {}  # tokens of the sequence that its text covers
 
     def begin(self, sequence: Sequence) -> None:
         super().begin(sequence)
         prompt = sequence.tokens[: sequence.prompt_length]
-        self._texts[sequence.id], self._seen[sequence.id] = shorten(prompt, self._room, self._chunk), len(prompt)
+        self._texts[sequence.id], self._seen[sequence.id] = shorten(prompt, self._limit, self._chunk), len(prompt)
 
     def end(self, sequence: Sequence) -> None:
         super().end(sequence)

@@ -65,8 +65,8 @@ class Recycling(NodeDrafter[_State]):
       fitted     the template that is best for the measured acceptance by depth and rank
 
     Parameters: `vocab_size`; `k` successors kept; `max_tokens` most nodes; `min_score` least probability of being
-    reached that a node must have (not for the published tree); `owner_of` tells whose sequence it is: sequences of one
-    owner share a matrix of 5 * k bytes for each token and pair, at most `max_owners` are kept.
+    reached that a node must have (not for the published tree); `owner_of` gives the owner of a sequence: sequences of
+    one owner share a matrix of 5 * k bytes for each token and pair, at most `max_owners` are kept.
     """
 
     name = "recycling"
@@ -175,7 +175,7 @@ class Recycling(NodeDrafter[_State]):
 
     def observe(self, sequence: Sequence, seen: Observation) -> None:
         state = self._states[sequence.id]
-        self._judge(sequence, state)
+        self._check(sequence, state)
         if seen.outputs is None:
             return
         root = len(sequence.tokens) - len(seen.new_tokens) - 1

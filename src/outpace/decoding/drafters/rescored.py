@@ -150,7 +150,7 @@ class Rescored(NodeDrafter[_State]):
 
     def observe(self, sequence: Sequence, seen: Observation) -> None:
         self.inner.observe(sequence, seen)
-        self._judge(sequence, self._states[sequence.id])
+        self._check(sequence, self._states[sequence.id])
 
     def propose(self, sequences: Seq[Sequence], budgets: Seq[int]) -> list[Draft]:
         self.inner.floor, self.inner.forward_floor, self.inner.rate = self.floor, self.forward_floor, self.rate

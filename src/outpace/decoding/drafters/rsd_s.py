@@ -49,9 +49,9 @@ class RsdS(LevelTree):
     def _most_children(self) -> int:
         return self.width
 
-    def _fill(self, families: list[Children], depth: int, room: int) -> list[int]:
+    def _fill(self, families: list[Children], depth: int, limit: int) -> list[int]:
         nodes: list[int] = []
-        while len(nodes) < min(self.width, room):
+        while len(nodes) < min(self.width, limit):
             best = max(families, key=lambda family: family.value)
             if best.value == NONE or best.reach < self.floor:
                 break

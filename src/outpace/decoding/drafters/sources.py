@@ -4,7 +4,7 @@ A drafter that grows drafts from logits is two independent things: a *source* (t
 the chain, the trees and the beams that derive from it). One round of a shape over any source:
 
     rollback   what an abandoned round left
-    admit      whom the source has room for
+    admit      sequences that the source's cache and context can hold
     catch_up   the logits after each last token; they give the first candidates
     extend     rows of the draft, a few more in each forward; a row sees the text, its ancestors and itself
     rollback   at once if the source keeps nothing, else when the next round begins
@@ -77,7 +77,7 @@ class Source(ABC):
 
     @abstractmethod
     def admit(self, sequences: Seq[Sequence], rows: Seq[int]) -> list[bool]:
-        """For whom there is room if each adds at most `rows[i]` rows. A sequence without rows to add is admitted too:
+        """Whether each sequence fits if it adds at most `rows[i]` rows. A sequence without rows to add is admitted too:
         the logits after its last token are a draft of one node."""
 
     @abstractmethod
@@ -106,7 +106,7 @@ class ModelSource(Source):
     It commits every token that it has read, and rows of a draft are provisional until `observe`. Sequences that its
     cache or context cannot hold are not admitted. Override `text` to let it read something else than all of a sequence;
     `view` rewrites each batch before its forward, as in SelfSource. With `prefix_cache` it keeps what it read, as far
-    as there is room, and does not read the beginning of a text again that it has read for the same owner.
+    as there is space, and does not read the beginning of a text again that it has read for the same owner.
     """
 
     keeps = True
@@ -182,12 +182,12 @@ class ModelSource(Source):
         ends: list[torch.Tensor | None] = [None] * len(kvs)
         todo = list(range(len(kvs)))
         while todo:
-            room, now = _CHUNK, list[tuple[int, int, bool]]()  # (index, rows, last chunk)
+            space, now = _CHUNK, list[tuple[int, int, bool]]()  # (index, rows, last chunk)
             for i in todo:
                 unread = len(texts[i]) - self.cache.length(kvs[i])
-                if room:
-                    now.append((i, min(unread, room), unread <= room))
-                    room -= now[-1][1]
+                if space:
+                    now.append((i, min(unread, space), unread <= space))
+                    space -= now[-1][1]
             spans = []
             for i, n, last in now:
                 start = self.cache.length(kvs[i])
@@ -216,7 +216,7 @@ class ModelSource(Source):
         return self._forward([rows.sequence for rows in grown], spans)
 
     def _forward(self, sequences: Seq[Sequence], spans: Seq[Span]) -> torch.Tensor:
-        """Logits of the rows that the spans ask for."""
+        """Logits of the rows that the spans request."""
         return self._run(self.decoder, sequences, spans)
 
     def _run(self, decoder: Decoder, sequences: Seq[Sequence], spans: Seq[Span]) -> torch.Tensor:

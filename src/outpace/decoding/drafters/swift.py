@@ -22,7 +22,7 @@ from .grown import Draws
 from .sources import SelfSource
 
 _FEWEST_LAYERS = 8
-_CANDIDATES = 4  # judged on one stretch of text, after the set in use was judged on it
+_CANDIDATES = 4  # tried on one stretch of text, after the set in use
 _PATIENCE = 24  # candidates in a row that were no better: the search is over
 _LONGEST = 8  # draft for which a set is valued
 
@@ -39,7 +39,7 @@ def uniform_skips(layers: int, ratio: float) -> Skips:
 
 def speedup(matchness: float, cost: float) -> float:
     """Tokens per time of a plain step, for the best length of draft, if each token is right with probability
-    `matchness` and drafting one costs `cost` steps. Below 1: not worth it, but comparable."""
+    `matchness` and drafting one costs `cost` steps. Below 1: it does not pay, but is comparable."""
     tokens, best = 1.0, 0.0
     for n in range(1, _LONGEST + 1):
         tokens += matchness**n
@@ -56,15 +56,15 @@ class SkipSearch:
     def __init__(self, layers: int, ratio: float, trials: int) -> None:
         self._layers, self.trials = layers, trials
         self.best, self.value = uniform_skips(layers, ratio), 0.0
-        self.matchness = 0.0  # of the best, when it was last judged
+        self.matchness = 0.0  # of the best, when it was last measured
         self._rng = np.random.default_rng(0)
-        self._starts = [uniform_skips(layers, ratio * part) for part in (0.75, 0.5, 0.25)]  # small models bear less
+        self._starts = [uniform_skips(layers, ratio * part) for part in (0.75, 0.5, 0.25)]  # small models tolerate less
         self._stale = 0
-        self.judged = 0
+        self.tried = 0
 
     @property
     def over(self) -> bool:
-        return self.judged >= self.trials or self._stale >= _PATIENCE
+        return self.tried >= self.trials or self._stale >= _PATIENCE
 
     def candidate(self) -> Skips:
         if self._starts:
@@ -76,11 +76,11 @@ class SkipSearch:
         return frozenset(sets[0]), frozenset(sets[1])
 
     def rate(self, matchness: float, cost: float) -> None:
-        """Judge the best itself, on new text."""
+        """Measure the best itself, on new text."""
         self.matchness, self.value = matchness, speedup(matchness, cost)
 
     def offer(self, skips: Skips, matchness: float, cost: float) -> None:
-        self.judged += 1
+        self.tried += 1
         self._stale += 1
         if speedup(matchness, cost) > self.value:
             self.best, self._stale = skips, 0
@@ -89,7 +89,7 @@ class SkipSearch:
 
 @dataclass(slots=True)
 class _Stretch:
-    """Text of one sequence, tokens first..stop-1, that candidates are judged on."""
+    """Text of one sequence, tokens first..stop-1, that candidates are tried on."""
 
     sequence: Sequence
     first: int
@@ -108,7 +108,7 @@ class _Stretch:
 class Swift(DraftChain):
     """The draft is the target without some of its attention and MLP sublayers, in the target's own KV cache.
 
-    Which ones is optimised on the text at hand: in every step a changed set is judged by one parallel forward over the
+    Which ones is optimised on the text at hand: in every step a changed set is tried by one parallel forward over the
     last `window` tokens, which the target has said already, and kept if drafting with it would be faster: if it agrees
     more often (the paper's matchness), or as often with fewer sublayers. The search starts from `skip` of all
     sublayers, spread evenly, and three smaller sets, never touches the first layer and the last, and ends after
@@ -174,12 +174,12 @@ class Swift(DraftChain):
     def explain(self) -> list[str]:
         attention, mlp = (sorted(part) for part in self.search.best)
         return [
-            f"skips attention of layers {attention} and MLP of {mlp}: {self._cost():.2f} of a step's weights; judged "
-            f"{self.search.judged} sets, the best agreed on {self.search.matchness:.0%} of the last stretch"
+            f"skips attention of layers {attention} and MLP of {mlp}: {self._cost():.2f} of a step's weights; tried "
+            f"{self.search.tried} sets, the best agreed on {self.search.matchness:.0%} of the last stretch"
         ]
 
     def _improve(self, sequences: Seq[Sequence]) -> None:
-        """Judge one set: the best, at the beginning of a stretch of text, then a candidate each time."""
+        """Try one set: the best, at the beginning of a stretch of text, then a candidate each time."""
         search, stretch = self.search, self._stretch
         if stretch is None or not stretch.left or stretch.sequence not in sequences:
             self._stretch = stretch = self._new_stretch(sequences)
@@ -208,7 +208,7 @@ class Swift(DraftChain):
         return _Stretch(longest, max(last - self.window, 0) // PAGE_SIZE * PAGE_SIZE, last)
 
     def _matchness(self, stretch: _Stretch) -> float | None:
-        """How often the view's likeliest token is the one that the target said; None without room in the cache.
+        """How often the view's likeliest token is the target's own; None without space in the cache.
 
         The view reads the stretch with keys and values of its own: they go to whole pages behind the text, and the page
         table names these after the pages of what stands before the stretch.

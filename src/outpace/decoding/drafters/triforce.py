@@ -102,7 +102,7 @@ class Retrieval:
 class TriForce(DraftChain):
     """Three levels. A third drafter guesses a few tokens: the draft model if one is given, with a streaming window over
     its own cache, else a lookup of what followed the same tokens before. The target, reading only the pages of its
-    cache that the current query asks for, checks the guesses and adds a token of its own, several times over; what it
+    cache that the current query selects, checks the guesses and adds a token of its own, several times over; what it
     says is the draft. The target with its whole cache verifies. It pays for texts so long that reading keys and values
     costs more than reading weights.
 

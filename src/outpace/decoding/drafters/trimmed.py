@@ -28,7 +28,7 @@ class TokenCounts:
     def __init__(self, decoder: Decoder, size: int) -> None:
         self._whole, self._size = decoder, size
         self._counts = np.zeros(decoder.config.vocab_size, dtype=np.int64)
-        self._counts[list(decoder.config.eos_ids)] = 1  # where a text may end is worth knowing from the start
+        self._counts[list(decoder.config.eos_ids)] = 1  # ends of text are in the vocabulary from the start
         self._missed = 0  # tokens used since the last cut that are outside the head
         self._known = np.zeros(len(self._counts), dtype=np.bool_)
         self._view: Decoder | None = None
@@ -111,7 +111,7 @@ class TrimmedSource(ModelSource):
 
 
 def _wanted(span: Span) -> int:
-    """Rows of a span whose logits are asked for."""
+    """Rows of a span whose logits are requested."""
     return {"all": len(span.tokens), "last": 1, "none": 0}[span.logits]
 
 

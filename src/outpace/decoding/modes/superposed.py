@@ -139,7 +139,7 @@ class Superposed:
         if len(prompt) + params.max_tokens > most:
             raise CapacityError(
                 f"the prompt has {len(prompt)} tokens and max_tokens is {params.max_tokens}, but the context is "
-                f"{most}; shorten the prompt or ask for fewer tokens"
+                f"{most}; shorten the prompt or request fewer tokens"
             )
 
     def _superpose(self, last: np.ndarray, scores: list[float]) -> FloatArray:

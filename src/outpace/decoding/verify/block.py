@@ -1,4 +1,4 @@
-"""Block verification: the target's distribution, with the draft judged as a whole."""
+"""Block verification: the target's distribution, with the draft verified as a whole."""
 
 from __future__ import annotations
 

@@ -21,9 +21,9 @@ class ThresholdVerifier(Verifier):
     the likeliest. The token behind it is the target's own, as in plain decoding.
 
     Probabilities are those that the request samples from, penalties, temperature and filters included; what these
-    exclude is never accepted. Greedy requests are judged at temperature 1 without filters.
+    exclude is never accepted. Greedy requests are verified at temperature 1 without filters.
 
-    Exactness: approximate. An accepted token is one that the target finds good, not one that it drew, so the output
+    Exactness: approximate. An accepted token is one that the target finds probable, not one that it drew, so the output
     depends on the drafter. The draft's q is not used.
     """
 
