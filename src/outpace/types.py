@@ -20,6 +20,7 @@ from .errors import ParameterError
 Exactness = Literal["identical", "distribution", "approximate"]
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 Precision = Literal["float32", "bfloat16", "int8", "int4"]
+Pooling = Literal["mean", "last"]
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float32]
 
@@ -49,6 +50,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None  # None: none; k: the chosen token's and the k most likely ones'
+    prompt_logprobs: int | None = None  # the same of the prompt's tokens, by the model's own distribution
 
     json_schema: str | Mapping[str, Any] | None = None  # the output is JSON that the schema (text or object) describes
     regex: str | None = None  # the whole output matches it
@@ -104,6 +106,7 @@ class RequestOptions:
     max_draft  most draft nodes of a step; 0 is plain decoding
     exactness  the weakest guarantee that is acceptable: a request that could only get less is refused
     group      requests of one group have a long common beginning: the first reads it, the others wait for that
+    pooling    give a vector of the prompt too: the mean of the model's final hidden states, or the last of them
 
     Raises ParameterError for a value out of range.
     """
@@ -114,6 +117,7 @@ class RequestOptions:
     max_draft: int | None = None
     exactness: Exactness | None = None
     group: str | None = None
+    pooling: Pooling | None = None
 
     def __post_init__(self) -> None:
         if not -100 <= self.priority <= 100:
@@ -123,6 +127,9 @@ class RequestOptions:
         if self.exactness is not None and self.exactness not in get_args(Exactness):
             allowed = ", ".join(get_args(Exactness))
             raise ParameterError(f"exactness={self.exactness!r} is unknown: it must be one of {allowed}")
+        if self.pooling is not None and self.pooling not in get_args(Pooling):
+            allowed = ", ".join(get_args(Pooling))
+            raise ParameterError(f"pooling={self.pooling!r} is unknown: it must be one of {allowed}")
 
 
 def _number(low: float, high: float) -> Callable[[Any], bool]:
@@ -153,6 +160,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "stop": (lambda value: all(isinstance(text, str) and text for text in value), "non-empty strings"),
     "stop_token_ids": (lambda value: all(map(_ids, value)), "token ids"),
     "logprobs": (lambda value: value is None or _whole(0, 20)(value), "None or a whole number from 0 to 20"),
+    "prompt_logprobs": (lambda value: value is None or _whole(0, 20)(value), "None or a whole number from 0 to 20"),
     "json_schema": (
         lambda value: value is None or isinstance(value, str | Mapping),
         "a schema as text or as an object",
@@ -312,6 +320,19 @@ class DecodingStats:
         return (self.prompt_tokens - self.cached_tokens) / self.prefill_s if self.prefill_s > 0 else 0.0
 
 
+@dataclass(slots=True, eq=False)
+class PromptReading:
+    """What reading a prompt of T tokens told, as far as it was asked for.
+
+    Log-probabilities are those of the model's own distribution: temperature, penalties and filters do not change them.
+    The first token has none: nothing stands before it.
+    """
+
+    logprobs: list[float] | None  # [T - 1] of the tokens from the second on
+    top_logprobs: list[list[tuple[int, float]]] | None  # [T - 1][k] (token, log-probability), the likeliest first
+    embedding: FloatArray | None  # [D] of unit length
+
+
 @dataclass(slots=True)
 class Result:
     """A finished request."""
@@ -326,3 +347,4 @@ class Result:
     logprobs: list[float] | None = None
     top_logprobs: list[list[tuple[int, float]]] | None = None
     notes: list[str] = field(default_factory=list)  # why `exactness` is less than the method could give
+    prompt: PromptReading | None = None  # with SamplingParams.prompt_logprobs or RequestOptions.pooling

@@ -23,6 +23,7 @@ from ..models.decoder import Decoder
 from ..types import DecodingStats, Exactness, RequestOptions, Result, SamplingParams
 from .jobs import Job, Preempt, SchedulerLimits, Start
 from .memory import KVMemory
+from .reading import PromptReader
 from .request import DraftTrace, Request, StepEvent, truncate
 from .rows import StepSeconds
 from .runner import Runner, Verified
@@ -165,12 +166,14 @@ class Engine:
             stop_ids=stop_ids,
             method=method or self.method,
             options=options,
+            reader=self._reader(prompt, params, options),
             stats=DecodingStats(prompt_tokens=len(prompt)),
         )
         drafts = 0 if request.method == "plain" else options.max_draft
-        self.scheduler.add(
-            Job(request.id, len(prompt), params.max_tokens, options.owner, options.priority, options.group, drafts)
-        )
+        job = Job(request.id, len(prompt), params.max_tokens, options.owner, options.priority, options.group, drafts)
+        if request.reader is not None:
+            job.whole, job.logits = True, request.reader.wants_logits
+        self.scheduler.add(job)
         self._requests[request.id] = request
         self._next_id += 1
         return request.id
@@ -224,6 +227,11 @@ class Engine:
             )
         return self._grammars.matcher(params, stop_ids)
 
+    def _reader(self, prompt: list[int], params: SamplingParams, options: RequestOptions) -> PromptReader | None:
+        if params.prompt_logprobs is None and options.pooling is None:
+            return None
+        return PromptReader(prompt, params.prompt_logprobs, options.pooling, self.decoder.final_norm)
+
     def cancel(self, id: int) -> Result | None:
         """End a request now, between steps; its pages are free again. Returns what it has, or None if it is over."""
         request = self._requests.get(id)
@@ -268,7 +276,7 @@ class Engine:
         self.rows += sum(rows for _, rows in chunks)
         for request, rows in chunks:
             self.scheduler.prefilled(request.id, rows)
-            if self.prefixes is not None and request.decoding and request.fresh:
+            if self.prefixes is not None and request.decoding and request.fresh and request.shares:
                 self.prefixes.insert(request.sequence.owner, request.sequence.tokens, request.kv)
         return [*events, *(self._advance(v) for v in verified)]
 
@@ -304,7 +312,7 @@ class Engine:
 
     def _share(self, request: Request) -> None:
         """What a request leaves in the cache is for others of its owner, until its pages are wanted."""
-        if self.prefixes is not None and request.cached:
+        if self.prefixes is not None and request.cached and request.shares:
             length = self.cache.length(request.kv)
             self.prefixes.insert(request.sequence.owner, request.sequence.tokens[:length], request.kv, final=True)
 
@@ -355,6 +363,8 @@ class Engine:
         event = StepEvent(request.id, kept.tokens.tolist(), sources, text, trace, result)
         if request.sequence.params.logprobs is not None and kept.logprobs is not None:
             event.logprobs, event.top_logprobs = kept.logprobs.tolist(), kept.top_logprobs
+        if request.reader is not None and request.stats.tokens == kept_count:
+            event.prompt = request.reader.result()
         return event
 
     # -- truth -------------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ class SchedulerLimits:
     headroom      tokens that every running job must have pages for beside the one that starts
     swap_pages    most pages on the host at once. 0: what is preempted is read again
     swap_least    pages below which a preempted job is read again all the same
+    logit_rows    prompt rows of a step that give logits, of all jobs that want those of their whole prompts
     shortest_first among an owner's jobs of one priority those of the shortest predicted output start first
     """
 
@@ -52,10 +53,11 @@ class SchedulerLimits:
     headroom: int = 32
     swap_pages: int = 0
     swap_least: int = 8
+    logit_rows: int = 128
     shortest_first: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("num_pages", "page_size", "max_position", "max_batch", "max_rows", "max_step_rows"):
+        for name in ("num_pages", "page_size", "max_position", "max_batch", "max_rows", "max_step_rows", "logit_rows"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
         self._check("prefill_rows", self.prefill_rows >= 1, "at least 1")
         self._check("least_chunk", self.least_chunk >= 1, "at least 1")
@@ -104,6 +106,8 @@ class Job:
     group: str | None = None
     max_draft: int | None = None  # most draft rows of a step; None: as the limits say
     arrived: float | None = None  # None: when it is added, by the scheduler's clock
+    whole: bool = False  # every row of its prompt must be run: nothing comes from the prefix cache
+    logits: bool = False  # and gives logits
 
     order: int = field(default=-1, init=False)  # of arrival
     level: int = field(default=0, init=False)  # the priority, raised by waiting; what it started with is kept
@@ -118,6 +122,11 @@ class Job:
     waited: float = field(default=0.0, init=False)  # after preemptions, in seconds
     swapped: bool = field(default=False, init=False)  # its pages are on the host
     fresh: bool = field(default=False, init=False)  # must start without cached pages
+
+    @property
+    def uncached(self) -> bool:
+        """It starts without pages of the prefix cache."""
+        return self.fresh or self.whole
 
     @property
     def decoding(self) -> bool:

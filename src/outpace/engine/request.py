@@ -8,8 +8,19 @@ from time import perf_counter
 from ..cache.swap import Swapped
 from ..decoding.contracts import NOT_CACHED, Sequence
 from ..decoding.drafters.rates import checked_nodes
-from ..types import Accepted, DecodingStats, Draft, Exactness, FinishReason, IntArray, RequestOptions, Result
+from ..types import (
+    Accepted,
+    DecodingStats,
+    Draft,
+    Exactness,
+    FinishReason,
+    IntArray,
+    PromptReading,
+    RequestOptions,
+    Result,
+)
 from .prediction import common_tokens
+from .reading import PromptReader
 from .text import TextStream
 
 TARGET = "target"  # the source of tokens that nobody drafted
@@ -41,6 +52,7 @@ class StepEvent:
     error: Exception | None = None
     logprobs: list[float] | None = None  # per token, if they were asked for
     top_logprobs: list[list[tuple[int, float]]] | None = None
+    prompt: PromptReading | None = None  # with the first token, if it was asked for
 
 
 @dataclass(slots=True, eq=False)
@@ -56,6 +68,7 @@ class Request:
     stop_ids: frozenset[int]
     method: str
     options: RequestOptions = field(default_factory=RequestOptions)
+    reader: PromptReader | None = None  # gathers what its prompt is asked for
     prefilled: int = 0
     to_read: int = field(init=False)
     swapped: Swapped | None = None  # its keys and values, while they are out of the cache
@@ -99,9 +112,21 @@ class Request:
         """Nothing was emitted yet."""
         return len(self.sequence.tokens) == self.sequence.prompt_length
 
+    @property
+    def shares(self) -> bool:
+        """Whether what it leaves in the cache is kept for others: a text to be embedded begins no other."""
+        return self.options.pooling is None
+
+    @property
+    def reading(self) -> PromptReader | None:
+        """Who gathers what its prompt gives, while that is read for the first time."""
+        return self.reader if self.fresh else None
+
     def begin_again(self, cached: int) -> None:
         """It has `cached` tokens in the KV cache, and must read the rest of what it has."""
         self.prefilled, self.to_read = cached, len(self.sequence.tokens)
+        if self.reading is not None:
+            self.reading.restart()
 
     def keep(self, accepted: Accepted) -> tuple[int, str]:
         """How many of the accepted tokens stay, and the text they make; sets `finish` when one of them ends it.
@@ -178,6 +203,7 @@ class Request:
             logprobs=self.logprobs if wants else None,
             top_logprobs=self.top_logprobs if wants else None,
             notes=notes,
+            prompt=None if self.reader is None else self.reader.result(),
         )
 
 

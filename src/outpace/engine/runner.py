@@ -13,8 +13,10 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from time import perf_counter
+from typing import Literal
 
 import numpy as np
+import torch
 
 from ..cache.pages import PagedKVCache
 from ..decoding.contracts import NOT_CACHED, Drafter, Observation, Verifier
@@ -69,17 +71,17 @@ class Runner:
         drafts = self._propose(decoding, limits)
         drafted = perf_counter()
         try:
-            step, ends = self._run(decoding, drafts, chunks)
+            step, read = self._run(decoding, drafts, chunks)
             forwarded = perf_counter()
             verified, row = [], 0
             for request, draft in zip(decoding, drafts, strict=True):
                 outputs = TargetOutputs(step, row, row + 1 + len(draft))
                 row += 1 + len(draft)
                 verified.append(self._verify(request, draft, outputs))
-            for request, ended in ends:
-                if ended:
-                    first = self._verify(request, NO_DRAFT, TargetOutputs(step, row, row + 1))
-                    row += 1
+            for chunk in read:
+                row += chunk.logit_rows
+                if chunk.ended:
+                    first = self._verify(chunk.request, NO_DRAFT, TargetOutputs(step, row - 1, row))
                     verified.append(replace(first, draft=None))
         except BaseException:
             self.abandon([*decoding, *(r for r, _ in chunks)])
@@ -157,9 +159,9 @@ class Runner:
 
     def _run(
         self, decoding: list[Request], drafts: list[Draft], chunks: list[tuple[Request, int]]
-    ) -> tuple[StepOutputs, list[tuple[Request, bool]]]:
-        """Reserve, pack and run. Returns the outputs, and for each chunk whether its prompt ends in it."""
-        cache, spans, ends = self.cache, [], []
+    ) -> tuple[StepOutputs, list[_Chunk]]:
+        """Reserve, pack and run. Returns the outputs, and what became of each chunk."""
+        cache, spans, read = self.cache, [], []
         for request, draft in zip(decoding, drafts, strict=True):
             cache.reserve(request.kv, 1 + len(draft))
             tokens = request.sequence.tokens
@@ -168,9 +170,9 @@ class Runner:
         for request, n in chunks:
             cache.reserve(request.kv, n)
             at = request.prefilled
-            ended = at + n == request.to_read
-            spans.append(Span(request.sequence.tokens[at : at + n], at, logits="last" if ended else "none"))
-            ends.append((request, ended))
+            chunk = _Chunk(request, n, ended=at + n == request.to_read)
+            spans.append(Span(request.sequence.tokens[at : at + n], at, logits=chunk.logits))
+            read.append(chunk)
         stepping = [*decoding, *(request for request, _ in chunks)]
         if len(stepping) > 1:
             for request in stepping:
@@ -178,4 +180,44 @@ class Runner:
         batch = pack(spans, cache.page_tables([request.kv for request in stepping]))
         # only steps that decode are observed together with their outputs
         expected = self.drafter.expects_topk if decoding else 0
-        return StepOutputs(self.decoder.forward(batch, cache.storage).logits, expected), ends
+        last = self.decoder.config.num_layers - 1
+        pooled = any(c.request.reading is not None and c.request.reading.wants_hidden for c in read)
+        out = self.decoder.forward(batch, cache.storage, (last,) if pooled else ())
+        decoded = sum(len(span.tokens) for span in spans[: len(decoding)])
+        _gather(read, out.logits[decoded:], out.hidden[last][decoded:] if pooled else None)
+        return StepOutputs(out.logits, expected), read
+
+
+@dataclass(slots=True, eq=False)
+class _Chunk:
+    """Rows of a prompt in a step. `ended`: the prompt ends with them."""
+
+    request: Request
+    rows: int
+    ended: bool
+
+    @property
+    def logits(self) -> Literal["all", "last", "none"]:
+        reading = self.request.reading
+        if reading is not None and reading.wants_logits:
+            return "all"
+        return "last" if self.ended else "none"
+
+    @property
+    def logit_rows(self) -> int:
+        return {"all": self.rows, "last": 1, "none": 0}[self.logits]
+
+
+def _gather(chunks: list[_Chunk], logits: torch.Tensor, hidden: torch.Tensor | None) -> None:
+    """Hand the rows of prompts to those who gather them. `logits` and `hidden` are those of the chunks, in order."""
+    row = logit = 0
+    for chunk in chunks:
+        reading, n = chunk.request.reading, chunk.rows
+        if reading is not None:
+            reading.add(
+                chunk.request.prefilled,
+                logits[logit : logit + n] if reading.wants_logits else None,
+                hidden[row : row + n] if hidden is not None and reading.wants_hidden else None,
+            )
+        row += n
+        logit += chunk.logit_rows

@@ -135,7 +135,7 @@ class Scheduler:
                 assert self._running, "nothing runs and a job that fits does not start: pages are lost"
                 break
             available -= need
-            starts.append(Start(job.id, job.swapped, not job.fresh))
+            starts.append(Start(job.id, job.swapped, not job.uncached))
             self._begin(job, level)
         return starts
 
@@ -147,7 +147,7 @@ class Scheduler:
     def _start_pages(self, job: Job) -> int:
         """Available pages for a waiting job: for what it reads or brings back, and for what it is to write next."""
         known = max(job.target, job.context + 1)
-        shared = 0 if job.swapped or job.fresh else self.memory.shared_pages(job.id)
+        shared = 0 if job.swapped or job.uncached else self.memory.shared_pages(job.id)
         return max(self.limits.pages(known + self._headroom(job)) - shared, 0)
 
     def _headroom(self, job: Job) -> int:
@@ -190,7 +190,7 @@ class Scheduler:
             self._host_pages -= self.limits.pages(job.context)
             job.swapped = False
             return
-        assert 0 <= places < job.target and not (job.fresh and places), "the last token must be run for its logits"
+        assert 0 <= places < job.target and not (job.uncached and places), "the last token must be run for its logits"
         job.read = places
         if not job.preempted:
             self._served.charge(job.owner, prompt=-places)  # what was cached costs nothing
@@ -270,11 +270,13 @@ class Scheduler:
     def _chunks(self, plan: StepPlan, rows: int, spare: int) -> int:
         """Give prompt rows by rank, as far as pages allow. If nothing runs otherwise, the worst ranked are preempted
         for the first. Returns the pages left."""
+        logits = self.limits.logit_rows
         for job in self._ranked():
-            n = self._rows_in(job.id, min(job.unread, rows), spare)
+            n = self._rows_in(job.id, min(job.unread, rows, logits if job.logits else rows), spare)
             if n:
                 plan.chunks.append((job.id, n))
                 rows -= n
+                logits -= n if job.logits else 0
                 spare -= self.memory.pages_needed(job.id, n)
         first = min(self._running.values(), key=lambda job: job.rank, default=None)
         if first is not None and not first.decoding and not any(id == first.id for id, _ in plan.chunks):

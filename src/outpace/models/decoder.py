@@ -47,6 +47,13 @@ class Decoder(ABC):
     def forward(self, batch: ForwardBatch, storage: KVStorage, hidden_layers: Sequence[int] = ()) -> DecoderOutput:
         """Run one packed step; writes the rows' keys and values to their places in `storage`."""
 
+    def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The norm in front of the output head, of the residual stream after the last layer. f32[n, D] -> f32[n, D].
+
+        Raises UnsupportedModel where a decoder has none.
+        """
+        raise UnsupportedModel(f"{type(self).__name__} gives out no final hidden states; the CPU and torch decoders do")
+
     def embedding(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
         """Rows of the embedding table, f32[n, D], as they are before the model's own `embedding_scale`.
 

@@ -165,6 +165,11 @@ class NativeDecoder(Decoder):
         self._set_head(kept)
         self.weight_bytes = self._streamed_bytes()
 
+    def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
+        weight = torch.from_numpy(self._keep["norm"][: self.config.hidden_size])
+        mean_square = hidden.double().square().mean(dim=-1, keepdim=True)
+        return (hidden * torch.rsqrt(mean_square + self.config.rms_norm_eps)).float() * weight
+
     def embedding(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
         rows = self._keep["embedding"][tokens, : self.config.hidden_size]
         return rows if rows.dtype == np.float32 else (rows.astype(np.uint16).astype(np.uint32) << 16).view(np.float32)

@@ -141,6 +141,10 @@ class TorchDecoder(Decoder):
         self._head = self._head.take(self._head_ids)
         self.skip(*self.skipped)
 
+    @torch.inference_mode()
+    def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._norm(hidden.to(self._dtype), self._final_norm).float()
+
     def embedding(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
         return self._embedding[self._to_device(tokens)].float().cpu().numpy()
 
