@@ -38,6 +38,15 @@ def interrupts_arrive() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests read no settings of the person who runs them, and write no last conversation of theirs."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("XDG_CONFIG_HOME", "XDG_STATE_HOME"):
+            patch.setenv(name, str(tmp_path_factory.mktemp(name.lower())))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def step_times_of_hash_decoders(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step of one costs nothing worth measuring, and it refuses places that nobody wrote."""

@@ -15,6 +15,10 @@
 Every message says what was wrong, what is allowed and what to do. Broken invariants are assertions, not these.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+
 
 class OutpaceError(Exception):
     """Base of every error that a user can cause and mend."""
@@ -62,3 +66,13 @@ class QueueFull(CapacityError):
 
 class MethodError(OutpaceError):
     """A decoding method is unknown, or what it needs is not there."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`did you mean X? ` for the nearest known word, or "" when none is near. For the front of a list of all."""
+    from difflib import get_close_matches
+
+    names = list(dict.fromkeys(known))
+    near = get_close_matches(word.lower(), [name.lower() for name in names], n=1, cutoff=0.6)
+    found = next((name for name in names if near and name.lower() == near[0]), "")
+    return f"did you mean {found}? " if found and found != word else ""

@@ -1,4 +1,4 @@
-"""Where models and what is made of them are kept."""
+"""Where models, what is made of them, settings and conversations are kept."""
 
 from __future__ import annotations
 
@@ -24,3 +24,17 @@ def models_dir() -> Path:
 def prepared_dir() -> Path:
     """One folder for each model that has been opened: configuration, tokenizer, packed weights."""
     return cache_dir() / "prepared"
+
+
+def config_file() -> Path:
+    """$OUTPACE_CONFIG, else `outpace/config.toml` in $XDG_CONFIG_HOME or ~/.config."""
+    if own := os.environ.get("OUTPACE_CONFIG"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser() / "outpace" / "config.toml"
+
+
+def state_dir() -> Path:
+    """What a person typed: $OUTPACE_STATE, else `outpace` in $XDG_STATE_HOME or ~/.local/state."""
+    if own := os.environ.get("OUTPACE_STATE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "outpace"

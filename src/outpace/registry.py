@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal, TypeVar
 
-from .errors import MethodError
+from .errors import MethodError, did_you_mean
 from .types import Exactness
 
 Kind = Literal["drafter", "verifier", "planner", "mode"]
@@ -84,5 +84,6 @@ def method(name: str, kind: Kind) -> Method:
     _discover()
     found = _methods.get(name)
     if found is None or found.kind != kind:
-        raise MethodError(f"no {kind} {name!r}; there are: {', '.join(m.name for m in methods(kind))}")
+        known = [m.name for m in methods(kind)]
+        raise MethodError(f"no {kind} {name!r}; {did_you_mean(name, known)}there are: {', '.join(known)}")
     return found

@@ -276,7 +276,7 @@ def test_an_engine_that_always_fails_ends_the_run(
     write(tmp_path / "in", *mixed())
     monkeypatch.setattr(LLM, "step", lambda self: 1 / 0)
     result = outpace("batch", str(tmp_path / "in"), str(tmp_path / "out"), "-m", "toy")
-    assert result.exit_code == 1 and "ZeroDivisionError" in result.stderr
+    assert result.exit_code == 70 and "ZeroDivisionError" in result.stderr
     assert len(read(tmp_path / "out")) < 4
 
 

@@ -135,12 +135,12 @@ def test_a_broken_promise_is_flagged_and_gives_exit_code_1(
     [
         (["--budget", "soon"], 2, "'soon' is no time; write 90s, 10m or 1.5h"),
         (["--budget", "0s"], 2, "no time"),
-        (["--method", "nothing"], 1, "no decoding method 'nothing'"),
-        (["--method", "suffix/nothing"], 1, "no verifier 'nothing'"),
-        (["--method", "draft"], 1, "needs a draft model"),
+        (["--method", "nothing"], 2, "no decoding method 'nothing'"),
+        (["--method", "suffix/nothing"], 2, "no verifier 'nothing'"),
+        (["--method", "draft"], 2, "needs a draft model"),
         (["--peer", "nothing"], 2, "no peer 'nothing'"),
         (["--temperature", "-1"], 2, "temperature=-1.0 is out of range"),
-        (["-m", "missing"], 1, "no model 'missing'"),
+        (["-m", "missing"], 3, "no model 'missing'"),
     ],
 )
 def test_mistakes_are_told_in_one_line(outpace: Run, tmp_path: Path, args: list[str], code: int, says: str) -> None:

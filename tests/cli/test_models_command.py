@@ -103,11 +103,11 @@ def test_remove(cache: Path) -> None:
 @pytest.mark.parametrize("command", ["fetch", "remove"])
 def test_unknown_names(command: str) -> None:
     result = outpace(command, "nothing")
-    assert result.exit_code == 1 and "'nothing'" in result.stderr and "smollm2-135m" in result.stderr
+    assert result.exit_code == 3 and "'nothing'" in result.stderr and "smollm2-135m" in result.stderr
     assert "Traceback" not in result.output
 
 
 @pytest.mark.parametrize("name", ["..", "../models", "/", ""])
 def test_remove_stays_in_the_cache(cache: Path, name: str) -> None:
     path = put(cache, "smollm2-135m")
-    assert outpace("remove", name).exit_code == 1 and path.exists()
+    assert outpace("remove", name).exit_code == 3 and path.exists()

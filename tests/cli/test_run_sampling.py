@@ -85,4 +85,4 @@ def test_mistakes_are_refused(outpace: Callable[..., Result], args: tuple[str, .
 
 def test_an_unknown_verifier_is_refused(outpace: Callable[..., Result]) -> None:
     result = outpace("run", "hi", "--verifier", "nobody")
-    assert result.exit_code == 1 and "no verifier 'nobody'" in result.stderr and "typical" in result.stderr
+    assert result.exit_code == 2 and "no verifier 'nobody'" in result.stderr and "typical" in result.stderr

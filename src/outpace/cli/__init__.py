@@ -12,7 +12,8 @@ from typing import IO, Any
 import click
 
 from .. import __version__
-from ..errors import OutpaceError, ParameterError
+from ..errors import OutpaceError, did_you_mean
+from .exits import BUG, INTERRUPTED, MEANINGS, code_of
 
 # name -> (module:attribute, one line of help)
 COMMANDS = {
@@ -26,8 +27,16 @@ COMMANDS = {
     "compare": ("outpace.cli.compare:compare", "Compare what each method gains."),
     "audit": ("outpace.cli.audit:audit", "Prove what a method does to the output."),
     "tune": ("outpace.cli.tune:tune", "Measure this machine, and say what the planner will do."),
+    "config": ("outpace.cli.config:config", "Show the defaults in force, and where they come from."),
+    "completion": ("outpace.cli.completion:completion", "Print the shell's completion script."),
 }
-INTERRUPTED = 130  # exit code of a command that Ctrl-C ended
+#: what other tools call it -> the command that is run
+HABITS = {
+    "pull": ("models", "fetch"),
+    "list": ("models", "list"),
+    "ls": ("models", "list"),
+    "rm": ("models", "remove"),
+}
 
 
 class UserError(click.ClickException):
@@ -55,10 +64,20 @@ def clean_errors() -> Iterator[None]:
         click.echo(err=True)
         sys.exit(INTERRUPTED)
     except OutpaceError as error:
-        raise UserError(str(error), 2 if isinstance(error, ParameterError) else 1) from error
+        raise UserError(str(error), code_of(error)) from error
     except Exception as error:
         message = f"{type(error).__name__}: {error} (this is a bug; OUTPACE_DEBUG=1 shows the traceback)"
-        raise UserError(message, 1) from error
+        raise UserError(message, BUG) from error
+
+
+def command_of(name: str) -> click.Command:
+    """The command of that name, whose options the environment may set."""
+    from .settings import name_variables
+
+    module, attribute = COMMANDS[name][0].split(":")
+    command: click.Command = getattr(importlib.import_module(module), attribute)
+    name_variables(name, command)
+    return command
 
 
 class LazyGroup(click.Group):
@@ -68,38 +87,68 @@ class LazyGroup(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
-            return None
-        module, attribute = COMMANDS[cmd_name][0].split(":")
-        command: click.Command = getattr(importlib.import_module(module), attribute)
-        return command
+        return command_of(cmd_name) if cmd_name in COMMANDS else None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
 
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Exit codes"):
+            formatter.write_dl([(str(code), meaning) for code, meaning in MEANINGS.items()])
+
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and not args[0].startswith("-") and args[0] not in COMMANDS:
-            known = ", ".join(COMMANDS)
-            ctx.fail(f"no command {args[0]!r}; there are: {known}. To answer a prompt: outpace run {args[0]!r}")
-        return super().resolve_command(ctx, args)
+        if args and args[0] in HABITS and not ctx.resilient_parsing:
+            ours = HABITS[args[0]]
+            click.echo(f"outpace: {args[0]} is called outpace {' '.join(ours)} here", err=True)
+            args = [*ours, *args[1:]]
+        elif args and not args[0].startswith("-") and args[0] not in COMMANDS:
+            known = f"{did_you_mean(args[0], [*COMMANDS, *HABITS])}There are: {', '.join(COMMANDS)}"
+            ctx.fail(f"no command {args[0]!r}; {known}. To answer a prompt: outpace run {' '.join(args)!r}")
+        name, command, rest = super().resolve_command(ctx, args)
+        if name is None or command is None or ctx.resilient_parsing:
+            return name, command, rest
+        return name, command, _prepare(ctx, name, command, rest)
 
     def invoke(self, ctx: click.Context) -> Any:
         with clean_errors():
             return super().invoke(ctx)
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+def _prepare(ctx: click.Context, name: str, command: click.Command, args: list[str]) -> list[str]:
+    """Defaults from the file of settings; options as other tools call them. Returns the arguments as ours are."""
+    from .habits import translate
+    from .settings import defaults, misspelt_variables, read_settings
+
+    args, hints = translate(command, args)
+    if not {"-h", "--help"} & {*args}:  # help is to be had whatever is wrong
+        ctx.default_map = {name: {} if name == "config" else defaults(read_settings(COMMANDS), name, command)}
+        hints += [] if name == "config" else misspelt_variables(COMMANDS)
+    for hint in hints:
+        click.echo(f"outpace: {hint}", err=True)
+    return args
+
+
+@click.group(
+    cls=LazyGroup,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.version_option(__version__, "-V", "--version", prog_name="outpace", message="%(prog)s %(version)s")
-def main() -> None:
+@click.pass_context
+def main(ctx: click.Context) -> None:
     """Language-model inference that emits more than one token per model step, with the same text.
 
     \b
-      outpace run "Write a haiku about speed"      answer a prompt (the model is fetched once)
-      outpace run --show-draft "Count to thirty"   see which tokens were drafted, and by whom
+      outpace run Write a haiku about speed        answer a prompt (the model is fetched once)
+      outpace run --show-draft Count to thirty     see which tokens were drafted, and by whom
       outpace chat                                 talk
 
-    `outpace COMMAND --help` tells more of each command.
+    `outpace COMMAND --help` tells more of each command, `outpace config` what is set on this machine.
     """
+    if ctx.invoked_subcommand is None:
+        from .start import first_screen
+
+        click.echo(first_screen())

@@ -2,115 +2,162 @@
 
 from __future__ import annotations
 
+import secrets
 import sys
-from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from ..errors import CapacityError, ParameterError
 from ..types import Result, SamplingParams
-from .common import cancel_on_interrupt, model_options, open_llm, sampling_options, sampling_params, say, summary
+from .chat_commands import COMMANDS, run_command
+from .common import cancel_on_interrupt, model_options, open_llm, sampling_options, sampling_params, say
+from .conversation import Conversation, load_last, save_last
+from .editor import Interrupted, Lines, lines_of_stdin, read_message
+from .wording import ending
 
 if TYPE_CHECKING:
     from ..engine.llm import LLM
 
-HELP = """\
-/help    this list
-/reset   forget the conversation
-/stats   figures of the last answer and of the conversation
-/exit    leave (so does Ctrl-D)
-Ctrl-C stops an answer. Anything else is said to the model."""
+LONGEST = 4096  # tokens of an answer where nobody set a limit and the context has more room
 
 
 @click.command(short_help="Talk to a model in the terminal.")
 @model_options
 @sampling_options
-def chat(**options: Any) -> None:
-    """Talk to a model. The conversation is kept until /reset; /help lists the commands.
+@click.option("--continue", "go_on", is_flag=True, help="Go on with the last conversation.")
+@click.option(
+    "--history/--no-history",
+    default=True,
+    help="Keep the conversation for --continue, and what was typed for the arrow keys.  [default: history]",
+)
+@click.pass_context
+def chat(ctx: click.Context, **options: Any) -> None:
+    '''Talk to a model. /help lists what else can be typed; Ctrl-C stops an answer, Ctrl-D leaves.
 
-    Ctrl-C stops an answer, Ctrl-D leaves.
-    """
-    params = sampling_params(options)
+    Answers are sampled as the model's makers recommend, or as --temperature and its like say, and go on until the model
+    ends them. A message of several lines stands between """ and """, or is pasted.
+    '''
+    before = load_last() if options["go_on"] else None
+    if before and not _chosen(ctx, "model"):
+        options["model"] = before.model
+    params, origin = sampling(ctx, options)
     with open_llm(options, max_batch=1) as llm:
         if not llm.tokenizer.has_chat_template:
             raise ParameterError(f"{llm.name} has no chat template; use `outpace run --raw` or another model")
-        if sys.stdin.isatty():
-            with suppress(ImportError):
-                import readline  # noqa: F401  line editing and history of `input`
-            say(f"{llm.name}, {llm.method}, {llm.precision}. /help lists the commands, Ctrl-D leaves.")
-        Conversation(llm, params, options["system"], options["max_tokens"] is None).loop()
+        conversation = before or Conversation(options["model"])
+        conversation.model = options["model"]
+        if options["system"]:
+            conversation.set_system(options["system"])
+        lines = lines_of_stdin([*COMMANDS], options["history"])
+        talk = Talk(llm, params, conversation, limited=options["max_tokens"] is not None, keep=options["history"])
+        if lines.interactive:
+            say(greeting(talk, origin))
+        talk.loop(lines)
 
 
-class Conversation:
-    """Messages so far and the loop over what is typed."""
+def sampling(ctx: click.Context, options: dict[str, Any]) -> tuple[SamplingParams, str]:
+    """What was asked for, and else what the model's makers recommend; and in words where the temperature is from."""
+    from ..models.recommended import recommended
 
-    def __init__(self, llm: LLM, params: SamplingParams, system: str | None, fit: bool) -> None:
-        self.llm, self.params, self.fit = llm, params, fit
-        self.start = [{"role": "system", "content": system}] if system else []
-        self.messages = list(self.start)
+    params = sampling_params(options)
+    seed = params.seed if _chosen(ctx, "seed") else secrets.randbelow(2**31)
+    if _chosen(ctx, "temperature"):
+        return replace(params, seed=seed), "as you set it"
+    advice = recommended(options["model"])
+    values = {name: value for name, value in advice.values.items() if not _chosen(ctx, name)}
+    return replace(params, seed=seed, **values), advice.source  # type: ignore[arg-type]
+
+
+def _chosen(ctx: click.Context, name: str) -> bool:
+    return ctx.get_parameter_source(name) not in (ParameterSource.DEFAULT, None)
+
+
+def greeting(talk: Talk, origin: str) -> str:
+    heat = talk.params.temperature
+    sampled = f"temperature {heat:g} ({origin})" if heat else "the likeliest words (temperature 0)"
+    begun = len(talk.conversation.messages) // 2
+    going_on = f"\nGoing on with a conversation of {begun} question{'s' if begun != 1 else ''}." if begun else ""
+    return f"{talk.llm.name}, {sampled}. /help lists the commands, Ctrl-D leaves.{going_on}"
+
+
+class Talk:
+    """A conversation, how it is sampled, and the loop over what is typed.
+
+    `limited`: the user set max_tokens; else an answer may fill the context, up to LONGEST. `keep`: the conversation is
+    written for --continue after every answer.
+    """
+
+    def __init__(
+        self, llm: LLM, params: SamplingParams, conversation: Conversation, limited: bool = False, keep: bool = True
+    ) -> None:
+        self.llm, self.params, self.conversation = llm, params, conversation
+        self.start = params  # what /set NAME default goes back to
+        self.limited, self.keep = limited, keep
         self.results: list[Result] = []
+        self.answers = 0  # so far: each is sampled with a seed of its own
 
-    def loop(self) -> None:
-        prompt = "> " if sys.stdin.isatty() else ""
+    def loop(self, lines: Lines) -> None:
         while True:
             try:
-                line = input(prompt).strip()
+                text, quoted = read_message(lines)
             except EOFError:
-                if prompt:
+                if lines.interactive:
                     click.echo()
                 return
-            except KeyboardInterrupt:
-                say("\n(Ctrl-D or /exit leaves)")
+            except Interrupted:
+                say("(Ctrl-D or /exit leaves)")
                 continue
-            if line.startswith("/"):
-                if line in ("/exit", "/quit"):
+            if text.startswith("/") and not quoted:
+                if not run_command(self, text.strip()):
                     return
-                self.command(line)
-            elif line:
-                self.say_to_model(line)
+            elif text.strip():
+                self.ask(text if quoted else text.strip())
 
-    def command(self, line: str) -> None:
-        if line == "/help":
-            click.echo(HELP)
-        elif line == "/reset":
-            self.messages = list(self.start)
-            self.results.clear()
-            say("(a new conversation)")
-        elif line == "/stats":
-            self.stats()
-        else:
-            say(f"no command {line.split()[0]}; /help lists them")
-
-    def stats(self) -> None:
-        if not self.results:
-            say("nothing has been said yet")
-            return
-        say(f"last answer: {summary(self.results[-1], self.llm.precision)}")
-        tokens = sum(r.stats.tokens - 1 for r in self.results if r.stats.tokens)
-        steps, seconds = sum(r.stats.steps for r in self.results), sum(r.stats.decode_s for r in self.results)
-        if steps and seconds:
-            say(
-                f"conversation: {len(self.results)} answers, {tokens / seconds:.1f} tokens/s, "
-                f"mean_accepted {tokens / steps:.2f}"
-            )
-
-    def say_to_model(self, line: str) -> None:
-        """Stream one answer. What was said stays in the conversation; an answer that cannot start does not."""
-        messages = [*self.messages, {"role": "user", "content": line}]
-        params = self.params
+    def ask(self, question: str) -> None:
+        """Stream one answer. What was shown stays in the conversation; an answer that cannot start does not."""
+        messages = [*self.conversation.messages, {"role": "user", "content": question}]
+        params = replace(self.params, seed=(self.params.seed + self.answers) % 2**63)
         try:
-            if self.fit:
-                params = replace(params, max_tokens=min(params.max_tokens, self.llm.room(messages)))
+            if not self.limited:
+                params = replace(params, max_tokens=min(LONGEST, self.llm.room(messages)))
             stream = self.llm.stream(messages, params)
         except CapacityError as error:
-            say(f"outpace: {error}. /reset starts anew.")
+            say(f"outpace: {error}. /clear starts anew.")
             return
+        self.answers += 1
+        shown = ""
         with cancel_on_interrupt(stream):
             for event in stream:
+                if stream.cancelled:  # a step that was under way when Ctrl-C came
+                    continue
                 click.echo(event.text, nl=False)
-        click.echo()
-        assert stream.result is not None
-        self.results.append(stream.result)
-        self.messages = [*messages, {"role": "assistant", "content": stream.result.text}]
+                sys.stdout.flush()
+                shown += event.text
+        if not shown.endswith("\n"):
+            click.echo()
+        result = stream.result
+        if stream.cancelled:
+            say("(stopped)")
+        elif result is not None and (why := ending(result, self._advice(params))):
+            say(f"({why})")
+        if result is not None:
+            self.results.append(result)
+        self.conversation.messages = [*messages, {"role": "assistant", "content": shown}]
+        self.store()
+
+    def _advice(self, params: SamplingParams) -> str:
+        if self.limited:
+            return f"/set max_tokens {2 * params.max_tokens} allows more"
+        return "say: go on" if params.max_tokens >= LONGEST else "the context is full: /clear starts anew"
+
+    def store(self) -> None:
+        if not self.keep:
+            return
+        try:
+            save_last(self.conversation)
+        except ParameterError as error:
+            self.keep = False
+            say(f"outpace: {error}. Nothing is kept for --continue.")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from ..errors import ParameterError
 from ..types import Result, SamplingParams
-from . import INTERRUPTED
 from .common import (
     cancel_on_interrupt,
     model_options,
@@ -21,21 +22,29 @@ from .common import (
     sampling_params,
     say,
     stats_object,
-    summary,
 )
+from .conversation import Conversation, load_last, save_last
+from .exits import CUT, INTERRUPTED
+from .wording import closing_line, ending, explained
 
 if TYPE_CHECKING:
     from ..engine.inboxes import Stream
     from ..engine.llm import LLM
     from ..engine.prompts import Prompt
 
+LONGEST = 1024  # tokens of an answer where nobody set a limit and the context has more room
 PALETTE = ("green", "cyan", "magenta", "yellow", "blue", "bright_red")
 
 
 @click.command(short_help="Answer one prompt.")
-@click.argument("prompt", required=False)
+@click.argument("words", nargs=-1, metavar="[PROMPT...]")
 @model_options
 @sampling_options
+@click.option(
+    "-f", "--file", "files", multiple=True, metavar="FILE", help="Put this text before the prompt; may be repeated."
+)
+@click.option("--continue", "go_on", is_flag=True, help="Go on with the last conversation.")
+@click.option("--history/--no-history", default=True, help="Keep the conversation for --continue.  [default: history]")
 @click.option("--raw", is_flag=True, help="Continue the text as it is, without the model's chat template.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 @click.option("--logprobs", type=int, metavar="K", help="With --json: log-probabilities, and those of the K likeliest.")
@@ -48,17 +57,22 @@ PALETTE = ("green", "cyan", "magenta", "yellow", "blue", "bright_red")
 )
 @click.option("--explain", is_flag=True, help="Say afterwards what the planner and the drafters did, and why.")
 @click.option("--against-plain", is_flag=True, help="Run plain decoding afterwards and compare speed and tokens.")
-def run(prompt: str | None, as_json: bool, no_stream: bool, show_draft: bool, **options: Any) -> None:
-    """Answer PROMPT. Piped text is appended to it, or is the prompt.
+@click.pass_context
+def run(
+    ctx: click.Context, words: tuple[str, ...], as_json: bool, no_stream: bool, show_draft: bool, **options: Any
+) -> None:
+    """Answer PROMPT; several words need no quotes. Text of --file stands before it, piped text behind it; either may be
+    the prompt.
 
     \b
-      outpace run "Why is the sky blue?"
-      cat main.py | outpace run "Explain this code"
-      outpace run --against-plain --max-tokens 128 "List the planets"
+      outpace run Why is the sky blue
+      cat main.py | outpace run Explain this code
+      outpace run -f main.py -f test_main.py Which test is missing
+      outpace run --continue And at night
 
     The answer goes to stdout, one line of figures to stderr.
     """
-    text = read_prompt(prompt)
+    text = read_prompt(" ".join(words) if words else None, options["files"])
     params = sampling_params(options)
     prediction = read_file(options["prediction"], "--prediction") if options["prediction"] else ""
     if options["raw"] and options["system"]:
@@ -67,8 +81,9 @@ def run(prompt: str | None, as_json: bool, no_stream: bool, show_draft: bool, **
         raise ParameterError("--json and --show-draft cannot go together: drop one of them")
     if options["logprobs"] is not None and not as_json:
         raise ParameterError("--logprobs are part of the object that --json prints: add it, or drop --logprobs")
+    before = _before(ctx, options)
     with open_llm(options, max_batch=1) as llm:
-        ask, params = prepare(llm, text, params, options)
+        ask, params = prepare(llm, text, params, options, before)
         stream = llm.stream(ask, params, prediction)
         if as_json or no_stream:
             result = collect(stream)
@@ -76,7 +91,9 @@ def run(prompt: str | None, as_json: bool, no_stream: bool, show_draft: bool, **
                 click.echo(result.text)
         else:
             result = show(llm, stream, params, show_draft)
-        explanation = llm.explain() if options["explain"] else []
+        if options["history"] and not isinstance(ask, str):
+            _keep(options["model"], [m for m in ask if isinstance(m, Mapping)], result)
+        explanation = explained(llm, result) if options["explain"] else []
         cancelled = result.finish_reason == "cancelled"
         compared = compare(llm, ask, params, result) if options["against_plain"] and not cancelled else None
         if as_json:
@@ -85,39 +102,76 @@ def run(prompt: str | None, as_json: bool, no_stream: bool, show_draft: bool, **
                 record["explanation"] = explanation
             click.echo(json.dumps(record, ensure_ascii=False))
         else:
-            figures(llm, result, compared, show_draft)
-            for line in [*speed_lines(result), *explanation] if options["explain"] else []:
+            figures(result, compared, show_draft)
+            for line in explanation:
                 say(line)
     if cancelled:
         sys.exit(INTERRUPTED)
+    if result.finish_reason == "length" and params.constraint is not None:
+        option = f"--{params.constraint[0].replace('_', '-')}"
+        say(
+            f"outpace: error: the answer was cut after {result.stats.tokens} tokens, before it was what {option} asks "
+            f"for: -n {4 * result.stats.tokens} allows more"
+        )
+        sys.exit(CUT)
 
 
-def read_prompt(prompt: str | None) -> str:
-    """PROMPT and stdin together; ParameterError when there is neither."""
-    if prompt is None and sys.stdin is not None and sys.stdin.isatty():
-        raise ParameterError('no prompt: write one, as in  outpace run "Why is the sky blue?", or pipe text in')
+def _before(ctx: click.Context, options: dict[str, Any]) -> Conversation | None:
+    """The conversation that --continue goes on with, whose model is taken where none was named."""
+    if not options["go_on"]:
+        return None
+    if options["raw"]:
+        raise ParameterError("--continue needs the chat template that --raw leaves out: drop one of them")
+    before = load_last()
+    if ctx.get_parameter_source("model") is ParameterSource.DEFAULT:
+        options["model"] = before.model
+    if options["system"]:
+        before.set_system(options["system"])
+    asked = len(before.messages) // 2
+    say(f"(going on with {options['model']}, {asked} question{'s' if asked != 1 else ''} so far)")
+    return before
+
+
+def _keep(model: str, messages: Sequence[Mapping[str, Any]], result: Result) -> None:
+    """For --continue. That it cannot be kept ends no run."""
+    said = [{name: str(m[name]) for name in ("role", "content")} for m in messages]
+    try:
+        save_last(Conversation(model, [*said, {"role": "assistant", "content": result.text}]))
+    except ParameterError as error:
+        say(f"outpace: {error} (--no-history keeps nothing)")
+
+
+def read_prompt(prompt: str | None, files: Sequence[str] = ()) -> str:
+    """Files, PROMPT and stdin together; ParameterError when there is none of them."""
+    if prompt is None and not files and sys.stdin is not None and sys.stdin.isatty():
+        raise ParameterError("no prompt: write one, as in  outpace run Why is the sky blue, or pipe text in")
+    before = [read_file(path, "--file").rstrip("\n") for path in files]
     piped = read_stdin().rstrip("\n")
-    text = "\n\n".join(part for part in (prompt or "", piped) if part.strip())
+    text = "\n\n".join(part for part in (*before, prompt or "", piped) if part.strip())
     if not text:
-        raise ParameterError('the prompt is empty: write one, as in  outpace run "Why is the sky blue?"')
+        raise ParameterError("the prompt is empty: write one, as in  outpace run Why is the sky blue")
     return text
 
 
-def prepare(llm: LLM, text: str, params: SamplingParams, options: dict[str, Any]) -> tuple[Prompt, SamplingParams]:
-    """The prompt as the model wants it, and max_tokens that fits when the user named none."""
+def prepare(
+    llm: LLM, text: str, params: SamplingParams, options: dict[str, Any], before: Conversation | None = None
+) -> tuple[Prompt, SamplingParams]:
+    """The prompt as the model wants it, behind what was said `before`, and max_tokens that fits when the user named
+    none."""
     from dataclasses import replace
 
     ask: Prompt = text
     if not options["raw"]:
         if llm.tokenizer.has_chat_template:
             system = [{"role": "system", "content": options["system"]}] if options["system"] else []
-            ask = [*system, {"role": "user", "content": text}]
-        elif options["system"]:
-            raise ParameterError(f"{llm.name} has no chat template, so --system cannot be used")
+            ask = [*(before.messages if before else system), {"role": "user", "content": text}]
+        elif options["system"] or before:
+            option = "--system" if options["system"] else "--continue"
+            raise ParameterError(f"{llm.name} has no chat template, so {option} cannot be used")
         else:
             say(f"({llm.name} has no chat template: the text is continued as it is)")
     if options["max_tokens"] is None:
-        params = replace(params, max_tokens=min(params.max_tokens, llm.room(ask)))
+        params = replace(params, max_tokens=min(LONGEST, llm.room(ask)))
     return ask, params
 
 
@@ -198,10 +252,11 @@ def compare(llm: LLM, ask: Prompt, params: SamplingParams, result: Result) -> di
     }
 
 
-def figures(llm: LLM, result: Result, compared: dict[str, Any] | None, show_draft: bool) -> None:
+def figures(result: Result, compared: dict[str, Any] | None, show_draft: bool) -> None:
     """One line about the run, and one for each further thing that was asked for or must be said."""
-    extra = f"{compared['speedup']:.2f}x plain" if compared and compared["speedup"] else ""
-    say(summary(result, llm.precision, extra))
+    extra = f"{compared['speedup']:.2f} times as fast as plain decoding" if compared and compared["speedup"] else ""
+    cut = ending(result, f"-n {4 * result.stats.tokens} allows more")
+    say(", ".join(part for part in (closing_line(result, extra), cut) if part))
     for note in result.notes:
         say(f"note: {note}")
     if compared:
@@ -216,22 +271,6 @@ def figures(llm: LLM, result: Result, compared: dict[str, Any] | None, show_draf
         kept = result.stats.accepted_by_source
         each = ", ".join(f"{kept.get(s, 0)} of {n} by {s}" for s, n in result.stats.drafted_by_source.items())
         say(f"drafted tokens accepted: {each}")
-
-
-def speed_lines(result: Result) -> list[str]:
-    """What was promised and what came of it, and each drafter's acceptance by depth."""
-    stats = result.stats
-    lines = []
-    if stats.realised_speedup is not None and stats.predicted_speedup is not None:
-        lines.append(
-            f"speed-up over plain by the measured step times: {stats.predicted_speedup:.2f}x predicted, "
-            f"{stats.realised_speedup:.2f}x realised"
-        )
-    for name, source in stats.sources.items():
-        if source.proposed:
-            by_depth = ", ".join(f"{r / n:.0%}" for n, r in zip(source.tested, source.right, strict=True) if n)
-            lines.append(f"{name}: {source.accepted} of {source.proposed} accepted; by depth {by_depth}")
-    return lines
 
 
 def json_object(llm: LLM, result: Result, compared: dict[str, Any] | None) -> dict[str, Any]:

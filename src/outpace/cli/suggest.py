@@ -21,7 +21,7 @@ MAX_TOKENS = 16
 
 
 @click.command(short_help="Continue a text in several ways at once.")
-@click.argument("prompt", required=False)
+@click.argument("words", nargs=-1, metavar="[PROMPT...]")
 @click.option("-k", "--drafts", type=int, default=3, show_default=True, help="How many suggestions.")
 @click.option("-n", "--max-tokens", type=int, default=MAX_TOKENS, show_default=True, help="Longest suggestion.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be repeated.")
@@ -39,7 +39,7 @@ MAX_TOKENS = 16
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 @weights_options
-def suggest(prompt: str | None, **options: Any) -> None:
+def suggest(words: tuple[str, ...], **options: Any) -> None:
     """Continue PROMPT in several ways, as an editor offers completions. Piped text is appended to it, or is the prompt.
 
     \b
@@ -53,7 +53,7 @@ def suggest(prompt: str | None, **options: Any) -> None:
 
     Suggestions go to stdout, the likeliest first, one line of figures to stderr.
     """
-    text = read_prompt(prompt)
+    text = read_prompt(" ".join(words) if words else None)
     params = SamplingParams(max_tokens=options["max_tokens"], stop=options["stop"])
     like = [read_text(path) for path in options["like"]]
     weight = {} if options["ngram_weight"] is None else {"ngram_weight": options["ngram_weight"]}

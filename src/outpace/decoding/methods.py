@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from ..errors import MethodError, ParameterError
+from ..errors import MethodError, ParameterError, did_you_mean
 from ..registry import Kind, method, methods
 from .contracts import Drafter, DrafterContext, Verifier
 from .drafters.merged import Merged
@@ -38,7 +38,8 @@ def parse_spec(spec: str) -> list[tuple[str, dict[str, Option]]]:
     for name in names:
         if name not in known:
             raise MethodError(
-                f"no decoding method {name!r} in {spec!r}; there are: {', '.join(known)}; join several with '+'"
+                f"no decoding method {name!r} in {spec!r}; {did_you_mean(name, known)}there are: {', '.join(known)}; "
+                "join several with '+'"
             )
     if len(set(names)) < len(names):
         raise MethodError(f"{spec!r} names a method twice; name each once")
@@ -64,7 +65,10 @@ def _options(name: str, kind: Kind, text: str) -> dict[str, Option]:
         key, _, value = (piece.strip() for piece in part.partition("="))
         if key not in allowed:
             listed = ", ".join(f"{k}={v}" for k, v in allowed.items()) or "none"
-            raise ParameterError(f"{kind} {name!r} has no option {key!r}; its options and their defaults: {listed}")
+            near = did_you_mean(key, allowed)
+            raise ParameterError(
+                f"{kind} {name!r} has no option {key!r}; {near}its options and their defaults: {listed}"
+            )
         chosen[key] = _value(name, key, value, allowed[key])
     return chosen
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +17,7 @@ class KnownModel:
     size: int  # bytes
     description: str
     licence: str
+    sampling: Mapping[str, float | int] = field(default_factory=dict)  # what its makers recommend
 
 
 def _parts(package: str, count: int, version: str) -> tuple[str, ...]:
@@ -35,6 +37,7 @@ CATALOG: dict[str, KnownModel] = {
             98_362_432,
             "SmolLM2-135M-Instruct (llama), Q4_1",
             "Apache-2.0",
+            {"temperature": 0.2, "top_p": 0.9},
         ),
         KnownModel(
             "gemma3-270m",
@@ -44,6 +47,7 @@ CATALOG: dict[str, KnownModel] = {
             253_113_024,
             "Gemma-3-270M (gemma3, base model), Q4_K_M",
             "Gemma terms of use",
+            {"temperature": 1.0, "top_p": 0.95, "top_k": 64},
         ),
         KnownModel(
             "qwen2.5-coder-0.5b",
@@ -53,6 +57,7 @@ CATALOG: dict[str, KnownModel] = {
             491_400_064,
             "Qwen2.5-Coder-0.5B-Instruct (qwen2), Q4_K_M",
             "Apache-2.0",
+            {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.1},
         ),
         KnownModel(
             "qwen2.5-coder-1.5b",
@@ -62,6 +67,7 @@ CATALOG: dict[str, KnownModel] = {
             1_117_320_768,
             "Qwen2.5-Coder-1.5B-Instruct (qwen2), Q4_K_M",
             "Apache-2.0",
+            {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.1},
         ),
     )
 }
