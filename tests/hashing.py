@@ -16,6 +16,7 @@ from outpace.cache.storage import PAGE_SIZE, KVStorage
 from outpace.decoding.contracts import Drafter, Observation
 from outpace.decoding.contracts import Sequence as TokenSequence
 from outpace.engine.load import LoadedModel
+from outpace.engine.options import EngineOptions
 from outpace.models.batch import ForwardBatch
 from outpace.models.checkpoint import TokenizerFiles
 from outpace.models.config import ModelConfig
@@ -25,6 +26,11 @@ from outpace.types import Draft
 
 VOCAB = 40
 EOS = 39
+
+
+def engine_options(**given: Any) -> EngineOptions:
+    """For an engine without an LLM: a small cache, and no prefixes unless they are asked for."""
+    return EngineOptions(**{"kv_tokens": 4096, "max_rows": 16, "prefix_cache": False, **given})
 
 
 class HashStorage(KVStorage):

@@ -193,9 +193,9 @@ class Simulator:
         assert plan.draft_rows <= max(of.max_step_rows - len(plan.decoding), 0)
         for id, cap in plan.caps.items():
             assert 0 <= cap < min(of.max_rows, job(id).remaining + 1) and cap <= job(id).remaining - 1
-        if plan.decoding and of.step_s is not None and self.step_seconds is not None:
+        if plan.decoding and of.max_step_s is not None and self.step_seconds is not None:
             all_rows = len(plan.decoding) + plan.draft_rows + rows
-            free = self.step_seconds(all_rows, 0) <= of.step_s
+            free = self.step_seconds(all_rows, 0) <= of.max_step_s
             assert free or (plan.draft_rows <= of.least_chunk and rows <= of.least_chunk)
 
     def run(self, most: int = 100_000) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .engine.llm import LLM
+    from .engine.options import EngineOptions
     from .errors import (
         CapacityError,
         CorruptModel,
@@ -34,6 +35,7 @@ __all__ = [  # noqa: RUF022  plainly sorted, a test keeps it so
     "CorruptModel",
     "DecodingStats",
     "DownloadError",
+    "EngineOptions",
     "GrammarError",
     "LLM",
     "MethodError",
@@ -51,6 +53,7 @@ __all__ = [  # noqa: RUF022  plainly sorted, a test keeps it so
 
 _MODULES = {
     "LLM": ".engine.llm",
+    "EngineOptions": ".engine.options",
     **dict.fromkeys(["DecodingStats", "RequestOptions", "Result", "SamplingParams"], ".types"),
 }
 

@@ -6,12 +6,12 @@ import itertools
 
 import numpy as np
 import pytest
-from hashing import EOS, VOCAB, HashDecoder, Scripted, oracle, plain_tokens
+from hashing import EOS, VOCAB, HashDecoder, Scripted, engine_options, oracle, plain_tokens
 
 from outpace.decoding.drafters.ngram import Ngram
 from outpace.decoding.drafters.plain import Plain
 from outpace.decoding.verify.coupled import CoupledVerifier
-from outpace.engine.engine import Engine, EngineConfig
+from outpace.engine.engine import Engine
 from outpace.errors import CapacityError, ParameterError
 from outpace.types import Draft, Result, SamplingParams
 
@@ -35,7 +35,7 @@ def run(engine: Engine, prompts: list[list[int]], params: list[SamplingParams]) 
 
 
 def engine_of(decoder: HashDecoder, drafter: object = None, **limits: int) -> Engine:
-    return Engine(decoder, drafter or Plain(), CoupledVerifier(), config=EngineConfig(**limits))  # type: ignore[arg-type]
+    return Engine(decoder, drafter or Plain(), CoupledVerifier(), options=engine_options(**limits))  # type: ignore[arg-type]
 
 
 DRAFTERS = {
@@ -237,7 +237,7 @@ def test_bad_prompts_are_refused() -> None:
     with pytest.raises(ParameterError, match="tokenizer"):
         engine.add([1], SamplingParams(stop=("x",)))
     with pytest.raises(ParameterError, match="max_batch=0"):
-        EngineConfig(max_batch=0)
+        engine_options(max_batch=0)
 
 
 def test_exactness_is_not_claimed_beyond_the_decoder() -> None:

@@ -6,7 +6,7 @@ import random
 from dataclasses import replace
 
 import pytest
-from hashing import VOCAB, HashDecoder, Scripted, oracle, plain_tokens
+from hashing import VOCAB, HashDecoder, Scripted, engine_options, oracle, plain_tokens
 
 from outpace.decoding.contracts import Drafter
 from outpace.decoding.drafters.ngram import Ngram
@@ -14,15 +14,15 @@ from outpace.decoding.drafters.plain import Plain
 from outpace.decoding.drafters.recycling import Recycling
 from outpace.decoding.drafters.suffix import Suffix
 from outpace.decoding.verify.coupled import CoupledVerifier
-from outpace.engine.engine import Engine, EngineConfig
+from outpace.engine.engine import Engine
 from outpace.errors import MethodError, QueueFull
 from outpace.types import RequestOptions, Result, SamplingParams
 
 
 def engine_of(decoder: HashDecoder, drafter: Drafter | None = None, **limits: object) -> Engine:
     methods = {"ngram": Ngram(), "suffix": Suffix()}
-    config = EngineConfig(**limits)  # type: ignore[arg-type]
-    return Engine(decoder, drafter or Plain(), CoupledVerifier(), config=config, methods=methods)
+    config = engine_options(**limits)  # type: ignore[arg-type]
+    return Engine(decoder, drafter or Plain(), CoupledVerifier(), options=config, methods=methods)
 
 
 def drain(engine: Engine) -> dict[int, Result]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hashing import HashDecoder, Scripted, oracle, plain_tokens
+from hashing import HashDecoder, Scripted, engine_options, oracle, plain_tokens
 from test_engine import PROMPTS, run
 
 from outpace.decoding.drafters.merged import Merged
@@ -17,7 +17,7 @@ from outpace.decoding.planners.goodput import Goodput
 from outpace.decoding.planners.planner import Planner
 from outpace.decoding.planners.tetris import Tetris
 from outpace.decoding.verify.coupled import CoupledVerifier
-from outpace.engine.engine import Engine, EngineConfig
+from outpace.engine.engine import Engine
 from outpace.types import Result, SamplingParams
 
 FLAT = StepCosts((1, 8, 32), (64, 1024), np.array([[1e-3, 2e-3], [1.1e-3, 2.1e-3], [1.4e-3, 2.4e-3]], dtype=np.float32))
@@ -39,7 +39,7 @@ def planned(decoder: HashDecoder, planner: Planner, **limits: int) -> Engine:
     ]
     drafters[3].observe = lambda *_: None  # type: ignore[method-assign]  # it may rest, and is not told then
     drafters[3].propose = lambda s, b: [drafters[3].script(x.tokens, n) for x, n in zip(s, b, strict=True)]  # type: ignore
-    return Engine(decoder, Merged(drafters), CoupledVerifier(), config=EngineConfig(**limits), planner=planner)
+    return Engine(decoder, Merged(drafters), CoupledVerifier(), options=engine_options(**limits), planner=planner)
 
 
 @pytest.mark.parametrize("name", PLANNERS)
@@ -69,7 +69,7 @@ def test_no_planner_changes_sampled_tokens(name: str) -> None:
 def test_dear_rows_make_it_plain_decoding() -> None:
     decoder = HashDecoder()
     engine = Engine(
-        decoder, Merged([Ngram()]), CoupledVerifier(), planner=Goodput(STEEP), config=EngineConfig(max_batch=1)
+        decoder, Merged([Ngram()]), CoupledVerifier(), planner=Goodput(STEEP), options=engine_options(max_batch=1)
     )
     (result,) = run(engine, [[5, 5, 6] * 20], [SamplingParams(max_tokens=60)])
     # n-grams promise much at first and are found out; from then on every step has one row.

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hashing import HashDecoder, oracle, plain_tokens
+from hashing import HashDecoder, engine_options, oracle, plain_tokens
 from hashing import Scripted as ScriptedDrafter
 from toy import ARCHITECTURES, random_tokens, toy_checkpoint
 
 from outpace.decoding.drafters.plain import Plain
 from outpace.decoding.verify.coupled import CoupledVerifier
-from outpace.engine.engine import Engine, EngineConfig
+from outpace.engine.engine import Engine
 from outpace.errors import ParameterError
 from outpace.models.decoder import Decoder
 from outpace.models.native import NativeDecoder
@@ -22,7 +22,7 @@ PROMPTS = [list(range(30)), [7], [5, 6] * 25, [3, 1, 4, 1, 5, 9, 2, 6] * 6]
 
 
 def engine_of(decoder: Decoder, drafter: object = None, **limits: object) -> Engine:
-    return Engine(decoder, drafter or Plain(), CoupledVerifier(), config=EngineConfig(**limits))  # type: ignore[arg-type]
+    return Engine(decoder, drafter or Plain(), CoupledVerifier(), options=engine_options(**limits))  # type: ignore[arg-type]
 
 
 def finish(engine: Engine, ids: list[int]) -> list[Result]:

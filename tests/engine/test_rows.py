@@ -41,7 +41,7 @@ def reading(id: int, unread: int) -> Job:
 )
 def test_shares_keep_every_limit(outputs: list[tuple[int, int | None]], prompts: list[int], within: int | None) -> None:
     """`within`: rows that fit in the seconds of a step."""
-    limits = SchedulerLimits(1000, 16, 10_000, max_batch=16, step_s=None if within is None else float(within))
+    limits = SchedulerLimits(1000, 16, 10_000, max_batch=16, max_step_s=None if within is None else float(within))
     rows = Rows(limits, lambda rows, context: float(rows))
     writers = [decoding(i, *output) for i, output in enumerate(outputs)]
     readers = [reading(100 + i, n) for i, n in enumerate(prompts)]

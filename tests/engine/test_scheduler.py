@@ -50,9 +50,9 @@ def test_everything_finishes(
             num_pages=num_pages,
             max_batch=max_batch,
             prefill_rows=prefill_rows,
-            step_s=step_s,
+            max_step_s=step_s,
             ageing_s=ageing_s,
-            swap_pages=swap_pages,
+            swap_tokens=4 * swap_pages,
             swap_least=2,
             max_rows=5,
             max_step_rows=12,
@@ -99,12 +99,12 @@ def cost(rows: int, context: float) -> float:
         {"num_pages": 0},
         {"prefill_rows": 0},
         {"max_queue": 0},
-        {"step_s": 0.0},
-        {"step_s": math.nan},
+        {"max_step_s": 0.0},
+        {"max_step_s": math.nan},
         {"draft_share": 1.5},
         {"ageing_s": -1.0},
         {"headroom": -1},
-        {"swap_pages": -1},
+        {"swap_tokens": -1},
         {"least_chunk": 0},
     ],
 )
@@ -115,7 +115,7 @@ def test_limits_out_of_range(wrong: dict[str, Any]) -> None:
 
 def test_limits_that_need_more() -> None:
     with pytest.raises(ParameterError, match="step_seconds"):
-        Simulator(limits(step_s=0.1))
+        Simulator(limits(max_step_s=0.1))
     with pytest.raises(ParameterError, match="predict"):
         Simulator(limits(shortest_first=True))
 
@@ -154,7 +154,7 @@ def test_a_full_queue_says_when_to_come_back() -> None:
 
 
 def test_decodes_are_in_every_step_and_chunks_keep_to_the_time() -> None:
-    simulator = Simulator(limits(step_s=0.0601, prefill_rows=200, least_chunk=8), step_seconds=cost)
+    simulator = Simulator(limits(max_step_s=0.0601, prefill_rows=200, least_chunk=8), step_seconds=cost)
     simulator.add(Job(0, 4, 100, max_draft=0))
     simulator.step()
     simulator.add(Job(1, 200, 4))
@@ -165,7 +165,7 @@ def test_decodes_are_in_every_step_and_chunks_keep_to_the_time() -> None:
 
 
 def test_prompts_are_read_on_however_short_the_time() -> None:
-    simulator = Simulator(limits(step_s=0.001, least_chunk=8), step_seconds=cost)
+    simulator = Simulator(limits(max_step_s=0.001, least_chunk=8), step_seconds=cost)
     simulator.add(Job(0, 4, 100))
     simulator.step()
     simulator.add(Job(1, 20, 4))
@@ -174,7 +174,7 @@ def test_prompts_are_read_on_however_short_the_time() -> None:
 
 
 def test_drafts_get_what_chunks_leave_and_at_least_their_share() -> None:
-    simulator = Simulator(limits(step_s=0.0511, draft_share=0.25, max_rows=33, max_step_rows=33), step_seconds=cost)
+    simulator = Simulator(limits(max_step_s=0.0511, draft_share=0.25, max_rows=33, max_step_rows=33), step_seconds=cost)
     simulator.add(Job(0, 4, 200))
     simulator.step()
     assert simulator.step().draft_rows == 32, "nobody reads: the limit is that of the rows"
@@ -207,7 +207,7 @@ def test_drafts_go_before_anybody_is_preempted() -> None:
 
 def fill(swap_pages: int = 0) -> tuple[Simulator, StepPlan]:
     """Two jobs outgrow the memory: the plan in which one gives way."""
-    simulator = Simulator(limits(num_pages=8, headroom=2, swap_pages=swap_pages, swap_least=2))
+    simulator = Simulator(limits(num_pages=8, headroom=2, swap_tokens=4 * swap_pages, swap_least=2))
     for id in range(2):
         simulator.add(Job(id, 12, 18, max_draft=0))
     while not (plan := simulator.step()).preempt:

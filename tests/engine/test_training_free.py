@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hashing import VOCAB, HashDecoder, plain_tokens
+from hashing import VOCAB, HashDecoder, engine_options, plain_tokens
 
 from outpace.decoding.contracts import DrafterContext
 from outpace.decoding.drafters.plain import Plain
 from outpace.decoding.methods import make_drafter
 from outpace.decoding.verify.coupled import CoupledVerifier
-from outpace.engine.engine import Engine, EngineConfig
+from outpace.engine.engine import Engine
 from outpace.types import Result, SamplingParams
 
 SPECS = [
@@ -47,7 +47,7 @@ class LocalDecoder(HashDecoder):
 
 def run(decoder: HashDecoder, spec: str, params: list[SamplingParams], **limits: int) -> list[Result]:
     drafter = Plain() if spec == "plain" else make_drafter(spec, DrafterContext(vocab_size=VOCAB))
-    engine = Engine(decoder, drafter, CoupledVerifier(), config=EngineConfig(**limits))
+    engine = Engine(decoder, drafter, CoupledVerifier(), options=engine_options(**limits))
     predictions = [[], [3, 4], list(range(9)), [5, 5, 6], []]
     ids = [engine.add(p, q, e) for p, q, e in zip(PROMPTS, params, predictions, strict=True)]
     results: dict[int, Result] = {}

@@ -109,7 +109,9 @@ def test_a_greedy_text_has_a_distribution_of_one_text() -> None:
     """What keeps the distribution keeps the tokens at temperature 0: a fault there is no chance."""
     with registered(OnlyDistribution, "distribution") as name:
         walk = next(c for c in check_verifier(name) if c.kind == "walk")
-        section = audit(toy(verifier=name), PROMPTS, AuditConfig(("recycling",), (4,), (0.0, 0.8), 40))
+        section = audit(
+            toy(verifier=name, method="recycling"), PROMPTS, AuditConfig(("recycling",), (4,), (0.0, 0.8), 40)
+        )
     assert not walk.holds and walk.subject == f"{name}, greedy"
     greedy, sampled = (row for row in section.rows if row.method == "recycling")
     assert greedy.exactness == sampled.exactness == "distribution"

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from drafting import PARAMS, FakeDecoder, V, plain, step
-from hashing import HashDecoder
+from hashing import HashDecoder, engine_options
 
 from outpace.decoding.contracts import DrafterContext, Observation, Sequence
 from outpace.decoding.drafters.draft_model import DraftChain
@@ -24,7 +24,7 @@ from outpace.decoding.drafters.sources import ModelSource, SelfSource, Source
 from outpace.decoding.drafters.specdec import SpecDec
 from outpace.decoding.methods import make_drafter
 from outpace.decoding.verify.coupled import CoupledVerifier
-from outpace.engine.engine import Engine, EngineConfig, new_cache
+from outpace.engine.engine import Engine, new_cache
 from outpace.errors import MethodError, ParameterError
 from outpace.models.batch import PAGE_SIZE, ForwardBatch
 from outpace.models.decoder import Decoder
@@ -231,10 +231,10 @@ def test_the_target_drafts_in_its_own_cache(shape: str, temperature: float) -> N
     reference = [
         run(Engine(HashDecoder(), Plain(), CoupledVerifier()), [p], [q]) for p, q in zip(prompts, params, strict=True)
     ]
-    decoder, config = HashDecoder(), EngineConfig(kv_tokens=480)
+    decoder, config = HashDecoder(), engine_options(kv_tokens=480)
     cache = new_cache(decoder, config)
     source = SelfSource.of(DrafterContext(40, target=decoder, cache=cache), shape)
-    engine = Engine(decoder, SHAPES[shape](source), CoupledVerifier(), config=config, cache=cache)
+    engine = Engine(decoder, SHAPES[shape](source), CoupledVerifier(), options=config, cache=cache)
     results = run(engine, prompts, params)
     assert [r.token_ids for r in results] == [r.token_ids for [r] in reference]
     tau = np.mean([r.stats.mean_accepted for r in results])
@@ -257,7 +257,7 @@ class Forgetful(HashDecoder):
 def test_a_sparse_view_drafts_from_part_of_the_cache() -> None:
     """The first page is left out of what the drafting target sees; the text is as without drafts."""
     prompts, params = [list(range(30)), [5, 6] * 10], [SamplingParams(max_tokens=12)] * 2
-    decoder, config = Forgetful(), EngineConfig(kv_tokens=480)
+    decoder, config = Forgetful(), engine_options(kv_tokens=480)
     plain_results = run(Engine(decoder, Plain(), CoupledVerifier()), prompts, params)
     assert set(decoder.first) == {0}
     cache = new_cache(decoder, config)
@@ -267,7 +267,7 @@ def test_a_sparse_view_drafts_from_part_of_the_cache() -> None:
         return replace(batch, committed=batch.committed - PAGE_SIZE, page_tables=batch.page_tables[:, 1:])
 
     source = SelfSource(decoder, cache, view=without_first_page)
-    engine = Engine(decoder, DraftChain(source), CoupledVerifier(), config=config, cache=cache)
+    engine = Engine(decoder, DraftChain(source), CoupledVerifier(), options=config, cache=cache)
     assert [r.token_ids for r in run(engine, prompts, params)] == [r.token_ids for r in plain_results]
     assert set(decoder.first) == {0, PAGE_SIZE}
 

@@ -13,7 +13,7 @@ import outpace
 
 ROOT = Path(outpace.__file__).parent
 LAYERS = [
-    {"types", "config", "errors", "paths", "registry"},
+    {"types", "config", "errors", "fields", "paths", "registry"},
     {"ops", "parallel"},
     {"models", "cache"},
     {"decoding"},

@@ -229,9 +229,8 @@ def test_rejection_sampling_is_named_as_what_it_is(llm: LLM) -> None:
         (again,) = made.generate("abc", params)
         made.check_integrity()
         with made.with_method("plain") as same, made.with_method("plain", verifier="coupled") as other:
-            assert same.verifier == "rejection" and other.verifier == "coupled"
-            assert same.generate("abc", params)[0].exactness == "distribution"
-            assert other.generate("abc", params)[0].exactness == "identical"
+            assert same.verifier == other.verifier == "coupled"  # plain decoding leaves nothing to verify
+            assert same.generate("abc", params)[0].exactness == "identical"
     assert result.exactness == "distribution" and len(result.token_ids) == 40
     assert result.stats.accepted > 20  # q is the target's own distribution
     assert len(again.token_ids) == 40
@@ -242,5 +241,9 @@ def test_choices_without_effect_are_refused(llm: LLM) -> None:
         LLM(llm.loaded, method="plain", planner="goodput")
     with pytest.raises(MethodError, match="there is no draft model"):
         LLM(llm.loaded, draft_precision="int4")
-    with pytest.raises(MethodError, match="loaded already"):
+    with pytest.raises(ParameterError, match=r"draft_precision='int8' contradicts small.*float32"):
         LLM(llm.loaded, draft_model=toy_loaded("small"), draft_precision="int8")
+    for wrong, why in (({"verifier": "rejection"}, "nothing to verify"), ({"max_rows": 4}, "max_rows=4 has no use")):
+        with pytest.raises(MethodError, match=why):
+            LLM(llm.loaded, method="plain", **wrong)
+        LLM(llm.loaded, method="plain", methods=["ngram"], kv_tokens=64, **wrong).close()  # requests may draft

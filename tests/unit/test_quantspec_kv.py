@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hashing import engine_options
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -23,7 +24,7 @@ from outpace.decoding.contracts import DrafterContext
 from outpace.decoding.drafters.quantspec import QuantSpec
 from outpace.decoding.methods import make_drafter
 from outpace.decoding.verify.coupled import CoupledVerifier
-from outpace.engine.engine import Engine, EngineConfig, new_cache
+from outpace.engine.engine import Engine, new_cache
 from outpace.errors import MethodError, ParameterError
 from outpace.models.batch import ForwardBatch, Span, Tree, pack
 from outpace.models.native import NativeDecoder
@@ -346,7 +347,7 @@ def one_step(bits: int) -> tuple[Rig, ForwardBatch]:
 GREEDY = SamplingParams(max_tokens=40, ignore_eos=True)
 SAMPLED = replace(GREEDY, temperature=0.8, top_p=0.95, seed=5)
 PROMPTS = [random_tokens(n, n).tolist() for n in (5, 130, 73)]
-CONFIG = EngineConfig(kv_tokens=1024, max_batch=2)
+CONFIG = engine_options(kv_tokens=1024, max_batch=2)
 
 
 def run(method: str, params: SamplingParams) -> tuple[list[Result], Any]:
@@ -360,7 +361,7 @@ def run(method: str, params: SamplingParams) -> tuple[list[Result], Any]:
         target_in=lambda precision: decoder(precision=precision, num_hidden_layers=4),
     )
     drafter: Any = make_drafter(method, context)
-    engine = Engine(target, drafter, CoupledVerifier(), config=CONFIG, cache=books)
+    engine = Engine(target, drafter, CoupledVerifier(), options=CONFIG, cache=books)
     ids = [engine.add(prompt, params) for prompt in PROMPTS]
     results: dict[int, Result] = {}
     while len(results) < len(ids):

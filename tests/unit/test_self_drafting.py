@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hashing import engine_options
 from hypothesis import given
 from hypothesis import strategies as st
 from toy import VOCAB, Rig, random_tokens, toy_checkpoint
@@ -28,7 +29,7 @@ from outpace.decoding.drafters.triforce import TriForce
 from outpace.decoding.methods import make_drafter
 from outpace.decoding.verify.coupled import CoupledVerifier
 from outpace.decoding.verify.rejection import RejectionVerifier
-from outpace.engine.engine import Engine, EngineConfig, new_cache
+from outpace.engine.engine import Engine, new_cache
 from outpace.errors import MethodError, ParameterError
 from outpace.models.batch import Span, pack
 from outpace.models.native import NativeDecoder
@@ -41,7 +42,7 @@ GREEDY = SamplingParams(max_tokens=40, ignore_eos=True)
 SAMPLED = replace(GREEDY, temperature=0.8, top_p=0.95, seed=5)
 PENALISED = replace(GREEDY, repetition_penalty=1.3, presence_penalty=0.2)
 PROMPTS = [random_tokens(n, n).tolist() for n in (5, 70, 33)]
-CONFIG = EngineConfig(kv_tokens=1024, max_batch=3)
+CONFIG = engine_options(kv_tokens=1024, max_batch=3)
 
 
 @cache
@@ -66,7 +67,7 @@ def run(
     """All prompts at once; checks the books after every step."""
     context = context_of(target, sampled=verifier is not None and verifier.uses_q, **fields)
     drafter = make_drafter(method, context)
-    engine = Engine(target, drafter, verifier or CoupledVerifier(), config=CONFIG, cache=context.cache)
+    engine = Engine(target, drafter, verifier or CoupledVerifier(), options=CONFIG, cache=context.cache)
     ids = [engine.add(prompt, params) for prompt in PROMPTS]
     results: dict[int, Result] = {}
     while len(results) < len(ids):
@@ -117,7 +118,7 @@ def test_a_view_without_loss_is_always_right(deep: NativeDecoder, method: str, p
     results, drafter, _ = run(deep, method, params)
     assert all(r.stats.acceptance_rate == 1 for r in results)
     longest = drafter.max_tokens  # type: ignore[attr-defined]
-    assert results[0].stats.mean_accepted > 0.6 * (1 + min(longest, CONFIG.max_step_rows // 3 - 1))
+    assert results[0].stats.mean_accepted > 0.6 * (1 + min(longest, CONFIG.step_rows // 3 - 1))
 
 
 @pytest.mark.parametrize("method", METHODS[:4])
@@ -155,11 +156,11 @@ def test_every_method_says_what_it_cannot_do(deep: NativeDecoder) -> None:
 
 def test_no_room_in_the_cache_no_draft(deep: NativeDecoder) -> None:
     """Prompts fill the cache to the last page but what they were admitted with."""
-    config = EngineConfig(kv_tokens=96, max_batch=1)
+    config = engine_options(kv_tokens=96, max_batch=1)
     for method in METHODS[:4]:
         cache = new_cache(deep, config)
         drafter = make_drafter(method, context_of(deep, cache=cache))
-        engine = Engine(deep, drafter, CoupledVerifier(), config=config, cache=cache)
+        engine = Engine(deep, drafter, CoupledVerifier(), options=config, cache=cache)
         engine.add(PROMPTS[1], replace(GREEDY, max_tokens=96 - len(PROMPTS[1])))
         while not engine.idle:
             engine.step()
@@ -281,7 +282,7 @@ def test_swift_judges_sets_on_text_that_the_target_said(deep: NativeDecoder) -> 
     context = context_of(deep)
     drafter = make_drafter("swift:skip=0,window=16", context)
     assert isinstance(drafter, Swift) and context.cache is not None
-    engine = Engine(deep, drafter, CoupledVerifier(), config=CONFIG, cache=context.cache)
+    engine = Engine(deep, drafter, CoupledVerifier(), options=CONFIG, cache=context.cache)
     engine.add(PROMPTS[2], replace(GREEDY, max_tokens=60))
     judged: list[float] = []
     inner = drafter._matchness
@@ -321,7 +322,7 @@ def test_the_third_drafter_s_right_guesses_save_forwards(deep: NativeDecoder) ->
         drafter = make_drafter("triforce:min_reach=0,budget=2048,guesses=3,max_tokens=9", context)
         assert isinstance(drafter, TriForce)
         assert isinstance(drafter.third, LookupGuesser if draft is None else ModelGuesser)
-        engine = Engine(deep, drafter, CoupledVerifier(), config=CONFIG, cache=context.cache)
+        engine = Engine(deep, drafter, CoupledVerifier(), options=CONFIG, cache=context.cache)
         engine.add(PROMPTS[1], GREEDY)
         extend, forwards = drafter.source.extend, 0
 

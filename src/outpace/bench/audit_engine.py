@@ -49,7 +49,7 @@ def check_ragged(
         wanted.append(references[i].token_ids[:share])
     runs = run_all(llm, asks)
     llm.check_integrity()
-    subject = f"{llm.asked_method}, {setting.name}"
+    subject = f"{llm.options.method}, {setting.name}"
     promised = ("identical", "distribution") if setting.base.greedy else ("identical",)
     claimed = [run.result.exactness in promised for run in runs]
     wrong = [run.result.token_ids != tokens for run, tokens in zip(runs, wanted, strict=True)]
@@ -213,8 +213,8 @@ def _speakable(llm: LLM) -> np.ndarray:
 
 def _drafts(llm: LLM, method: str, asks: Sequence[Ask], at_once: bool = False) -> list[Run]:
     """Each request after the one before it, or all `at_once`, in an engine opened anew that plans nothing by time."""
-    planner = "auto" if method == "plain" else "fixed"
-    with llm.with_method(method, planner=planner, max_batch=len(asks) if at_once else 2, max_rows=12) as fresh:
+    drafting = {} if method == "plain" else {"planner": "fixed", "max_rows": 12}
+    with llm.with_method(method, max_batch=len(asks) if at_once else 2, **drafting) as fresh:
         runs = run_all(fresh, asks) if at_once else [run_all(fresh, [ask])[0] for ask in asks]
         fresh.check_integrity()
     return runs

@@ -104,7 +104,7 @@ def check_frequencies(
     # as many more tokens as a draft may hold: a step near the end of the answer would be cut short
     params = replace(setting.base, max_tokens=depth + 4, seed=seed)
     cells = expected_cells(llm, tokens, params, depth, texts)
-    with llm.with_method(method, verifier=verifier) as runner:
+    with llm.with_method(method, **({} if verifier is None else {"verifier": verifier})) as runner:
         results = runner.generate([tokens] * texts, [replace(params, seed=seed + i) for i in range(texts)])
         judged_by = runner.verifier
     counts = Counter(cell_of(result.token_ids[:depth], cells) for result in results)

@@ -26,7 +26,7 @@ from .audit_more import (
     show_checks,
     suites,
 )
-from .common import DEFAULT_MODEL, open_llm, progress_bar, say
+from .common import DEFAULT_MODEL, engine_options, open_llm, progress_bar, say
 
 if TYPE_CHECKING:
     from ..bench.audit import AuditConfig, AuditSection
@@ -88,8 +88,7 @@ SHOWN = 10  # divergences printed for one row; --json has all of them
     help="Beside the comparison of tokens only these.  Repeatable.  [default: all]",
 )
 @click.option("--texts", type=click.IntRange(50), help="Seeds of a check of frequencies.  [default: 600]")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: one per core]")
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
+@engine_options("threads", "device")
 @click.option(
     "--quick",
     is_flag=True,
@@ -180,7 +179,7 @@ def audit_model(options: dict[str, Any]) -> None:
     with ExitStack() as stack:
         judge: LLM | None = None
         for precision in dict.fromkeys(options["precisions"]):
-            opening = {**options, "method": "auto", "precision": precision}
+            opening = {**options, "method": "auto", "methods": (), "precision": precision}
             llm = stack.enter_context(open_llm(opening, max_batch=max(config.batch_sizes)))
             judge = judge or llm  # of quality: it stays open
             if not options["quality_only"]:

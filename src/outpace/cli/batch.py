@@ -16,7 +16,7 @@ import click
 
 from ..errors import ParameterError
 from . import INTERRUPTED
-from .common import model_options, open_llm, say
+from .common import engine_options, model_options, open_llm, say
 
 if TYPE_CHECKING:
     from ..server.batchfile import BatchInput, Journal
@@ -30,11 +30,7 @@ TOLD_EVERY_S = 30.0  # a line of progress where stderr is no terminal
 @click.argument("input", type=click.Path(path_type=Path))
 @click.argument("output", type=click.Path(path_type=Path))
 @model_options
-@click.option(
-    "--max-batch", type=click.IntRange(min=1), default=16, show_default=True, help="Requests that decode at once."
-)
-@click.option("--kv-tokens", type=click.IntRange(min=1), help="Size of the KV cache.  [default: what memory allows]")
-@click.option("--methods", default="", metavar="A,B", help="Further methods that a request may ask for by name.")
+@engine_options("max_batch", "kv_tokens", "methods", max_batch=16)
 @click.option(
     "--order",
     type=click.Choice(["grouped", "as-given"]),
@@ -93,8 +89,7 @@ def _answer(source: BatchInput, journal: Journal, options: dict[str, Any]) -> bo
     from ..server.asks import Limits
     from ..server.batchrun import BatchRun
 
-    methods = tuple(name for name in (part.strip() for part in options["methods"].split(",")) if name)
-    with open_llm(options, methods=methods, max_batch=options["max_batch"], kv_tokens=options["kv_tokens"]) as llm:
+    with open_llm(options) as llm:
         journal.settle(f"{llm.name}, {llm.precision}, {llm.verifier}")
         run = BatchRun(
             llm,

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from ..engine.options import EngineOptions
 from ..errors import ParameterError
+from ..fields import Choice, Each, Flag, Number, Whole
 from ..models.catalog import DEFAULT_MODEL
-from ..types import Precision, Result, SamplingParams
+from ..types import Result, SamplingParams
 
 if TYPE_CHECKING:
     from ..engine.inboxes import Stream
@@ -31,71 +34,76 @@ def _apply(options: list[Callable[[Any], Any]], function: F) -> F:
     return function
 
 
+def engine_options(*names: str, **defaults: Any) -> Callable[[F], F]:
+    """Options made from the fields of EngineOptions: of these names, or all. `defaults`: where a command has others."""
+    known = {field.name: field for field in fields(EngineOptions)}
+    options = [_engine_option(known[name], defaults) for name in names or known]
+    return lambda function: _apply(options, function)
+
+
+def _engine_option(field: Field[Any], defaults: dict[str, Any]) -> Callable[[Any], Any]:
+    rule, about = field.metadata["rule"], field.metadata
+    flag = about.get("flag", "--" + field.name.replace("_", "-"))
+    scale = about.get("scale", 1.0)
+    default = defaults.get(field.name, field.default)
+    kind: Any = str
+    if isinstance(rule, Flag):
+        return click.option(f"{flag}/--no-{flag[2:]}", default=default, show_default=True, help=about["help"])
+    if isinstance(rule, Whole):
+        kind = click.IntRange(rule.low, rule.high)
+    elif isinstance(rule, Number):
+        most = None if rule.high == math.inf else rule.high * scale
+        kind = click.FloatRange(rule.low * scale, most, min_open=rule.above, max_open=rule.below)
+    elif isinstance(rule, Choice):
+        kind = click.Choice(rule.values)
+    elif isinstance(rule, Each):
+        kind = _Methods()
+    help = about["help"] + (f"  [default: {about['unset']}]" if default is None and "unset" in about else "")
+    return click.option(
+        flag,
+        field.name,
+        type=kind,
+        default=default,
+        show_default=default not in (None, ()),
+        metavar=about.get("metavar"),
+        callback=None if scale == 1 else lambda _, __, value: None if value is None else value / scale,
+        help=help,
+    )
+
+
+class _Methods(click.ParamType):
+    """Methods joined by commas, which join the options of one method as well."""
+
+    name = "methods"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        found: list[str] = []
+        for part in filter(None, (part.strip() for part in value.split(","))):
+            if found and ":" in found[-1] and ":" not in part.partition("=")[0] and "=" in part:
+                found[-1] += f",{part}"
+            else:
+                found.append(part)
+        return tuple(found)
+
+
 def weights_options(function: F) -> F:
     """Which model, and with what arithmetic."""
-    options = [
-        click.option(
-            "-m",
-            "--model",
-            default=DEFAULT_MODEL,
-            show_default=True,
-            help="A known name (see `outpace models`), a GGUF file, a folder or a hub id.",
-        ),
-        click.option(
-            "--precision",
-            type=click.Choice(["auto", *get_args(Precision)]),
-            default="auto",
-            show_default=True,
-            help="Arithmetic of the model; auto: int8 on a CPU, bfloat16 on CUDA. int4 loses quality.",
-        ),
-        click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: one per core]"),
-        click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto: cuda if there is one."),
-    ]
-    return _apply(options, function)
+    model = click.option(
+        "-m",
+        "--model",
+        default=DEFAULT_MODEL,
+        show_default=True,
+        help="A known name (see `outpace models`), a GGUF file, a folder or a hub id.",
+    )
+    return model(engine_options("precision", "threads", "device")(function))
 
 
 def model_options(function: F) -> F:
     """Which model, with what arithmetic, and how it decodes."""
-    options = [
-        click.option(
-            "--draft-model",
-            metavar="MODEL",
-            help="A small model of the same vocabulary that drafts (omnidraft: of any).",
-        ),
-        click.option(
-            "--draft-precision",
-            type=click.Choice(["auto", *get_args(Precision)]),
-            default="auto",
-            show_default=True,
-            help="Arithmetic of the draft model; auto: the model's, but beside int8 int4 for drafting.",
-        ),
-        click.option(
-            "--method",
-            default="auto",
-            show_default=True,
-            help="How tokens are drafted, see `outpace methods`; a+b merges two, a:option=value sets an option; plain "
-            "drafts nothing; auto chooses step by step.",
-        ),
-        click.option(
-            "--verifier",
-            default="auto",
-            show_default=True,
-            help="How drafts are accepted; auto: coupled, the same tokens as plain decoding.",
-        ),
-        click.option(
-            "--planner",
-            default="auto",
-            show_default=True,
-            help="How a step's rows are shared between drafts, see `outpace methods`; auto: goodput with method auto, "
-            "else fixed.",
-        ),
-        click.option(
-            "--max-rows",
-            type=click.IntRange(min=1),
-            help="Most rows of a step: the last token and its draft.  [default: 32 planned by goodput, else 16]",
-        ),
-    ]
-    return weights_options(_apply(options, function))
+    decoding = ("draft_model", "draft_precision", "method", "verifier", "planner", "max_rows")
+    return weights_options(engine_options(*decoding)(function))
 
 
 def sampling_options(function: F) -> F:
@@ -168,17 +176,12 @@ def read_file(path: str, option: str) -> str:
 
 
 def open_llm(options: dict[str, Any], **more: Any) -> LLM:
-    """The model of `model_options`, with progress on a terminal."""
+    """The model of `model_options` and `engine_options`, with progress on a terminal. `more` comes before `options`."""
     from ..engine.llm import LLM  # torch, only now
 
-    names = (
-        *("draft_model", "draft_precision", "method", "verifier", "planner", "max_rows"),
-        *("precision", "threads", "device"),
-    )
+    given = {field.name: options[field.name] for field in fields(EngineOptions) if field.name in options} | more
     with loading_progress() as progress:
-        return LLM(
-            options["model"], **{name: options[name] for name in names if name in options}, progress=progress, **more
-        )
+        return LLM(options["model"], options=EngineOptions(**given), progress=progress)
 
 
 @contextmanager

@@ -7,13 +7,12 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..errors import ParameterError
-from ..types import Precision
-from .common import DEFAULT_MODEL, open_llm, progress_bar, say
+from .common import DEFAULT_MODEL, engine_options, open_llm, progress_bar, say
 
 if TYPE_CHECKING:
     from ..bench.compare.findings import Report
@@ -79,10 +78,8 @@ def many(*names: str, help: str, **more: Any) -> Callable[[Any], Any]:
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("outpace-compare"),
               show_default=True, help="Folder for results.jsonl and report.html.")  # fmt: skip
 @click.option("--fresh", is_flag=True, help="Measure everything again instead of going on with what --out holds.")
-@click.option("--precision", type=click.Choice(["auto", *get_args(Precision)]), default="auto", show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: one per core]")
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
+@engine_options("precision", "threads", "device")
 @click.pass_context
 def compare(ctx: click.Context, **options: Any) -> None:
     """Run methods side by side, in turns, and say what each gains over plain decoding.
@@ -162,11 +159,7 @@ def configuration(options: dict[str, Any]) -> CompareConfig:
 def opener(options: dict[str, Any]) -> Callable[[str, int], LLM]:
     def open_model(name: str, batch: int) -> LLM:
         asked = {key: options[key] for key in ("draft_model", "precision", "threads", "device")}
-        return open_llm(
-            {**asked, "model": name, "method": "auto", "verifier": "auto", "planner": "auto", "max_rows": None,
-             "draft_precision": "auto"},
-            max_batch=batch, kv_tokens=SMALL_KV, prefix_cache=False,
-        )  # fmt: skip
+        return open_llm({**asked, "model": name}, max_batch=batch, kv_tokens=SMALL_KV, prefix_cache=False)
 
     return open_model
 

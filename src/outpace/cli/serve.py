@@ -11,12 +11,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import ParameterError
-from .common import model_options, open_llm, say
+from .common import engine_options, model_options, open_llm, say
 
 if TYPE_CHECKING:
     from ..engine.llm import LLM
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+SERVED = (  # of EngineOptions, beside those of every command
+    *("methods", "max_batch", "max_queue", "kv_tokens", "swap_tokens", "max_step_s", "max_step_rows", "prefill_rows"),
+    "prefix_cache",
+)
 NEEDED = ("fastapi", "uvicorn", "pydantic", "prometheus_client")  # the extra `serve`
 
 
@@ -32,27 +36,7 @@ NEEDED = ("fastapi", "uvicorn", "pydantic", "prometheus_client")  # the extra `s
     "else any]",
 )
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any that is free.")
-@click.option("--methods", default="", metavar="A,B", help="Further methods that a request may ask for by name.")
-@click.option(
-    "--max-batch", type=click.IntRange(min=1), default=16, show_default=True, help="Requests that decode at once."
-)
-@click.option(
-    "--max-queue", type=click.IntRange(min=1), default=256, show_default=True, help="Requests that wait; more get 429."
-)
-@click.option("--kv-tokens", type=click.IntRange(min=1), help="Size of the KV cache.  [default: what memory allows]")
-@click.option(
-    "--swap-tokens",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    help="Tokens of requests that made room, kept outside the cache; what exceeds it is read again.",
-)
-@click.option(
-    "--max-step-ms",
-    type=click.FloatRange(min=1),
-    help="Read prompts in pieces, so that nobody waits longer for a token.  [default: no limit]",
-)
-@click.option("--no-prefix-cache", is_flag=True, help="Read every prompt anew.")
+@engine_options(*SERVED, max_batch=16, max_queue=256)
 @click.option(
     "--api-key-file",
     type=click.Path(path_type=Path),
@@ -91,18 +75,7 @@ def serve(**options: Any) -> None:
     listener = bind(options["host"], options["port"])
     with listener:
         say(f"outpace: loading {options['model']} …")
-        methods = tuple(name for name in (part.strip() for part in options["methods"].split(",")) if name)
-        llm = open_llm(
-            options,
-            methods=methods,
-            max_batch=options["max_batch"],
-            max_queue=options["max_queue"],
-            kv_tokens=options["kv_tokens"],
-            prefix_cache=not options["no_prefix_cache"],
-            swap_tokens=options["swap_tokens"],
-            max_step_s=None if options["max_step_ms"] is None else options["max_step_ms"] / 1000,
-        )
-        _serve(llm, keys, listener, options)
+        _serve(open_llm(options), keys, listener, options)
 
 
 def _serve(llm: LLM, keys: Any, listener: Any, options: dict[str, Any]) -> None:

@@ -47,7 +47,7 @@ def tune(**options: Any) -> None:
     for method in options["methods"]:  # before anything is loaded
         check_needs(method, needs_draft_model(method) and options["draft_model"] is not None)
     prompts = select(own_prompts(), total=options["count"])
-    with open_llm({**options, "method": "auto", "planner": "fixed"}, max_batch=1) as llm:
+    with open_llm({**options, "method": "auto", "methods": (), "planner": "fixed"}, max_batch=1) as llm:
         known = tuning_path(llm).exists() and not options["again"]
         with progress_bar() as progress:
             found = measure(

@@ -2,38 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from ..cache.storage import PAGE_SIZE
 from ..decoding.contracts import Drafter, DrafterContext, Verifier
 from ..decoding.grammar import grammars_of
 from ..decoding.methods import make_drafter, make_planner
 from ..decoding.planners.costs import StepCosts
-from .engine import Engine, EngineConfig, new_cache
+from .engine import Engine, new_cache
 from .load import LoadedModel
+from .options import EngineOptions
 
 
 def assemble(
     loaded: LoadedModel,
     draft: LoadedModel | None,
-    config: EngineConfig,
-    *,
-    method: str,
-    others: Sequence[str],
+    options: EngineOptions,
     verifier: Verifier,
-    planner: str,
     costs: Callable[[], StepCosts],
 ) -> tuple[Engine, Drafter]:
-    """The engine, and the drafter of its default method. `others`: methods that single requests may name. `costs` is
-    asked where step times are needed, as measuring them takes a while.
+    """The engine, and the drafter of its default method. `options` name a method and a planner, where the user left
+    them to the engine. `costs` is asked where step times are needed, as measuring them takes a while.
     """
     decoder, tokenizer = loaded.decoder, loaded.tokenizer
-    cache = new_cache(decoder, config)
+    cache = new_cache(decoder, options)
     context = DrafterContext(
         vocab_size=decoder.config.vocab_size,
         draft=draft.decoder if draft is not None else None,
         # everything that the target's cache holds, and a draft for each sequence
-        draft_pages=(config.kv_tokens + config.max_batch * (config.max_rows + PAGE_SIZE)) // PAGE_SIZE + 1,
+        draft_pages=cache.storage.num_pages + options.max_batch * (options.rows + PAGE_SIZE) // PAGE_SIZE + 1,
         sampled=verifier.uses_q,
         owner_of=lambda sequence: sequence.owner,
         target=decoder,
@@ -42,8 +39,8 @@ def assemble(
         tokenizer=tokenizer,
         draft_tokenizer=draft.tokenizer if draft is not None else None,
     )
-    planned = planner != "fixed"
-    drafter = make_drafter(method, context, planned)
+    planned = options.planner != "fixed"
+    drafter = make_drafter(options.method, context, planned)
     engine = Engine(
         decoder,
         drafter,
@@ -51,11 +48,11 @@ def assemble(
         detokenizer=tokenizer.detokenizer,
         eos_ids=tokenizer.eos_ids,
         grammars=grammars_of(tokenizer, decoder.config.vocab_size),
-        method=method,
-        config=config,
+        method=options.method,
+        options=options,
         cache=cache,
-        planner=make_planner(planner, costs),
-        methods={name: make_drafter(name, context, planned) for name in others if name != method},
-        step_seconds=None if config.step_s is None else costs().step,
+        planner=make_planner(options.planner, costs),
+        methods={name: make_drafter(name, context, planned) for name in options.methods if name != options.method},
+        step_seconds=None if options.max_step_s is None else costs().step,
     )
     return engine, drafter

@@ -6,7 +6,6 @@ step = start and preempt -> plan rows -> propose, reserve, pack, forward, verify
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from time import perf_counter
 
 from ..cache.pages import PAGE_SIZE, PagedKVCache
@@ -22,7 +21,9 @@ from ..errors import CapacityError, MethodError, ParameterError
 from ..models.decoder import Decoder
 from ..types import DecodingStats, Exactness, RequestOptions, Result, SamplingParams
 from .jobs import Job, Preempt, SchedulerLimits, Start
+from .load import size_of_cache
 from .memory import KVMemory
+from .options import EngineOptions
 from .reading import PromptReader
 from .request import DraftTrace, Request, StepEvent, truncate
 from .rows import StepSeconds
@@ -31,51 +32,12 @@ from .scheduler import Scheduler
 from .text import Detokenizer, TextStream
 
 RANKS: tuple[Exactness, ...] = ("identical", "distribution", "approximate")  # the best first
-MOST_ROWS = 4096  # of a step: beyond it nothing gains, and buffers grow with it
 
 
-@dataclass(frozen=True, slots=True)
-class EngineConfig:
-    """Limits of one engine. Rows are what a target step computes; a sequence's own row is one of them.
-
-    Raises ParameterError for a value out of range.
-    """
-
-    max_batch: int = 8  # sequences that decode at once
-    max_rows: int = 16  # rows of one sequence in a step: its last token and its draft
-    max_step_rows: int = 32  # rows of all decoding sequences in a step; a sequence always has one
-    prefill_rows: int = 512  # prompt rows of a step
-    kv_tokens: int = 4096  # tokens that the KV cache holds, all sequences together
-    max_queue: int | None = None  # requests that wait; one more is refused. None: no limit
-    step_s: float | None = None  # seconds that a step may take while somebody decodes, by the measured step times
-    prefix_cache: bool = False  # keep the keys and values of finished requests for others of their owner
-    swap_tokens: int = 0  # of preempted requests, kept outside the cache; what exceeds it is read again
-
-    def __post_init__(self) -> None:
-        for name in ("max_batch", "max_rows", "max_step_rows", "prefill_rows", "kv_tokens"):
-            value, most = getattr(self, name), MOST_ROWS if name.endswith("_rows") else None
-            if value < 1 or (most is not None and value > most):
-                allowed = "at least 1" if most is None else f"from 1 to {most}"
-                raise ParameterError(f"{name}={value!r} is out of range: it must be {allowed}")
-
-    def limits(self, num_pages: int, max_position: int) -> SchedulerLimits:
-        """As the scheduler wants them."""
-        return SchedulerLimits(
-            num_pages,
-            PAGE_SIZE,
-            max_position,
-            max_batch=self.max_batch,
-            max_rows=self.max_rows,
-            max_step_rows=self.max_step_rows,
-            prefill_rows=self.prefill_rows,
-            max_queue=self.max_queue,
-            step_s=self.step_s,
-            swap_pages=self.swap_tokens // PAGE_SIZE,
-        )
-
-
-def new_cache(decoder: Decoder, config: EngineConfig) -> PagedKVCache:
-    return PagedKVCache(decoder.new_storage(-(-config.kv_tokens // PAGE_SIZE)))
+def new_cache(decoder: Decoder, options: EngineOptions) -> PagedKVCache:
+    """As many whole pages as `kv_tokens` take, or as many as memory allows."""
+    tokens = size_of_cache(decoder, options.kv_tokens, options.max_batch)
+    return PagedKVCache(decoder.new_storage(-(-tokens // PAGE_SIZE)))
 
 
 class Engine:
@@ -84,7 +46,7 @@ class Engine:
     `detokenizer` makes what turns one output into text; without it results have no text and stop strings are
     refused. `eos_ids` end an output beside those that the model's config names. `cache`: the one that the drafter was
     built with, if it drafts in the target's own cache. `methods`: further drafters, by the names under which requests
-    may ask for them. `step_seconds(rows, context)`: the measured time of a step, for `config.step_s`.
+    may ask for them. `step_seconds(rows, context)`: the measured time of a step, for `max_step_s`.
 
     What goes wrong with one request alone ends that request, with an event that says so. An exception from `step` is
     of the whole step: cancel the requests in `in_step`; what they had reserved is given back, others go on.
@@ -99,26 +61,26 @@ class Engine:
         detokenizer: Callable[[], Detokenizer] | None = None,
         eos_ids: Iterable[int] = (),
         method: str | None = None,
-        config: EngineConfig | None = None,
+        options: EngineOptions | None = None,
         cache: PagedKVCache | None = None,
         planner: Planner | None = None,
         grammars: Grammars | None = None,
         methods: Mapping[str, Drafter] | None = None,
         step_seconds: StepSeconds | None = None,
     ) -> None:
-        self.config = config = config if config is not None else EngineConfig()
+        self.options = options = options if options is not None else EngineOptions()
         self.decoder, self.verifier = decoder, verifier
         self.method = method if method is not None else drafter.name
-        self.cache = new_cache(decoder, config) if cache is None else cache
+        self.cache = new_cache(decoder, options) if cache is None else cache
         self.planner = planner if planner is not None else Fixed()
         self.methods = {"plain": Plain(), **(methods or {})}
         self._runner = Runner(decoder, self.cache, Routed(drafter, self.methods), verifier, self.planner)
         self._detokenizer, self._grammars = detokenizer, grammars
         self._eos_ids = frozenset(decoder.config.eos_ids) | frozenset(eos_ids)
         self._requests: dict[int, Request] = {}
-        self.prefixes = PrefixTree(self.cache) if config.prefix_cache else None
+        self.prefixes = PrefixTree(self.cache) if options.prefix_cache else None
         self.scheduler = Scheduler(
-            config.limits(self.cache.storage.num_pages, decoder.config.max_position),
+            SchedulerLimits.of(options, self.cache.storage.num_pages, PAGE_SIZE, decoder.config.max_position),
             KVMemory(self.cache, self.prefixes, self._requests),
             perf_counter,
             step_seconds,
@@ -199,7 +161,7 @@ class Engine:
             offered = ", ".join(dict.fromkeys([self.method, *self.methods]))
             raise MethodError(f"method {method!r} is not offered here; there are: {offered}")
         if options.exactness is not None:
-            declared, notes = self.exactness(params, method, alone=self.config.max_batch == 1)
+            declared, notes = self.exactness(params, method, alone=self.options.max_batch == 1)
             if RANKS.index(declared) > RANKS.index(options.exactness):
                 why = f": {notes[0]}" if notes else f" (verifier {self.verifier.name})"
                 raise MethodError(

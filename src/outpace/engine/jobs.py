@@ -6,11 +6,12 @@ places in the cache `read` while the prompt is read, then prompt_tokens + genera
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
-from ..errors import CapacityError, ParameterError
+from ..errors import CapacityError
+from ..fields import Flag, Number, Whole, check, same, value
+from .options import FIXED_ROWS, EngineOptions
 
 Preemption = Literal["swap", "recompute"]
 
@@ -26,52 +27,57 @@ class SchedulerLimits:
     max_step_rows rows of all decoding sequences in a step; a sequence always has one
     prefill_rows  prompt rows of a step
     max_queue     jobs that wait; one more is refused with QueueFull. None: no limit
-    step_s        seconds that a step may take while somebody decodes. None: the rows alone count
-    least_chunk   prompt rows that a step has in any case, so that reading goes on whatever `step_s` is
+    max_step_s    seconds that a step may take while somebody decodes. None: the rows alone count
+    least_chunk   prompt rows that a step has in any case, so that reading goes on whatever `max_step_s` is
     draft_share   of the rows beside the decoding sequences' own, what drafts get while prompts are read
     ageing_s      seconds without a start that raise the priority of an owner's waiting jobs by one, up to the best
                   that anybody has. None: never
     headroom      tokens that every running job must have pages for beside the one that starts
-    swap_pages    most pages on the host at once. 0: what is preempted is read again
+    swap_tokens   most tokens on the host at once, in whole pages. 0: what is preempted is read again
     swap_least    pages below which a preempted job is read again all the same
     logit_rows    prompt rows of a step that give logits, of all jobs that want those of their whole prompts
     shortest_first among an owner's jobs of one priority those of the shortest predicted output start first
     """
 
-    num_pages: int
-    page_size: int
-    max_position: int
-    max_batch: int = 8
-    max_rows: int = 16
-    max_step_rows: int = 32
-    prefill_rows: int = 512
-    max_queue: int | None = None
-    step_s: float | None = None
-    least_chunk: int = 16
-    draft_share: float = 0.25
-    ageing_s: float | None = 10.0
-    headroom: int = 32
-    swap_pages: int = 0
-    swap_least: int = 8
-    logit_rows: int = 128
-    shortest_first: bool = False
+    num_pages: int = value(MISSING, Whole(1))
+    page_size: int = value(MISSING, Whole(1))
+    max_position: int = value(MISSING, Whole(1))
+    max_batch: int = same(EngineOptions, "max_batch")
+    max_rows: int = same(EngineOptions, "max_rows", FIXED_ROWS)
+    max_step_rows: int = same(EngineOptions, "max_step_rows", 32)
+    prefill_rows: int = same(EngineOptions, "prefill_rows")
+    max_queue: int | None = same(EngineOptions, "max_queue")
+    max_step_s: float | None = same(EngineOptions, "max_step_s")
+    least_chunk: int = value(16, Whole(1))
+    draft_share: float = value(0.25, Number(0, 1))
+    ageing_s: float | None = value(10.0, Number(0, above=True), none=True)
+    headroom: int = value(32, Whole(0))
+    swap_tokens: int = same(EngineOptions, "swap_tokens")
+    swap_least: int = value(8, Whole(0))
+    logit_rows: int = value(128, Whole(1))
+    shortest_first: bool = value(False, Flag())
 
     def __post_init__(self) -> None:
-        for name in ("num_pages", "page_size", "max_position", "max_batch", "max_rows", "max_step_rows", "logit_rows"):
-            self._check(name, getattr(self, name) >= 1, "at least 1")
-        self._check("prefill_rows", self.prefill_rows >= 1, "at least 1")
-        self._check("least_chunk", self.least_chunk >= 1, "at least 1")
-        self._check("max_queue", self.max_queue is None or self.max_queue >= 1, "at least 1, or None (no limit)")
-        self._check("draft_share", 0 <= self.draft_share <= 1, "from 0 to 1")
-        for name in ("step_s", "ageing_s"):
-            value = getattr(self, name)
-            self._check(name, value is None or 0 < value < math.inf, "above 0, or None")
-        for name in ("headroom", "swap_pages", "swap_least"):
-            self._check(name, getattr(self, name) >= 0, "0 or more")
+        check(self)
 
-    def _check(self, name: str, holds: bool, allowed: str) -> None:
-        if not holds:
-            raise ParameterError(f"{name}={getattr(self, name)!r} is out of range: it must be {allowed}")
+    @staticmethod
+    def of(options: EngineOptions, num_pages: int, page_size: int, max_position: int) -> SchedulerLimits:
+        return SchedulerLimits(
+            num_pages,
+            page_size,
+            max_position,
+            max_batch=options.max_batch,
+            max_rows=options.rows,
+            max_step_rows=options.step_rows,
+            prefill_rows=options.prefill_rows,
+            max_queue=options.max_queue,
+            max_step_s=options.max_step_s,
+            swap_tokens=options.swap_tokens,
+        )
+
+    @property
+    def swap_pages(self) -> int:
+        return self.swap_tokens // self.page_size
 
     def pages(self, tokens: int) -> int:
         """Pages that so many places take."""

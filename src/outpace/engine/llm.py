@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
-from ..decoding.contracts import Verifier
-from ..decoding.methods import make_verifier, split_spec
+from ..decoding.methods import split_spec
 from ..decoding.modes.superposed import Suggestions, suggest
 from ..decoding.planners.costs import StepCosts
 from ..errors import MethodError, ParameterError
+from ..fields import checked, shown
+from ..models.catalog import DEFAULT_MODEL
 from ..models.config import ModelConfig
 from ..models.decoder import Decoder
 from ..models.tokenizer import Tokenizer
@@ -19,20 +21,20 @@ from ..registry import Method, method
 from ..types import Precision, RequestOptions, Result, SamplingParams
 from .assemble import assemble
 from .bar import Bar
-from .engine import Engine, EngineConfig
+from .engine import Engine
 from .inboxes import Inboxes, Stream
-from .load import LoadedModel, Progress, load_draft_model, load_model, size_of_cache
+from .load import LoadedModel, Progress, check_loaded, load_draft_model, load_model
 from .measure import step_costs
 from .metrics import metrics
 from .needs import (
+    DEFAULT_VERIFIER,
     LOSSLESS_METHOD,
     LOSSLESS_METHOD_WITH_DRAFT_MODEL,
-    check_draft_precision,
-    check_needs,
-    check_planner,
+    check_options,
     check_vocabulary,
-    needs_draft_model,
+    for_method,
 )
+from .options import EngineOptions, Model
 from .prompts import Prompt, as_prompts, token_ids
 from .request import StepEvent
 
@@ -40,109 +42,73 @@ from .request import StepEvent
 class LLM:
     """Loads a model and answers prompts with it.
 
-    model         a known name, a GGUF file, a folder, a hub id, or the `loaded` of another LLM
-    draft_model   the same for a small model of the same vocabulary; only for methods that need one
-    method        how tokens are drafted, `a+b` merges two and `a:option=value` sets what a method lets you set. "auto"
-                  chooses step by step between lookup, token recycling, `draft_model` if there is one, and plain
-                  decoding, by measured costs; where the arithmetic cannot promise the same tokens (bfloat16 on CUDA)
-                  it is plain decoding: name a method there to have it all the same
-    verifier      "auto" is "coupled": the same tokens as plain decoding, sampled ones too
-    planner       how rows are shared between drafts: "fixed", "tetris" or "goodput"; "auto" is goodput with method
-                  "auto" (step times are measured at first use, and kept), else fixed
-    precision     "float32", "bfloat16", "int8" or "int4" (the last two on a CPU only); "auto" is int8 on a CPU and
-                  bfloat16 on CUDA
-    draft_precision  of the draft model; "auto" is the target's, but beside int8 it is int4, and int8 for prompts
-    max_batch     sequences that decode at once; further prompts wait
-    max_rows      most rows of one sequence in a step (its last token and the draft); by default 32 with the goodput
-                  planner and 16 with the others
-    kv_tokens     size of the KV cache; by default `max_batch` contexts as far as memory goes
-    prefix_cache  keep keys and values of what was read and written, for requests that begin alike
-    methods       further methods that single requests may ask for; "plain" always may be
-    max_queue     requests that may wait; one more is refused with QueueFull. None: no limit
-    max_step_s    seconds that a step may take while somebody decodes: prompts are read in smaller pieces
-    swap_tokens   of requests that must make room, kept outside the cache; beyond that they are read again
+    `model` is a known name, a GGUF file, a folder, a hub id, or the `loaded` of another LLM. How it is opened, how it
+    decodes and what it may use are `EngineOptions`, given whole, one by one, or both (single ones then replace those
+    of the record):
 
-    Raises MethodError if a method's needs are not met, ParameterError for values out of range, ModelError if a model
-    cannot be had.
+        LLM("smollm2-135m", method="suffix", max_batch=16)
+        LLM("smollm2-135m", options=EngineOptions(max_batch=16))
+
+    Method "auto" chooses step by step between lookup, token recycling, `draft_model` if there is one, and plain
+    decoding, by measured costs; where the arithmetic cannot promise the same tokens (bfloat16 on CUDA) it is plain
+    decoding: name a method there to have it all the same. `progress(what, done, total)` is called while something takes
+    long.
+
+    Raises ParameterError for an option that is out of range or contradicts a loaded model, MethodError if a method's
+    needs are not met or options do not go together, ModelError if a model cannot be had.
     """
 
     def __init__(
         self,
-        model: str | LoadedModel = "smollm2-135m",
+        model: str | os.PathLike[str] | LoadedModel = DEFAULT_MODEL,
         *,
-        draft_model: str | LoadedModel | None = None,
-        method: str = "auto",
-        verifier: str = "auto",
-        planner: str = "auto",
-        precision: str = "auto",
-        draft_precision: str = "auto",
-        threads: int | None = None,
-        device: str = "auto",
-        max_batch: int = 8,
-        max_rows: int | None = None,
-        kv_tokens: int | None = None,
-        prefix_cache: bool = True,
-        methods: Sequence[str] = (),
-        max_queue: int | None = None,
-        max_step_s: float | None = None,
-        swap_tokens: int = 0,
+        options: EngineOptions | None = None,
         progress: Progress | None = None,
+        **given: Any,
     ) -> None:
-        wanted = {"max_batch": max_batch, "max_rows": max_rows, "kv_tokens": kv_tokens}
-        given: dict[str, Any] = {name: n for name, n in wanted.items() if n is not None}
-        serving: dict[str, Any] = {
-            "prefix_cache": prefix_cache, "max_queue": max_queue, "step_s": max_step_s, "swap_tokens": swap_tokens
-        }  # fmt: skip
-        EngineConfig(**given, **serving)  # refuse before loading
-        for other in methods:
-            check_needs(other, needs_draft_model(other) and draft_model is not None)
-        if method != "auto":
-            check_needs(method, draft_model is not None)
-        check_planner(planner, method)
-        check_draft_precision(draft_precision, draft_model)
-        self.verifier = "coupled" if verifier == "auto" else verifier
-        judge = make_verifier(self.verifier)
-        how: dict[str, Any] = {"precision": precision, "threads": threads, "device": device, "progress": progress}
-        self.loaded = model if isinstance(model, LoadedModel) else load_model(model, **how)
-        if isinstance(draft_model, str):
-            draft_model = load_draft_model(draft_model, self.loaded, draft_precision, threads, progress)
-        self.draft_loaded = draft_model
-        if self.draft_loaded is not None:
-            check_vocabulary(self.loaded, self.draft_loaded, method)
-        if planner == "auto":
-            planner = "goodput" if method == "auto" else "fixed"
-        self.asked_method = method
-        if method == "auto":
-            method = self._best_lossless()
-        self.method, self.planner = method, "fixed" if method == "plain" else planner
-        self._told, self._max_rows = progress, max_rows
-        rows = max_rows if max_rows is not None else 32 if self.planner == "goodput" else 16
-        self._methods, self._serving = tuple(methods), serving
-        self._open(judge, {"max_batch": max_batch, "max_rows": rows, "max_step_rows": max(32, rows)}, kv_tokens)
+        if not isinstance(options, EngineOptions | None):
+            raise ParameterError(f"options={shown(options)} is of the wrong type: it must be EngineOptions")
+        opened: str | LoadedModel = checked("model", model, Model())
+        self.options = options = (options or EngineOptions()).changed(**given)
+        judge = check_options(options)  # refuse before loading
+        self._progress = progress
+        if isinstance(opened, LoadedModel):
+            check_loaded(opened, options.precision, options.threads, options.device)
+            self.loaded = opened
+        else:
+            self.loaded = load_model(
+                opened,
+                precision=options.precision,
+                device=options.device,
+                threads=options.threads,
+                progress=progress,
+            )
+        self.draft_loaded = self._open_draft()
+        self.method = self._best_lossless() if options.method == "auto" else options.method
+        self.planner = "fixed" if self.method == "plain" else options.chosen_planner
+        self.verifier = DEFAULT_VERIFIER if options.verifier == "auto" else options.verifier
+        chosen = options.changed(method=self.method, planner=self.planner)
+        engine, self._drafter = assemble(self.loaded, self.draft_loaded, chosen, judge, self._costs)
+        self._inboxes = Inboxes(engine)
+
+    def _open_draft(self) -> LoadedModel | None:
+        options, draft = self.options, self.options.draft_model
+        if isinstance(draft, str):
+            draft = load_draft_model(draft, self.loaded, options.draft_precision, options.threads, self._progress)
+        elif draft is not None:
+            check_loaded(draft, options.draft_precision, None, "auto", what="draft_precision")
+        if draft is not None:
+            check_vocabulary(self.loaded, draft, (options.method, *options.methods))
+        return draft
 
     def _best_lossless(self) -> str:
         if self.draft_loaded is not None:
             return LOSSLESS_METHOD_WITH_DRAFT_MODEL
         return LOSSLESS_METHOD if self.loaded.decoder.row_invariant else "plain"
 
-    def _open(self, judge: Verifier, limits: dict[str, int], wanted: int | None) -> None:
-        kv_tokens = size_of_cache(self.decoder, wanted, limits["max_batch"])
-        engine, self._drafter = assemble(
-            self.loaded,
-            self.draft_loaded,
-            EngineConfig(**{**limits, **self._serving, "kv_tokens": kv_tokens}),
-            method=self.method,
-            others=self._methods,
-            verifier=judge,
-            planner=self.planner,
-            costs=self._costs,
-        )
-        self._inboxes = Inboxes(engine)
-        self._limits, self._wanted = limits, wanted
-
     def _costs(self) -> StepCosts:
-        told = self._told
-        note = None if told is None else lambda done, total: told("timing steps", done, total)
+        progress = self._progress
+        note = None if progress is None else lambda done, total: progress("timing steps", done, total)
         return step_costs(self.loaded.decoder, self.loaded.name, note)
 
     @property
@@ -182,30 +148,12 @@ class LLM:
         """The registry's entry of each drafter in `method`."""
         return tuple(method(name, "drafter") for name in split_spec(self.method))
 
-    def with_method(
-        self,
-        method: str,
-        *,
-        verifier: str | None = None,
-        planner: str = "auto",
-        max_batch: int | None = None,
-        max_rows: int | None = None,
-        kv_tokens: int | None = None,
-    ) -> LLM:
-        """Another method on the same weights, with a KV cache of its own. The draft model comes along if needed;
-        what is not given is as here."""
-        drafts = method == "auto" or needs_draft_model(method)
-        return LLM(
-            self.loaded,
-            draft_model=self.draft_loaded if drafts else None,
-            method=method,
-            verifier=verifier if verifier is not None else self.verifier,
-            planner=planner,
-            max_batch=max_batch if max_batch is not None else self._limits["max_batch"],
-            max_rows=max_rows if max_rows is not None else self._max_rows,
-            kv_tokens=kv_tokens if kv_tokens is not None else self._wanted,
-            prefix_cache=self._serving["prefix_cache"],
-        )
+    def with_method(self, method: str, **changes: Any) -> LLM:
+        """Another method on the same weights, with a KV cache of its own. Every other option is as here, unless it is
+        named in `changes`, or `method` has no use for it: a draft model, and what plain decoding leaves no choice of
+        (verifier, planner, most rows)."""
+        options = for_method(self.options, method, self.draft_loaded, changes)
+        return LLM(self.loaded, options=options, progress=self._progress)
 
     # -- answers -----------------------------------------------------------------------------------------------
 
@@ -299,8 +247,8 @@ class LLM:
         Raises what `generate` does, and QueueFull when too many wait, MethodError for a method that this LLM was not
         opened with (`methods`) or an exactness that cannot be had.
         """
-        if options is not None and options.method in ("auto", self.asked_method):
-            if self.asked_method != "auto" and options.method == "auto":
+        if options is not None and options.method in ("auto", self.options.method):
+            if self.options.method != "auto" and options.method == "auto":
                 raise MethodError(f"method 'auto' is not offered here, the default is {self.method!r}: name no method")
             options = replace(options, method=None)
         expected = self.tokenizer.encode(prediction) if prediction else []
@@ -334,7 +282,7 @@ class LLM:
     @property
     def methods(self) -> list[str]:
         """What a request may name: the default first."""
-        return list(dict.fromkeys([self.asked_method, self.method, *self._engine.methods]))
+        return list(dict.fromkeys([self.options.method, self.method, *self._engine.methods]))
 
     def metrics(self) -> dict[str, float]:
         """Plain numbers of this moment, and counts since the start."""

@@ -99,8 +99,8 @@ def load_model(
 
     where = choose_device(device)
     arithmetic = choose_precision(precision, where)
-    if threads is not None and threads < 1:
-        raise ParameterError(f"threads={threads!r} is out of range: it must be at least 1")
+    if threads is not None and where.type != "cpu":
+        raise ParameterError(f"threads={threads} has no use on {where.type}, only on a CPU: leave it out")
     opened = open_model(name, progress)
     decoder: Decoder
     if where.type == "cuda":
@@ -112,6 +112,30 @@ def load_model(
         return NativeDecoder.load(opened, precision, threads, progress=_packing(progress))
 
     return LoadedModel(opened.name, native(arithmetic), opened.tokenizer, native)
+
+
+def check_loaded(
+    loaded: LoadedModel, precision: str, threads: int | None, device: str, what: str = "precision"
+) -> None:
+    """Raises ParameterError for what a model that is loaded already is not. `what`: how the precision is called."""
+    decoder = loaded.decoder
+    kind = decoder.device.type
+    if precision not in ("auto", decoder.precision):
+        given, found = f"{what}={precision!r}", f"in {decoder.precision}"
+    elif threads is not None and threads != getattr(decoder, "threads", None):
+        of = getattr(decoder, "threads", None)
+        given, found = f"threads={threads}", f"on {kind}" if of is None else f"with threads={of}"
+    elif device != "auto" and not _same(choose_device(device), decoder.device):
+        given, found = f"device={device!r}", f"on {decoder.device}"
+    else:
+        return
+    raise ParameterError(
+        f"{given} contradicts {loaded.name}, which is loaded {found}: leave it out, or give the model by its name"
+    )
+
+
+def _same(one: torch.device, other: torch.device) -> bool:
+    return (one.type, one.index or 0) == (other.type, other.index or 0)
 
 
 def load_draft_model(
@@ -141,12 +165,29 @@ def _packing(progress: Progress | None) -> Callable[[int, int], None] | None:
 
 
 def size_of_cache(decoder: Decoder, wanted: int | None, max_batch: int) -> int:
-    """Tokens of the KV cache: what was asked for, or `max_batch` whole contexts as far as memory goes."""
-    if wanted is not None:
-        return wanted
+    """Tokens of the KV cache: what was asked for, or `max_batch` whole contexts as far as memory goes. Raises
+    ParameterError for more than the memory could ever hold."""
     page = decoder.new_storage(1).bytes_per_page
+    if wanted is not None:
+        size, most = -(-wanted // PAGE_SIZE) * page, _memory_bytes(decoder.device)
+        if size > most:
+            raise ParameterError(
+                f"kv_tokens={wanted} is out of range: it takes {size / 2**30:,.1f} GiB, and {decoder.device} has "
+                f"{most / 2**30:,.1f} GiB: at most {most // page * PAGE_SIZE} tokens fit"
+            )
+        return wanted
     limit = min(KV_BYTES, _free_bytes(decoder.device) // 4)
     return PAGE_SIZE * max(1, min(-(-decoder.config.max_position // PAGE_SIZE) * max_batch, limit // page))
+
+
+def _memory_bytes(device: torch.device) -> int:
+    """All that there is, used or not."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return 1 << 62
 
 
 def _free_bytes(device: torch.device) -> int:

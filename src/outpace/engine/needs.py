@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from ..decoding.methods import split_spec
-from ..errors import MethodError
-from ..registry import method
-from .load import LoadedModel
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from ..decoding.contracts import Verifier
+from ..decoding.methods import make_verifier, split_spec
+from ..errors import MethodError
+from ..registry import method as registry_method
+from .load import LoadedModel
+from .options import EngineOptions
+
+DEFAULT_VERIFIER = "coupled"
 LOSSLESS_METHOD = "suffix+recycling"
 LOSSLESS_METHOD_WITH_DRAFT_MODEL = f"{LOSSLESS_METHOD}+draft-tree:width=2,max_depth=12"  # the cheap ones first
 DRAFT_MODEL = "draft model"  # as drafters name it in what they need
@@ -21,43 +27,78 @@ def needs_draft_model(spec: str) -> bool:
 
 def _names_any(spec: str, *needs: str) -> bool:
     """Whether some drafter of `a+b` names one of these among what it needs."""
-    return any({*needs} & {*method(name, "drafter").needs} for name in split_spec(spec))
+    return any({*needs} & {*registry_method(name, "drafter").needs} for name in split_spec(spec))
+
+
+def _uses_draft_model(spec: str) -> bool:
+    return spec == "auto" or _names_any(spec, DRAFT_MODEL, ANY_DRAFT_MODEL, OPTIONAL_DRAFT_MODEL)
+
+
+def check_options(options: EngineOptions) -> Verifier:
+    """Refuse options that do not go together, before a model is loaded. Returns the verifier.
+
+    Raises MethodError for methods that do not exist or lack what they need, and for options without any effect.
+    """
+    method, has_draft = options.method, options.draft_model is not None
+    for spec in (method, *options.methods):
+        if spec != "auto":
+            check_needs(spec, has_draft)
+    if has_draft and not any(map(_uses_draft_model, (method, *options.methods))):
+        raise MethodError(
+            f"method {method!r} has no use for a draft model: leave it out, or use a method that needs one "
+            f"(such as draft, or {LOSSLESS_METHOD_WITH_DRAFT_MODEL})"
+        )
+    if not has_draft and options.draft_precision != "auto":
+        raise MethodError(
+            f"draft_precision={options.draft_precision!r} has no use, as there is no draft model: leave it out"
+        )
+    if options.planner != "auto":
+        registry_method(options.planner, "planner")
+        if method == "plain":
+            raise MethodError(f"planner {options.planner!r} has nothing to plan with method 'plain': drop one")
+    verifier = make_verifier(DEFAULT_VERIFIER if options.verifier == "auto" else options.verifier)
+    if method == "plain" and not any(spec != "plain" for spec in options.methods):
+        if options.verifier not in ("auto", DEFAULT_VERIFIER):
+            raise MethodError(
+                f"verifier={options.verifier!r} has nothing to verify with method 'plain', which drafts nothing: "
+                "leave it out, or name a method that drafts"
+            )
+        if options.max_rows is not None:
+            raise MethodError(
+                f"max_rows={options.max_rows} has no use with method 'plain', whose steps have one row of each "
+                "sequence: leave it out, or name a method that drafts"
+            )
+    return verifier
+
+
+def for_method(
+    options: EngineOptions, method: str, draft: LoadedModel | None, changes: Mapping[str, Any]
+) -> EngineOptions:
+    """The same options for another method, with the draft model that is loaded, where it has a use."""
+    changed = options.changed(**{"method": method, "draft_model": draft, **changes})
+    specs = (method, *changed.methods)
+    unused: dict[str, Any] = {}
+    if not any(map(_uses_draft_model, specs)):
+        unused |= {"draft_model": None, "draft_precision": "auto"}
+    if method == "plain":
+        unused["planner"] = "auto"
+    if all(spec == "plain" for spec in specs):
+        unused |= {"verifier": "auto", "max_rows": None}
+    return changed.changed(**{name: value for name, value in unused.items() if name not in changes})
 
 
 def check_needs(spec: str, has_draft_model: bool) -> None:
-    """Raises MethodError for a method without what it needs, or a draft model that nobody would use."""
-    needed = needs_draft_model(spec)
-    if needed and not has_draft_model:
+    """Raises MethodError for a method that does not exist, or has no draft model though it needs one."""
+    if needs_draft_model(spec) and not has_draft_model:
         raise MethodError(
             f"method {spec!r} needs a draft model: name a small model of the same vocabulary "
             "(draft_model=…, --draft-model …), or use a method without one"
         )
-    if has_draft_model and not needed and not _names_any(spec, OPTIONAL_DRAFT_MODEL):
-        raise MethodError(
-            f"method {spec!r} has no use for a draft model: leave it out, or use a method that needs one "
-            f"(such as draft, or {LOSSLESS_METHOD_WITH_DRAFT_MODEL})"
-        )
 
 
-def check_planner(planner: str, spec: str) -> None:
-    """Raises MethodError for a planner that does not exist or would have nothing to plan."""
-    if planner == "auto":
-        return
-    method(planner, "planner")
-    if spec == "plain":
-        raise MethodError(f"planner {planner!r} has nothing to plan with method 'plain': drop one")
-
-
-def check_draft_precision(precision: str, draft_model: object) -> None:
-    """Raises MethodError for a precision that no draft model would be loaded in."""
-    if precision != "auto" and not isinstance(draft_model, str):
-        why = "there is no draft model" if draft_model is None else "the draft model is loaded already"
-        raise MethodError(f"draft_precision={precision!r} has no use, as {why}: leave it out")
-
-
-def check_vocabulary(target: LoadedModel, draft: LoadedModel, spec: str) -> None:
-    """A draft model's tokens must be the target's, unless the method translates them."""
-    if spec != "auto" and not _names_any(spec, DRAFT_MODEL, OPTIONAL_DRAFT_MODEL):
+def check_vocabulary(target: LoadedModel, draft: LoadedModel, specs: Sequence[str]) -> None:
+    """A draft model's tokens must be the target's, unless the methods translate them."""
+    if not any(spec == "auto" or _names_any(spec, DRAFT_MODEL, OPTIONAL_DRAFT_MODEL) for spec in specs):
         return
     if not target.tokenizer.same_vocabulary(draft.tokenizer):
         raise MethodError(

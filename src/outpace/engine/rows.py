@@ -29,8 +29,8 @@ class Rows:
     """Shares the rows of one step after the other; keeps nothing."""
 
     def __init__(self, limits: SchedulerLimits, step_seconds: StepSeconds | None) -> None:
-        if limits.step_s is not None and step_seconds is None:
-            raise ParameterError("step_s needs measured step times: give `step_seconds`, or leave step_s out")
+        if limits.max_step_s is not None and step_seconds is None:
+            raise ParameterError("max_step_s needs measured step times: give `step_seconds`, or leave max_step_s out")
         self._limits, self._step_seconds = limits, step_seconds
 
     def cap(self, job: Job) -> int:
@@ -46,9 +46,9 @@ class Rows:
         if not decoding:
             return unread, 0
         spare = min(drafts + unread, max(drafts, limits.prefill_rows))
-        if limits.step_s is not None:
+        if limits.max_step_s is not None:
             context = sum(job.context for job in running) / len(running)
-            spare = max(self._within(limits.step_s, own + spare, context) - own, 0)
+            spare = max(self._within(limits.max_step_s, own + spare, context) - own, 0)
         drafts = min(drafts, max(int(limits.draft_share * spare), spare - unread))
         return min(unread, max(spare - drafts, limits.least_chunk)), drafts
 

@@ -106,7 +106,8 @@ class Entry:
 
         def maker(name: str) -> Callable[[], LLM]:
             spec, _, verifier = name.partition("/")
-            return lambda: llm.with_method(spec, verifier=verifier or None, max_batch=largest, kv_tokens=kv_tokens)
+            judged = {"verifier": verifier} if verifier else {}
+            return lambda: llm.with_method(spec, max_batch=largest, kv_tokens=kv_tokens, **judged)
 
         for name in names:
             self.contestants[name] = Method(name, maker(name), clock)
