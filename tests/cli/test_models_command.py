@@ -83,8 +83,10 @@ def test_fetch_replaces_a_damaged_file(cache: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_fetch_of_a_hub_id(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "fetch_hub", lambda repo, refresh: cache / f"{repo}-{refresh}")
-    assert outpace("fetch", "owner/name").stdout.strip() == f"{cache}/owner/name-True"
+    monkeypatch.setattr(hub, "fetch_hub", lambda name, refresh: cache / f"{name.repo}-{name.which}-{refresh}")
+    assert outpace("fetch", "owner/name").stdout.strip() == f"{cache}/owner/name--True"
+    assert outpace("fetch", "hf:owner/name:Q8_0").stdout.strip() == f"{cache}/owner/name-Q8_0-True"
+    assert outpace("fetch", "qwen3:4b").stdout.strip() == f"{cache}/Qwen/Qwen3-4B-GGUF--True"
 
 
 def test_remove(cache: Path) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import click
 
-from ..errors import CorruptModel, ModelNotFound
-from ..models.catalog import CATALOG, DEFAULT_MODEL, KnownModel
+from ..errors import CorruptModel, ModelNotFound, did_you_mean
+from ..models.catalog import CATALOG, DEFAULT_MODEL, HUB_NAMES, KnownModel
 
 if TYPE_CHECKING:
     from ..models.prepared import PreparedFolder
@@ -21,7 +23,30 @@ def _json_option(function: F) -> F:
     return click.option("--json", "as_json", is_flag=True, help="JSON on stdout.")(function)
 
 
-@click.group(invoke_without_command=True, short_help="List, fetch and remove models.")
+class _Models(click.Group):
+    """Its commands under the names that other tools have for them, too."""
+
+    HABITS: ClassVar[dict[str, str]] = {
+        "pull": "fetch",
+        "download": "fetch",
+        "rm": "remove",
+        "delete": "remove",
+        "ls": "list",
+    }
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name in self.HABITS:
+            args = [self.HABITS[name], *args[1:]]
+        elif not name.startswith("-") and name not in self.commands:
+            near = did_you_mean(name, [*self.commands, *self.HABITS])
+            ctx.fail(f"no command {name!r} of models; {near}There are: {', '.join(self.commands)}")
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=_Models, invoke_without_command=True, short_help="List, fetch and remove models.")
 @_json_option
 @click.pass_context
 def models(ctx: click.Context, as_json: bool) -> None:
@@ -47,11 +72,12 @@ def list_models(outer: bool, as_json: bool) -> None:
 @_json_option
 @click.pass_obj
 def fetch_model(outer: bool, name: str, as_json: bool) -> None:
-    """Fetch NAME, a known model or a hub id (owner/name).
+    """Fetch NAME: a known model, or one of the hub (owner/name, owner/name:Q4_K_M).
 
     Prints where it is. A damaged file is replaced.
     """
     from ..models import fetch, hub
+    from ..models.source import find
 
     if known := CATALOG.get(name):
         try:
@@ -62,10 +88,14 @@ def fetch_model(outer: bool, name: str, as_json: bool) -> None:
             click.echo(f"{e}\nfetching it again", err=True)
             fetch.remove(known)
             path = fetch.fetch(known)
-    elif hub.HUB_ID.fullmatch(name):
-        path = hub.fetch_hub(name, refresh=True)
     else:
-        raise ModelNotFound(f"no known model {name!r}; there are: {', '.join(CATALOG)}, and hub ids owner/name")
+        there = find(name)
+        if isinstance(there, KnownModel):
+            path = fetch.fetch(there)
+        elif isinstance(there, Path):
+            path = there
+        else:
+            path = hub.fetch_hub(there, refresh=True)
     click.echo(json.dumps({"name": name, "path": str(path)}) if as_json or outer else str(path))
 
 
@@ -116,12 +146,17 @@ def _show_list(as_json: bool) -> None:
     known = [_known(model, entries) for model in CATALOG.values()]
     others: list[dict[str, Any]] = [{"name": e.key, "path": e.path, "prepared_bytes": e.size} for e in _others(entries)]
     if as_json:
-        click.echo(json.dumps({"models": known, "others": others}, indent=1))
+        click.echo(json.dumps({"models": known, "others": others, "hub": HUB_NAMES}, indent=1))
         return
     for model in known:
         default = " (default)" if model["default"] else ""
         click.echo(f"{model['name'] + default:<24} {_size(model['size']):>8}  {_state(model)}")
         click.echo(f"{'':<35}{model['description']}, {model['licence']}")
+    click.echo("\nfrom the Hugging Face hub, by short name:")
+    click.echo(textwrap.fill(", ".join(HUB_NAMES), 100, initial_indent="  ", subsequent_indent="  "))
+    click.echo("  any other: -m owner/repo, -m owner/repo:Q4_K_M; files of your own: -m FILE.gguf")
+    if others:
+        click.echo("\nprepared on this machine:")
     for other in others:
         path = other["path"] or "unreadable"
         click.echo(f"{other['name']}\n{'':<24} {_size(other['prepared_bytes']):>8}  prepared from {path}")

