@@ -45,7 +45,7 @@ def byte_tokenizer(template: str | None) -> Tokenizer:
 class Asked:
     tokens: list[int]
     params: SamplingParams
-    prediction: str
+    prediction: list[int]
     options: RequestOptions
 
 
@@ -117,7 +117,7 @@ class FakeEngine:
         self,
         prompt: Sequence[int],
         params: SamplingParams | None = None,
-        prediction: str = "",
+        prediction: str | Sequence[int] = (),
         options: RequestOptions | None = None,
     ) -> int:
         self._same_thread()
@@ -132,7 +132,7 @@ class FakeEngine:
             raise MethodError(f"method {options.method!r} is not offered here: there are plain and suffix")
         if self._max_queue is not None and len(self._live) >= self._max_running + self._max_queue:
             raise QueueFull("too many requests wait", 2.5)
-        asked = Asked([int(t) for t in prompt], params, prediction, options)
+        asked = Asked([int(t) for t in prompt], params, [int(t) for t in prediction], options)
         script = [*self.tokenizer.encode(self.answer(asked)), EOS]
         stats = DecodingStats(prompt_tokens=len(prompt))
         result = Result("", [], "stop", options.method or "plain", "identical", stats, [])

@@ -214,7 +214,7 @@ def test_logprobs_of_completions(client: openai.OpenAI) -> None:
 def test_prediction(client: openai.OpenAI, server: Live) -> None:
     prediction: Any = {"type": "content", "content": [{"type": "text", "text": "Seed "}, {"type": "text", "text": "1"}]}
     answer = client.chat.completions.create(model="fake", messages=HELLO, prediction=prediction)
-    assert asked(server).prediction == "Seed 1"
+    assert asked(server).prediction == server.engine.tokenizer.encode("Seed 1")
     details = answer.usage.completion_tokens_details  # type: ignore[union-attr]
     assert details is not None
     assert (details.accepted_prediction_tokens, details.rejected_prediction_tokens) == (3, 1)

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import toy_gguf
 import toy_model
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from outpace.errors import CorruptModel, ParameterError, UnsupportedModel
+from outpace.errors import CapacityError, CorruptModel, ParameterError, UnsupportedModel
 from outpace.models.checkpoint import TokenizerFiles
 from outpace.models.tokenizer import Tokenizer
 
@@ -116,6 +116,43 @@ def test_control_tokens(bpe: Tokenizer) -> None:
     assert bpe.eos_ids == {0, 2} and bpe.is_special(1) and not bpe.is_special(9)
 
 
+def test_what_cannot_fit_is_refused_before_it_is_encoded_whole(bpe: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    longest = max(map(len, [*bpe.vocabulary.bytes, *(c.encode() for c in bpe.vocabulary.control.values())]))
+    encoded: list[int] = []
+
+    def encode(self: Tokenizer, text: str, **options: Any) -> list[int]:
+        encoded.append(len(text))
+        return [0] * (len(text) // 4)  # as long as ordinary text
+
+    monkeypatch.setattr(Tokenizer, "_encode", encode)
+    with pytest.raises(CapacityError, match=f"{100 * longest + 1} bytes, and the 100 .* at most {100 * longest} "):
+        bpe.check_fits(["x" * (100 * longest), "y"], 100)
+    bpe.check_fits(["x" * 800], 100)
+    assert not encoded, "the length in bytes says enough"
+    with pytest.raises(CapacityError, match=r"1000000 bytes and more than [0-9]* tokens, and 90000 fit"):
+        bpe.check_fits(["the " * 250_000], 90_000)
+    assert 300_000 < sum(encoded) < 500_000, "no more of it is encoded than shows that it is too long"
+
+
+@pytest.mark.parametrize("text", ["the quick brown fox ", " " * 7, "héé\n", "你好", "e\u0301", "a<|im_end|>b"])
+def test_what_fits_is_never_refused(bpe: Tokenizer, spm: Tokenizer, text: str) -> None:
+    for tokenizer in (bpe, spm):
+        whole = text * 20_000
+        tokenizer.check_fits([whole[:70_000], whole[70_000:]], len(tokenizer.encode(whole)) + 1)
+
+
+def test_encoding_in_two_threads_with_two_settings(bpe: Tokenizer) -> None:
+    """Neither waits for the other, and none gets the other's setting."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    text = "the <|im_end|> fox " * 50
+    expected = {special: bpe.encode(text, special) for special in (True, False)}
+    assert expected[True].count(2) == 50 and 2 not in expected[False]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda n: (n % 2 == 0, bpe.encode(text, n % 2 == 0)), range(100)))
+    assert all(ids == expected[special] for special, ids in found)
+
+
 def test_lone_surrogates_are_refused(bpe: Tokenizer) -> None:
     with pytest.raises(ParameterError, match="not valid Unicode"):
         bpe.encode("a\ud800")
@@ -150,6 +187,7 @@ def test_content_is_never_a_control_token(bpe: Tokenizer, content: str) -> None:
 @quick
 @given(content=texts)
 def test_ordinary_content_is_encoded_with_the_template(bpe: Tokenizer, content: str) -> None:
+    assume(not any(control in content for control in CONTROL))
     text = f"<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n"
     assert bpe.chat([{"role": "user", "content": content}]) == bpe.encode(text, special=True)
 

@@ -239,10 +239,10 @@ class LLM:
         self,
         prompt: Prompt,
         params: SamplingParams | None = None,
-        prediction: str = "",
+        prediction: str | Sequence[int] = "",
         options: RequestOptions | None = None,
     ) -> int:
-        """Queue a request and return its id; `step` tells what becomes of it.
+        """Queue a request and return its id; `step` tells what becomes of it. `prediction` may be token ids as well.
 
         Raises what `generate` does, and QueueFull when too many wait, MethodError for a method that this LLM was not
         opened with (`methods`) or an exactness that cannot be had.
@@ -251,7 +251,7 @@ class LLM:
             if self.options.method != "auto" and options.method == "auto":
                 raise MethodError(f"method 'auto' is not offered here, the default is {self.method!r}: name no method")
             options = replace(options, method=None)
-        expected = self.tokenizer.encode(prediction) if prediction else []
+        expected = self.tokenizer.encode(prediction) if isinstance(prediction, str) else prediction
         return self._engine.add(self.tokens(prompt), params, expected, options)
 
     def prepare(self, params: SamplingParams) -> None:

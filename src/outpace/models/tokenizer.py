@@ -12,12 +12,13 @@ import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from threading import Lock
+from itertools import groupby
 from typing import Any
 
 from ..errors import CorruptModel, ParameterError
 from .chat_template import render
 from .checkpoint import TokenizerFiles
+from .text_length import check_fits, shrinking
 from .vocabulary import Vocabulary
 
 #: Tokens that end an answer, whatever the configuration says, if the vocabulary has them as control tokens
@@ -26,6 +27,7 @@ _ROLE = re.compile(r"[A-Za-z0-9_-]{1,40}")
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 MOST_ID = 2**22  # of a token, ten times the largest vocabulary there is: lists go by ids
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_FEW_LITERALS = 64  # control tokens that are looked for one by one
 _WINDOW = 16  # tokens that a detokenizer decodes anew for each piece, at most
 
 
@@ -40,9 +42,15 @@ class Tokenizer:
             self._rust = Rust.from_str(files.tokenizer_json)
             self._named = {name: _content(files.tokenizer_config.get(name)) for name in _NAMED}
             ends = [self._rust.token_to_id(t) for t in (*_END_TOKENS, self._named["eos_token"] or "")]
-        self._lock = Lock()  # `encode_special_tokens` is a switch of the shared object
+            # One object for each setting: to switch it, one would wait for whoever is encoding
+            self._plain = _twin(self._rust, files.tokenizer_json)
+            self._plain.encode_special_tokens, self._rust.encode_special_tokens = True, False
         added = self._rust.get_added_tokens_decoder()
         self._special_ids = frozenset(i for i, token in added.items() if token.special)
+        special = [token for token in added.values() if token.special]
+        #: How control tokens are written; None where they may be written in other ways too
+        self._literals = None if any(t.normalized for t in special) else tuple(t.content for t in special)
+        self._first_characters = {literal[:1] for literal in self._literals or ()}
         self._template = _template(files.tokenizer_config.get("chat_template"))
         self.vocab_size: int = self._rust.get_vocab_size(with_added_tokens=True)
         self.eos_ids: frozenset[int] = frozenset(eos_ids) | {i for i in ends if i in self._special_ids}
@@ -67,6 +75,12 @@ class Tokenizer:
     def prompt(self, text: str) -> list[int]:
         """Ids of a raw prompt: `text` as plain text, with the beginning token where the model wants one."""
         return self._encode(text, special=False, wrap=True).ids
+
+    def check_fits(self, texts: Sequence[str], most: int) -> None:
+        """Raises CapacityError when the texts together are more than `most` tokens by far, before they are tokenized
+        whole. Those that are only a few too many pass: what they become is to be counted."""
+        count = lambda text: len(self._encode(text, special=False))  # noqa: E731
+        check_fits(texts, most, self._longest, shrinking(self._rust), count)
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         with self._damage("the tokenizer fails on these tokens"):
@@ -126,6 +140,12 @@ class Tokenizer:
             raise CorruptModel(f"{self._source}: damaged tokenizer: a token has the id {most}; ids go up to {MOST_ID}")
         return Vocabulary(tokens, added, byte_level, self.encode)
 
+    @cached_property
+    def _longest(self) -> int | None:
+        """Bytes of the longest token. None if there is none, as in a vocabulary that is not read."""
+        written = max(map(len, self.vocabulary.bytes), default=0)
+        return max([written, *(len(text.encode()) for text in self.vocabulary.control.values())]) or None
+
     def _fingerprint(self) -> bytes:
         vocab = sorted(self._rust.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1])
         return hashlib.sha256("\0".join(f"{i} {token}" for token, i in vocab).encode()).digest()
@@ -140,20 +160,30 @@ class Tokenizer:
                 raise
             raise CorruptModel(f"{self._source}: {what}: {str(e)[:500]}") from e
 
-    def _encode(self, text: str, special: bool, wrap: bool = False) -> Any:
+    def _encode(self, text: str, special: bool, wrap: bool = False, offsets: bool = False) -> Any:
         try:
             text.encode()
         except UnicodeEncodeError as e:
             raise ParameterError(f"the text is not valid Unicode: {e.reason} at character {e.start}") from e
-        with self._lock, self._damage("the tokenizer fails on this text"):
-            self._rust.encode_special_tokens = not special
-            return self._rust.encode(text, add_special_tokens=wrap)
+        rust = self._rust if special else self._plain
+        # The library's `encode` keeps the interpreter to itself until it is done; that of batches does not
+        encode = rust.encode_batch if offsets else rust.encode_batch_fast
+        with self._damage("the tokenizer fails on this text"):
+            return encode([text], add_special_tokens=wrap)[0]
 
     def _special_spans(self, text: str) -> list[tuple[int, int, int]]:
         """(start, end, id) of the control tokens written out in `text`."""
-        found = self._encode(text, special=True)
-        spans = zip(found.ids, found.offsets, strict=True)
-        return [(a, b, i) for i, (a, b) in spans if i in self._special_ids and b > a]
+        if self._literals is not None and not self._may_hold(self._literals, text):
+            return []
+        found = self._encode(text, special=True, offsets=True)
+        spans = [(*found.token_to_chars(n), i) for n, i in enumerate(found.ids) if i in self._special_ids]
+        return [(a, b, i) for a, b, i in spans if b > a]
+
+    def _may_hold(self, literals: Sequence[str], text: str) -> bool:
+        """Whether any of the literals may stand in the text. Of very many only the first characters are looked for."""
+        if not any(first in text for first in self._first_characters):
+            return False
+        return len(literals) > _FEW_LITERALS or any(literal in text for literal in literals)
 
     def _disarm(self, value: Any, mark: _Mark, literals: list[str]) -> Any:
         """Replace control tokens written out in a user's strings by marks, which no template can mistake."""
@@ -234,6 +264,21 @@ class Detokenizer:
         piece = self._tokenizer.decode(self._ids)[len(self._known) :]
         self._ids, self._emitted, self._known = [], 0, ""
         return piece
+
+
+def _twin(rust: Any, tokenizer_json: str) -> Any:
+    """Another object of the same tokenizer. It has the vocabulary in common with the first, if that can be."""
+    from tokenizers import Tokenizer as Rust
+
+    twin = Rust(rust.model)
+    for part in ("normalizer", "pre_tokenizer", "decoder", "post_processor"):
+        if getattr(rust, part) is not None:
+            setattr(twin, part, getattr(rust, part))
+    added = rust.get_added_tokens_decoder()
+    for special, tokens in groupby((added[i] for i in sorted(added)), key=lambda token: token.special):
+        (twin.add_special_tokens if special else twin.add_tokens)(list(tokens))
+    same = twin.get_added_tokens_decoder() == added and rust.truncation is None and rust.padding is None
+    return twin if same else Rust.from_str(tokenizer_json)
 
 
 def _content(token: Any) -> str | None:

@@ -23,6 +23,7 @@ from .. import __version__
 from ..errors import OutpaceError
 from .asks import Call, Limits, chat_call, completion_call, dumped
 from .bodies import chat_body, completion_body
+from .intake import BodyRoute, Intake
 from .keys import Keys
 from .metrics import CONTENT_TYPE, Follower, Metrics
 from .middleware import KEY, RECORD, Around
@@ -60,7 +61,9 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        await asyncio.to_thread(getattr, service.engine.tokenizer, "vocabulary")  # made once, and not while others wait
+        # made once, and not while others wait
+        await asyncio.to_thread(getattr, service.engine.tokenizer, "vocabulary")
+        await asyncio.to_thread(app.openapi)
         await service.start()
         try:
             yield
@@ -68,6 +71,8 @@ def create_app(
             await service.stop()
 
     app = FastAPI(title="Outpace", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.intake = api.intake
+    app.router.route_class = BodyRoute
     guard = [Security(HTTPBearer(auto_error=False))] if keys.needed else []  # for the description: Around checks
     for path, route, verb, model, description in api.routes():
         more: dict[int | str, dict[str, Any]] = dict(ERRORS) if verb == "POST" else {s: ERRORS[s] for s in (401, 404)}
@@ -126,6 +131,7 @@ class Api:
     ) -> None:
         self.service, self.keys, self.limits, self.metrics = service, keys, limits, metrics
         self.log_prompts = log_prompts
+        self.intake = Intake(limits.shape, 4 * limits.body_bytes)
         self.started = int(time.time())
 
     def routes(self) -> list[tuple[str, Callable[..., Any], str, Any, str]]:
@@ -161,7 +167,8 @@ class Api:
         record["owner"] = owner
         self.service.check_open()
         self._check_model(body.model)
-        call = await asyncio.to_thread(understand, body, engine, owner, self.limits)
+        call = await self.intake.run(request, understand, body, engine, owner, self.limits)
+        del body  # it may be large, and the answer long
         record |= {"stream": call.stream, "choices": len(call.asks), "prompt_tokens": call.prompt_tokens}
         if self.log_prompts:
             record["request"] = call.log

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
 
-from ..errors import ParameterError
+from ..errors import CapacityError, ParameterError
 from ..types import RequestOptions, SamplingParams
 from .protocol import ChatRequest, CompletionRequest, Generate, NamedTool, ResponseFormat
 from .service import Ask, ServingEngine
+from .shape import Shape
 from .tools import CLOSE, FORCED_OPENING, check_template, schema_of_call, template_messages
 
+_SHAPE = Shape(strings=1 << 16, values=1 << 19, depth=100)
 COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions
 
 
@@ -30,6 +32,10 @@ class Limits:
     stops: int = 16
     stop_characters: int = 1000  # of one stop string
     bias_entries: int = 1024
+    stop_ids: int = 1024
+    grammar_bytes: int = 1 << 16  # of a schema, an expression or a grammar
+    listed: int = 1 << 20  # log-probabilities of a whole response
+    shape: Shape = _SHAPE  # of a body
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +71,9 @@ def chat_call(body: ChatRequest, engine: ServingEngine, owner: str, limits: Limi
         values["tools"] = [tool.model_dump(exclude_none=True) for tool in tools]
     elif any(m.role == "tool" or m.tool_calls for m in body.messages):
         check_template(engine.tokenizer)
-    tokens = engine.tokenizer.chat(template_messages(body.messages), **values)
+    messages = template_messages(body.messages)
+    check_fits([*strings([messages, values])], engine, limits)
+    tokens = engine.tokenizer.chat(messages, **values)
     constraint = _constraint(body, _schema(body.response_format))
     stops: tuple[str, ...] = ()
     if tools and (choice == "required" or isinstance(choice, NamedTool)):
@@ -87,49 +95,65 @@ def chat_call(body: ChatRequest, engine: ServingEngine, owner: str, limits: Limi
     if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
         raise ParameterError("max_tokens and max_completion_tokens differ: give one of them")
     most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-    _check_prompt(tokens, limits)
+    _check_prompt(tokens, engine, limits)
     if most is None:
         most = min(engine.room(tokens), limits.answer_tokens)
     params = _params(body, limits, most, logprobs, constraint, stops)
     shown = {"messages": [m.model_dump(exclude_none=True) for m in body.messages]}
-    return _call(body, [tokens], params, owner, limits, reading, shown)
+    return _call(body, [tokens], params, engine, owner, limits, reading, shown)
 
 
 def completion_call(body: CompletionRequest, engine: ServingEngine, owner: str, limits: Limits) -> Call:
     """The same for /v1/completions."""
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise ParameterError(f"best_of={body.best_of} is not supported: choices are not ranked; use n")
-    prompts = [engine.tokenizer.prompt(p) if isinstance(p, str) else p for p in _prompts(body.prompt)]
-    for tokens in prompts:
-        _check_prompt(tokens, limits)
+    given = _prompts(body.prompt)
+    _check_choices(body, len(given), limits)
+    prompts = []
+    for prompt in given:
+        if isinstance(prompt, str):
+            check_fits([prompt], engine, limits)
+            prompt = engine.tokenizer.prompt(prompt)
+        _check_prompt(prompt, engine, limits)
+        prompts.append(prompt)
     most = body.max_tokens if body.max_tokens is not None else COMPLETION_TOKENS
     params = _params(body, limits, most, body.logprobs, _constraint(body, None))
-    return _call(body, prompts, params, owner, limits, "none", {"prompt": body.prompt})
+    return _call(body, prompts, params, engine, owner, limits, "none", {"prompt": body.prompt})
 
 
 def _call(
     body: Generate,
     prompts: Sequence[Sequence[int]],
     params: dict[str, Any],
+    engine: ServingEngine,
     owner: str,
     limits: Limits,
     tools: str,
     shown: dict[str, Any],
 ) -> Call:
-    n = 1 if body.n is None else body.n
-    if not 1 <= n <= limits.n:
-        raise ParameterError(f"n={n} is out of range: it must be from 1 to {limits.n}")
-    if n * len(prompts) > limits.choices:
-        raise ParameterError(f"{len(prompts)} prompts with n={n} are more than {limits.choices} choices: send less")
+    n = _check_choices(body, len(prompts), limits)
     own = body.outpace
     stream = bool(body.stream)
+    listed = n * len(prompts) * params["max_tokens"] * ((params["logprobs"] or 0) + 1)
+    if params["logprobs"] is not None and not stream and listed > limits.listed:
+        raise ParameterError(
+            f"logprobs: {listed} log-probabilities in one response, at most {limits.listed} are given: ask for fewer, "
+            "or for a stream"
+        )
     if body.stream_options is not None and not stream:
         raise ParameterError("stream_options needs stream: true")
     if own is not None and own.trace and not stream:
         raise ParameterError("outpace.trace needs stream: true")
     seed = body.seed if body.seed is not None else secrets.randbits(48)
     each = [SamplingParams(**params, seed=seed + i) for i in range(n)]
-    expected = "" if body.prediction is None else _joined(body.prediction.content)
+    expected: list[int] = []
+    if body.prediction is not None:
+        text = _joined(body.prediction.content)
+        try:
+            check_fits([text], engine, limits)
+        except CapacityError as error:
+            raise ParameterError(f"prediction: {error}".replace("the prompt", "it", 1)) from None
+        expected = engine.tokenizer.encode(text)
     chosen = {} if own is None else own.model_dump(exclude={"trace"}, exclude_none=True)
     asks = []
     for tokens in prompts:
@@ -166,7 +190,15 @@ def _params(
         *("top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
         *("stop_token_ids", "ignore_eos"),
     )
+    if body.stop_token_ids is not None and len(body.stop_token_ids) > limits.stop_ids:
+        raise ParameterError(
+            f"stop_token_ids has {len(body.stop_token_ids)} entries: it must be at most {limits.stop_ids}"
+        )
     given = {name: value for name in names if (value := getattr(body, name)) is not None}
+    for name, text in constraint.items():
+        size = len(text if isinstance(text, str) else dumped(text))
+        if size > limits.grammar_bytes:
+            raise ParameterError(f"{name} has {size} bytes: at most {limits.grammar_bytes} are taken here")
     return {
         "temperature": 1.0 if body.temperature is None else body.temperature,
         "max_tokens": max_tokens,
@@ -220,9 +252,39 @@ def _joined(content: Any) -> str:
     return content if isinstance(content, str) else "".join(part.text for part in content)
 
 
-def _check_prompt(tokens: Sequence[int], limits: Limits) -> None:
+def _check_choices(body: Generate, prompts: int, limits: Limits) -> int:
+    n = 1 if body.n is None else body.n
+    if not 1 <= n <= limits.n:
+        raise ParameterError(f"n={n} is out of range: it must be from 1 to {limits.n}")
+    if n * prompts > limits.choices:
+        raise ParameterError(f"{prompts} prompts with n={n} are more than {limits.choices} choices: send less")
+    return n
+
+
+def check_fits(texts: Sequence[str], engine: ServingEngine, limits: Limits) -> None:
+    """Raises CapacityError for a prompt of these texts that is far too long, before it is tokenized."""
+    most = engine.room([])
+    engine.tokenizer.check_fits(texts, most if limits.prompt_tokens is None else min(most, limits.prompt_tokens))
+
+
+def strings(value: Any) -> Iterator[str]:
+    """All texts in a value that JSON can say, names of fields included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            yield name
+            yield from strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from strings(item)
+
+
+def _check_prompt(tokens: Sequence[int], engine: ServingEngine, limits: Limits) -> None:
     if limits.prompt_tokens is not None and len(tokens) > limits.prompt_tokens:
         raise ParameterError(f"the prompt has {len(tokens)} tokens: at most {limits.prompt_tokens} are taken here")
+    if tokens:
+        engine.room(tokens)  # CapacityError, before it is copied for each choice
 
 
 def dumped(value: Any) -> bytes:

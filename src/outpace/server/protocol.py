@@ -7,9 +7,9 @@ change nothing, because that is what they promise: `metadata`, `safety_identifie
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
 from ..types import Exactness
 
@@ -131,6 +131,13 @@ class OutpaceOptions(Body):
     trace: bool | None = Field(None, description="streams only: who drafted each token, and what was rejected")
 
 
+def _token_ids(value: Any) -> Any:
+    """One error, however many are wrong."""
+    if isinstance(value, list) and not {int}.issuperset(map(type, value)):
+        raise ValueError("it must be a list of token ids")
+    return value
+
+
 class Generate(Body):
     """What both routes share."""
 
@@ -159,7 +166,7 @@ class Generate(Body):
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: Annotated[list[int] | None, BeforeValidator(_token_ids)] = None
     ignore_eos: bool | None = None
     regex: str | None = Field(None, description="the whole output matches it")
     grammar: str | None = Field(None, description="the output is a sentence of it (Lark or GBNF)")
@@ -181,7 +188,7 @@ class ChatRequest(Generate):
         "verbosity": "the models served here have no such setting",
     }
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, fail_fast=True)
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -192,12 +199,30 @@ class ChatRequest(Generate):
     modalities: list[Literal["text"]] | None = None
 
 
+def _prompt(value: Any) -> Any:
+    """Looks once at each id: a union of lists would try, and report, every item as every kind."""
+    if isinstance(value, list):
+        inner = set(map(type, value))
+        if inner == {list}:
+            inner = {*inner, *(type(id) for ids in value for id in ids)} - {list}
+            if inner <= {int}:
+                return value
+        elif inner in (set(), {str}, {int}):
+            return value
+    elif isinstance(value, str):
+        return value
+    raise ValueError("it must be text, a list of texts, token ids, or a list of lists of token ids")
+
+
 class CompletionRequest(Generate):
     """Body of /v1/completions."""
 
     refused = {"suffix": "text is written forwards only; put what follows into the prompt"}
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Annotated[
+        str | list[str] | list[int] | list[list[int]],
+        PlainValidator(_prompt, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
+    ]
     logprobs: int | None = Field(None, description="log-probabilities of the chosen token and of this many likeliest")
     echo: Literal[False] | None = Field(None, description="not true: a prompt is read without the logits of its tokens")
     best_of: int | None = Field(None, description="only the value of n: choices are not ranked")

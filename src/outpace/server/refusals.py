@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import ceil
 from typing import Any
 
 from ..errors import CapacityError, OutpaceError, QueueFull
@@ -15,6 +16,7 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_
 _NAMED = re.compile(r"([a-z_]{1,40})(?==|: | is out of range)")
 _FIELD = re.compile(r"[a-z][a-z_0-9]*|[0-9]+")
 _SHOWN = 200  # characters of what was sent
+_LONGEST = 2000  # characters of a message, whatever was sent
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +36,15 @@ class Refusal:
 
 def refusal_of(error: Exception) -> Refusal:
     """What a client is told of an exception. Of one that nobody foresaw, nothing but that."""
+    found = _refusal_of(error)
+    half = _LONGEST // 2
+    short = f"{found.message[:half]} … {found.message[-half:]}"  # what is allowed stands at the end
+    return found if len(found.message) <= _LONGEST else replace(found, message=short)
+
+
+def _refusal_of(error: Exception) -> Refusal:
     if isinstance(error, QueueFull):
-        seconds = max(1, round(error.retry_after_s + 0.5))
+        seconds = max(1, ceil(error.retry_after_s))
         return Refusal(429, str(error), code="queue_full", headers={"retry-after": str(seconds)})
     if isinstance(error, CapacityError):
         return Refusal(400, str(error), code="context_length_exceeded")
@@ -43,7 +52,8 @@ def refusal_of(error: Exception) -> Refusal:
         named = _NAMED.match(str(error))
         return Refusal(400, str(error), param=named[1] if named else None, code="invalid_value")
     if isinstance(error, ServiceError):
-        headers = {"retry-after": "5"} if error.status == 503 else {}
+        later = error.retry_after_s if error.retry_after_s is not None else 5 if error.status == 503 else None
+        headers = {} if later is None else {"retry-after": str(max(1, ceil(later)))}
         return Refusal(error.status, str(error), code=error.code, headers=headers)
     return Refusal(500, "an error of the server; its log has the details", code="internal_error")
 
@@ -55,14 +65,14 @@ def refusal_of_body(errors: Sequence[Mapping[str, Any]], fields: Sequence[str], 
     first = max((e for e in errors if e["loc"][:2] == field), key=lambda e: len(e["loc"]))  # where several forms go
     named = [str(part) for part in first["loc"][1:]]
     where = [part for part in named if _FIELD.fullmatch(part) and part not in ("str", "int")]  # no names of types
-    path = ".".join(where)
+    path = ".".join(part[:_SHOWN] for part in where)
     kind, message = first["type"], first["msg"]
     if kind == "json_invalid":
         return Refusal(400, f"the body is no JSON: {first.get('ctx', {}).get('error', message)}", code="invalid_json")
     if not path and "json" not in content_type:
         return Refusal(400, "the body must be JSON: send it with Content-Type: application/json", code="no_json")
     if kind == "extra_forbidden":
-        near = difflib.get_close_matches(where[-1], fields, 1) if len(where) == 1 else []
+        near = difflib.get_close_matches(where[-1][:_SHOWN], fields, 1) if len(where) == 1 else []
         hint = f"; did you mean {near[0]!r}?" if near else ""
         message = f"unknown field {path!r}: it would have no effect, so it is refused{hint}"
         return Refusal(400, message[: _SHOWN * 2], param=path[:_SHOWN], code="unknown_parameter")

@@ -48,7 +48,7 @@ class ServingEngine(Protocol):
         self,
         prompt: Sequence[int],
         params: SamplingParams | None = None,
-        prediction: str = "",
+        prediction: str | Sequence[int] = "",
         options: RequestOptions | None = None,
     ) -> int: ...
     def step(self) -> list[StepEvent]: ...
@@ -59,11 +59,11 @@ class ServingEngine(Protocol):
 
 
 class ServiceError(Exception):
-    """Not the user's doing. `status`: the HTTP status that says so."""
+    """Not the user's doing. `status`: the HTTP status that says so. `retry_after_s`: when to come again, if at all."""
 
-    def __init__(self, message: str, status: int, code: str) -> None:
+    def __init__(self, message: str, status: int, code: str, retry_after_s: float | None = None) -> None:
         super().__init__(message)
-        self.status, self.code = status, code
+        self.status, self.code, self.retry_after_s = status, code, retry_after_s
 
 
 class Gone(Exception):
@@ -76,7 +76,7 @@ class Ask:
 
     tokens: Sequence[int]
     params: SamplingParams
-    prediction: str = ""
+    prediction: Sequence[int] = ()  # tokens that the output is expected to repeat
     options: RequestOptions = field(default_factory=RequestOptions)
 
 
