@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from hashing import toy_loaded
 
-from outpace.bench.compare import ceilings, sets, store, summary
-from outpace.bench.compare.contestant import run_of_answers
+from outpace.bench.compare import ceilings, contestant, sets, store, summary
+from outpace.bench.compare.contestant import digest, run_of_answers
 from outpace.bench.compare.findings import Report, overall
 from outpace.bench.compare.plan import (
     PLAIN,
@@ -297,6 +297,31 @@ def test_identity_is_checked_against_plain_of_the_smallest_batch() -> None:
     ]  # fmt: skip
     rows = summary.summarise(lines, [("m", Cell("w", 2, 0.0), name) for name in (PLAIN, "a", "b")], {})
     assert [(r.compared, r.differing, r.holds) for r in rows] == [(2, 0, True), (2, 1, False), (2, 1, True)]
+
+
+@pytest.mark.parametrize("place", [0, 7, 8, 30, 31])
+def test_a_digest_is_of_every_token(place: int) -> None:
+    tokens = list(range(100, 132))
+    changed = [*tokens[:place], 7, *tokens[place + 1 :]]
+    assert len({digest(tokens), digest(changed), digest(tokens[:-1]), digest([*tokens, 7])}) == 4
+    assert digest([1, 23]) != digest([12, 3]) and digest(tokens) == digest(tuple(tokens))
+
+
+def test_an_answer_that_parts_late_is_no_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last of twelve tokens differs, in one method alone."""
+    result_of = contestant._Watch.run
+
+    def run_of(self: Any, began: float, unit: Unit) -> Any:
+        if self.llm.method == "suffix":
+            for result in self.results.values():
+                result.token_ids[-1] ^= 1
+        return result_of(self, began, unit)
+
+    monkeypatch.setattr(contestant._Watch, "run", run_of)
+    lines = run(tmp_path, config(max_tokens=12, batch_sizes=(1,), rounds=1))
+    rows = {r.method: r for r in Report.of(lines).rows}
+    assert rows["suffix"].differing == rows["suffix"].compared > 0 and not rows["suffix"].holds
+    assert rows["ngram"].differing == 0 and rows["ngram"].compared > 0
 
 
 def test_crossings_in_words() -> None:

@@ -208,13 +208,56 @@ def test_what_does_not_belong_together_is_refused(outpace: Outpace, tmp_path: Pa
     data = (tmp_path / "out").read_bytes()
     (tmp_path / "out").write_bytes(data.splitlines(keepends=True)[0])
     other = outpace("batch", str(tmp_path / "in"), str(tmp_path / "out"), "-m", "base")
-    assert other.exit_code == 2 and "another model" in other.stderr and other.stderr.count("error:") == 1
+    assert other.exit_code == 2 and "another --model" in other.stderr and other.stderr.count("error:") == 1
     write(tmp_path / "in", chat("a", "changed"))
     changed = outpace(*args)
     assert changed.exit_code == 2 and "another input" in changed.stderr and "Traceback" not in changed.stderr
     assert (tmp_path / "out").read_bytes() == data.splitlines(keepends=True)[0]
     missing = outpace("batch", str(tmp_path / "none"), str(tmp_path / "out"))
     assert missing.exit_code == 2 and "cannot be read" in missing.stderr
+
+
+@pytest.mark.parametrize(
+    ("changed", "name"),
+    [
+        (("--answer-tokens", "7"), "--answer-tokens (now 7)"),
+        (("-m", "base"), "--model (now 'base')"),
+        (("--verifier", "typical"), "--verifier (now 'typical')"),
+        (("--any-model",), "--any-model (now True)"),
+        (("--methods", "suffix"), "--methods (now ('suffix',))"),
+    ],
+)
+def test_a_finished_output_is_not_taken_for_that_of_other_settings(
+    outpace: Outpace, tmp_path: Path, changed: tuple[str, ...], name: str
+) -> None:
+    write(tmp_path / "in", chat("a", "hello", max_tokens=None))
+    args = ("batch", str(tmp_path / "in"), str(tmp_path / "out"), "-m", "toy", "--answer-tokens", "5")
+    assert outpace(*args).exit_code == 0
+    before = (tmp_path / "out").read_bytes()
+    again = outpace(*args)
+    assert again.exit_code == 0 and "1 of 1 are answered already" in again.stderr
+    result = outpace(*args, *changed)
+    assert result.exit_code == 2 and f"was begun with another {name}" in " ".join(result.stderr.split())
+    assert "name another output" in " ".join(result.stderr.split()) and "Traceback" not in result.stderr
+    assert (tmp_path / "out").read_bytes() == before
+
+
+def test_what_changes_no_answer_may_be_another(outpace: Outpace, tmp_path: Path) -> None:
+    write(tmp_path / "in", *mixed(6))
+    args = ("batch", str(tmp_path / "in"), str(tmp_path / "out"), "-m", "toy")
+    assert outpace(*args, "--method", "suffix", "--max-batch", "2", "--kv-tokens", "1024").exit_code == 0
+    whole = (tmp_path / "out").read_bytes()
+    (tmp_path / "out").write_bytes(b"".join(whole.splitlines(keepends=True)[:3]))
+    assert outpace(*args, "--method", "ngram", "--threads", "1", "--max-rows", "5").exit_code == 0
+    assert len(by_id(tmp_path / "out")) == 6
+
+
+def test_where_drafts_change_the_answers_the_method_counts(outpace: Outpace, tmp_path: Path) -> None:
+    write(tmp_path / "in", chat("a", "hello"))
+    args = ("batch", str(tmp_path / "in"), str(tmp_path / "out"), "-m", "toy", "--verifier", "rejection")
+    assert outpace(*args, "--method", "suffix").exit_code == 0
+    other = outpace(*args, "--method", "ngram")
+    assert other.exit_code == 2 and "--method, --draft-model" in other.stderr and "'ngram'" in other.stderr
 
 
 def test_interrupt_leaves_a_clean_file(outpace: Outpace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from outpace.server.batchfile import LINE_BYTES, BadLine, BatchFileError, BatchInput, Journal
 
 CHAT = "/v1/chat/completions"
+TOY = {"--model": "toy", "--precision": "int8", "--answer-tokens": 2048}
 
 
 def request(custom_id: Any = "a", **changes: Any) -> dict[str, Any]:
@@ -35,7 +36,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 def answer_all(path: Path, source: BatchInput, stop_after: int | None = None) -> Journal:
     """What a run does, with an answer that follows from the request."""
     journal = Journal(path, source)
-    journal.settle("toy")
+    journal.settle(TOY)
     written = 0
     for place in range(len(source)):
         if journal.done[place] or written == stop_after:
@@ -177,14 +178,41 @@ def test_a_changed_input_is_refused(whole: tuple[Path, bytes], tmp_path: Path) -
     assert (tmp_path / "out").read_bytes() == data
 
 
-def test_other_settings_are_refused(whole: tuple[Path, bytes], tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", TOY)
+@pytest.mark.parametrize("lines", [3, None])
+def test_other_settings_are_refused_by_name(
+    whole: tuple[Path, bytes], tmp_path: Path, name: str, lines: int | None
+) -> None:
+    """Also when nothing is left to be answered."""
     path, data = whole
-    (tmp_path / "out").write_bytes(data)
-    with (
-        Journal(tmp_path / "out", BatchInput(path)) as journal,
-        pytest.raises(BatchFileError, match="than other, int4"),
-    ):
-        journal.settle("other, int4")
+    kept = b"".join(data.splitlines(keepends=True)[:lines])
+    (tmp_path / "out").write_bytes(kept)
+    with Journal(tmp_path / "out", BatchInput(path)) as journal:
+        journal.settle(TOY)
+        with pytest.raises(BatchFileError) as refused:
+            journal.settle(TOY | {name: "other"})
+        assert f"another {name} (now 'other'): go on with" in str(refused.value)
+        assert not any(other in str(refused.value) for other in TOY.keys() - {name})
+        with pytest.raises(BatchFileError, match=r"--model.*, another --precision.*, another --answer-tokens"):
+            journal.settle(dict.fromkeys(TOY, "other"))
+        with pytest.raises(BatchFileError, match="another version of Outpace"):
+            journal.settle(TOY | {"more": 1})
+    assert (tmp_path / "out").read_bytes() == kept
+
+
+def test_a_torn_line_that_is_longer_than_its_replacement_leaves_nothing(tmp_path: Path) -> None:
+    source, out = BatchInput(write(tmp_path / "in", request("a"), request("b"))), tmp_path / "out"
+    with Journal(out, source) as journal:
+        journal.settle(TOY)
+        journal.answer(0, "a", 200, {"text": "first"})
+        journal.answer(1, "b", 200, {"text": "long " * 200})
+    torn = out.read_bytes()[:-100]
+    out.write_bytes(torn)
+    with Journal(out, source) as journal:
+        assert journal.cut == len(torn) - torn.index(b"\n") - 1 and out.read_bytes() == torn[: torn.index(b"\n") + 1]
+        journal.settle(TOY)
+        journal.answer(1, "b", 200, {"text": "short"})
+    assert [answer["response"]["body"]["text"] for answer in read(out)] == ["first", "short"]
 
 
 @pytest.mark.parametrize("text", ["precious", "precious\n", '{"id": 1}\n', "[]\n{}", "\n", '{"id":"batch_req_0"'])
@@ -230,7 +258,7 @@ def test_a_disk_that_is_full_says_how_to_go_on(tmp_path: Path, monkeypatch: pyte
             return file.write(bytes(data[:30]))
 
     with Journal(tmp_path / "out", source) as journal:
-        journal.settle("toy")
+        journal.settle(TOY)
         with monkeypatch.context() as patch:
             patch.setattr("os.pwrite", pwrite)
             with pytest.raises(BatchFileError, match=r"No space left.*the same command goes on"):

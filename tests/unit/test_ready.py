@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from numba.core.dispatcher import Dispatcher
 from toy import Rig, random_tokens, toy_checkpoint
 
 from outpace.cache.native_storage import NativeStorage
@@ -45,6 +47,29 @@ def test_only_the_first_run_on_a_machine_speaks(
     assert not compiled.is_cached(decoder_step)
     monkeypatch.setattr(compiled, "_folder", lambda: None)
     assert not compiled.is_cached(decoder_step)
+
+
+def test_compiled_code_is_kept_apart_for_every_change_of_a_source(tmp_path: Path) -> None:
+    """Of all files of the package, also those that hold no entry point: the step is inlined from several."""
+    own = Path(compiled.__file__).parent
+    copies = [shutil.copy(source, tmp_path) for source in own.glob("*.py")]
+    found = {compiled.sources_digest(own)}
+    assert found == {compiled.sources_digest(tmp_path)} and len(copies) > 10
+    for copy in map(Path, copies):
+        before = copy.read_text("utf-8")
+        copy.write_text(before + "# changed\n", "utf-8")
+        found.add(compiled.sources_digest(tmp_path))
+        copy.write_text(before, "utf-8")
+    assert len(found) == 1 + len(copies)
+
+
+def test_all_that_is_compiled_lies_beside_the_digest() -> None:
+    """A function of another folder that a kernel calls would be missing from the digest."""
+    own = Path(compiled.__file__).parent
+    modules = [module for name, module in sys.modules.items() if name.startswith("outpace.ops.cpu")]
+    kernels = [value for module in modules for value in vars(module).values() if isinstance(value, Dispatcher)]
+    assert len(kernels) > 20
+    assert {Path(kernel.py_func.__code__.co_filename).parent for kernel in kernels} == {own}
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="platform: reads /proc")

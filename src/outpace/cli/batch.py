@@ -55,8 +55,9 @@ def batch(input: Path, output: Path, **options: Any) -> None:
        "body": {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 50}}
 
     One request in a line; url may be /v1/completions too. Answers are written as they come. After Ctrl-C, a kill or a
-    power cut the same command goes on where it was. A request that cannot be answered gets its reason in `error`, and
-    the exit code is 1 then.
+    power cut the same command goes on where it was; one with another model, --precision or --answer-tokens, which would
+    give other answers, is refused. A request that cannot be answered gets its reason in `error`, and the exit code is
+    1 then.
     """
     if find_spec("pydantic") is None:
         raise ParameterError('batches need pydantic: python -m pip install "outpace[serve]"')
@@ -69,8 +70,7 @@ def batch(input: Path, output: Path, **options: Any) -> None:
         found = journal.found
         told = f"{found:,} of {len(source):,} are answered already" if found else f"{len(source):,} requests"
         say(told + (f"; a line of {journal.cut:,} bytes was cut short and is made again" if journal.cut else ""))
-        finished = bool(journal.done.all()) or _answer(source, journal, options)
-        if not finished:
+        if not _answer(source, journal, options):
             kept = f"{journal.found:,} of {len(source):,} are answered and kept"
             say(f"stopped: {kept}; the same command goes on from there")
             sys.exit(INTERRUPTED)
@@ -85,19 +85,23 @@ def batch(input: Path, output: Path, **options: Any) -> None:
 
 
 def _answer(source: BatchInput, journal: Journal, options: dict[str, Any]) -> bool:
-    """Run what is not answered yet; False if it was stopped."""
+    """Run what is not answered yet; False if it was stopped. The model is opened even if everything is answered: only
+    then is it known whether it would still give the same answers."""
     from ..server.asks import Limits
-    from ..server.batchrun import BatchRun
+    from ..server.batchrun import BatchRun, settings
 
+    limits = Limits(answer_tokens=options["answer_tokens"])
     with open_llm(options) as llm:
-        journal.settle(f"{llm.name}, {llm.precision}, {llm.verifier}")
+        journal.settle(settings(llm, limits, options["any_model"]))
+        if journal.done.all():
+            return True
         run = BatchRun(
             llm,
             source,
             journal,
             window=WINDOW * options["max_batch"],
             order=options["order"],
-            limits=Limits(answer_tokens=options["answer_tokens"]),
+            limits=limits,
             model=None if options["any_model"] else llm.name,
         )
         with _stop_when_asked() as stop, _Bar(len(source)) as bar:

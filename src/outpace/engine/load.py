@@ -36,6 +36,7 @@ class LoadedModel:
     decoder: Decoder
     tokenizer: Tokenizer
     reload: Callable[[Precision], Decoder] | None = None  # the same weights in another precision
+    key: str = ""  # names the content of its files, changes when they do; "" if it was not read from files
 
     def in_precision(self, precision: Precision) -> Decoder:
         """The same weights in another precision; loaded at the first call and kept. Raises MethodError where that
@@ -105,13 +106,13 @@ def load_model(
     decoder: Decoder
     if where.type == "cuda":
         decoder = TorchDecoder.from_checkpoint(opened.checkpoint(), arithmetic, where)
-        return LoadedModel(opened.name, decoder, opened.tokenizer)
+        return LoadedModel(opened.name, decoder, opened.tokenizer, key=opened.source.key)
 
     @cache
     def native(precision: Precision) -> Decoder:
         return NativeDecoder.load(opened, precision, threads, progress=_packing(progress))
 
-    return LoadedModel(opened.name, native(arithmetic), opened.tokenizer, native)
+    return LoadedModel(opened.name, native(arithmetic), opened.tokenizer, native, opened.source.key)
 
 
 def check_loaded(

@@ -1,8 +1,9 @@
 """Batch files in OpenAI's format, and a journal of answers that survives a kill at any moment. No model, no HTTP.
 
-A line of the output carries the digest of the whole input and the number of its line there, in its `id`. So the output
-alone says what is done, and an answer can never be taken for that of another file. A line is written by one call and
-counts from its newline on; what a kill left of a line is cut off at the next start.
+A line of the output carries in its `id` the digest of the whole input, a digest of each setting that answers depend
+on, and the number of its line in the input. So the output alone says what is done, and an answer is never taken for
+that of another file or of other settings. A line is written by one call and counts from its newline on; what a kill
+left of a line is cut off at the next start.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import re
 import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,8 @@ URLS = ("/v1/chat/completions", "/v1/completions")
 LINE_BYTES = 8 << 20  # the longest line that is read, as the longest body that the server takes
 CUSTOM_ID_CHARACTERS = 512
 SYNC_S = 1.0  # what is older than that is safe from a power cut too; a kill loses nothing that was written
-_ID = re.compile(r"batch_req_([0-9a-f]{16})([0-9a-f]{8})_([1-9][0-9]*)")
+_SETTING_BYTES = 2  # of the digest of one setting
+_ID = re.compile(r"batch_req_([0-9a-f]{16})((?:[0-9a-f]{4})+)_([1-9][0-9]*)")
 _FIELDS = {"custom_id", "method", "url", "body"}
 
 
@@ -196,8 +198,8 @@ class Journal:
         self.failed = 0
         self.cut = 0  # bytes of a torn line
         self._starts = array("q", bytes(8 * len(source)))  # where each answer begins
-        self._settings: str | None = None  # fingerprint of what the answers in the file were made with
-        self._found: str | None = None
+        self._settings: str | None = None  # digests of what answers are made with
+        self._found: str | None = None  # the same of those that are in the file
         self._end, self._synced = 0, time.monotonic()
         try:
             self._lock()
@@ -211,14 +213,26 @@ class Journal:
         """Requests that are done."""
         return int(self.done.sum())
 
-    def settle(self, settings: str) -> None:
-        """Say what answers are made with (model, precision): those of two settings never get into one file."""
-        self._settings = hashlib.blake2b(settings.encode(), digest_size=4).hexdigest()
-        if self._found not in (None, self._settings):
-            raise BatchFileError(
-                f"the output {str(self.path)!r} was begun with another model, precision or verifier than {settings}: "
-                "go on with that one, or name another output"
-            )
+    def settle(self, settings: Mapping[str, object]) -> None:
+        """Say what answers are made with, everything that changes one, by name and always in the same order: answers of
+        two settings never get into one file, and a file that is complete with others is not taken for complete."""
+        self._settings = "".join(
+            hashlib.blake2b(repr(value).encode(), digest_size=_SETTING_BYTES).hexdigest() for value in settings.values()
+        )
+        if self._found in (None, self._settings):
+            return
+        where = f"the output {str(self.path)!r} was begun with"
+        if len(self._found) != len(self._settings):
+            raise BatchFileError(f"{where} another version of Outpace, whose answers may differ: name another output")
+        size = 2 * _SETTING_BYTES
+        changed = [
+            f"{name} (now {_short(value)})"
+            for i, (name, value) in enumerate(settings.items())
+            if self._found[i * size : (i + 1) * size] != self._settings[i * size : (i + 1) * size]
+        ]
+        raise BatchFileError(
+            f"{where} another {', another '.join(changed)}: go on with what it was begun with, or name another output"
+        )
 
     def id(self, place: int) -> str:
         assert self._settings is not None, "settle first"

@@ -7,13 +7,14 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from ..cache.storage import PAGE_SIZE
+from ..decoding.methods import make_verifier
 from ..engine.grouping import NONE, group
 from ..engine.request import StepEvent
 from ..errors import OutpaceError, ParameterError, QueueFull
@@ -25,10 +26,37 @@ from .protocol import ChatRequest, CompletionRequest
 from .refusals import Refusal, refusal_of, refusal_of_body
 from .service import ServingEngine
 
+if TYPE_CHECKING:
+    from ..engine.llm import LLM
+
 Order = Literal["grouped", "as-given"]
 BLOCK_LINES, BLOCK_TOKENS = 8192, 4 << 20  # of requests that are looked at together; bounds the memory
+RULES = 1  # how prompts are built and seeds are drawn; raise it when a change of either changes answers
 HOPELESS = 3  # requests in a row that fail a step by themselves: then it is not they
 log = logging.getLogger("outpace.batch")
+
+
+def settings(llm: LLM, limits: Limits, any_model: bool) -> dict[str, object]:
+    """Everything that an answer depends on beside its request, by the name that the command line has for it.
+
+    Where the same tokens are promised whatever is drafted, how it is drafted is left out, and so are the number of
+    threads and the size of the cache: a batch may go on with others.
+    """
+    draft = llm.draft_loaded
+    lossless = make_verifier(llm.verifier).exactness == "identical" and llm.decoder.row_invariant
+    sizes = llm.options.max_rows, llm.options.max_batch
+    drafting = (llm.method, llm.planner, *sizes, draft and (draft.key or draft.name, draft.decoder.precision))
+    return {
+        "--model": llm.loaded.key or llm.name,
+        "--precision": llm.precision,
+        "--device": llm.decoder.device.type,
+        "--verifier": llm.verifier,
+        "--method, --draft-model, --planner, --max-rows or --max-batch": None if lossless else drafting,
+        "--methods": tuple(sorted(llm.options.methods)),
+        "--answer-tokens": limits.answer_tokens,
+        "--any-model": any_model,
+        "version of Outpace": (RULES, replace(limits, answer_tokens=0)),
+    }
 
 
 @dataclass(slots=True)

@@ -22,13 +22,18 @@ from ...paths import cache_dir
 _KEPT_VERSIONS = 3
 
 
+def sources_digest(sources: Path) -> str:
+    """Names what the files of a folder compile to with this numba."""
+    digest = hashlib.sha256(numba.__version__.encode())
+    for source in sorted(sources.glob("*.py")):
+        digest.update(f"\0{source.name}\0".encode() + source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 @cache
 def _folder() -> Path | None:
     """None when there is nowhere to write: the code is then compiled in each process."""
-    digest = hashlib.sha256(numba.__version__.encode())
-    for source in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(source.read_bytes())
-    folder = cache_dir() / "kernels" / digest.hexdigest()[:16]
+    folder = cache_dir() / "kernels" / sources_digest(Path(__file__).parent)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         os.utime(folder)
