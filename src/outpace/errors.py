@@ -69,10 +69,10 @@ class MethodError(OutpaceError):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`did you mean X? ` for the nearest known word, or "" when none is near. For the front of a list of all."""
+    """`did you mean 'x'? ` for the nearest known word, or "" when none is near. For the front of a list of all."""
     from difflib import get_close_matches
 
     names = list(dict.fromkeys(known))
     near = get_close_matches(word.lower(), [name.lower() for name in names], n=1, cutoff=0.6)
     found = next((name for name in names if near and name.lower() == near[0]), "")
-    return f"did you mean {found}? " if found and found != word else ""
+    return f"did you mean {found!r}? " if found and found != word else ""

@@ -17,11 +17,10 @@ import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from numbers import Integral, Real
 from typing import Any, Protocol
 
-from .errors import ParameterError
+from .errors import ParameterError, did_you_mean
 
 OUT_OF_RANGE, WRONG_TYPE, UNKNOWN = "is out of range", "is of the wrong type", "is unknown"
 
@@ -210,10 +209,10 @@ def checked(name: str, given: Any, rule: Rule, none: bool = False) -> Any:
     raise ParameterError(f"{name}={shown(given)} {fault}: it must be {rule.allowed}{or_none}{close}")
 
 
-def nearest(given: Any, names: Iterable[str], cutoff: float = 0.6) -> str:
+def nearest(given: Any, names: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the name that is most like the given one, "" if none is."""
-    close = get_close_matches(given, list(names), 1, cutoff) if isinstance(given, str) else []
-    return f"; did you mean {close[0]!r}?" if close else ""
+    hint = did_you_mean(given, names) if isinstance(given, str) else ""
+    return f"; {hint.strip()}" if hint else ""
 
 
 def shown(given: Any, most: int = 60) -> str:

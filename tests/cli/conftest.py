@@ -15,6 +15,7 @@ from outpace.engine import llm as llm_module
 from outpace.engine import load as load_module
 from outpace.errors import ModelNotFound
 from outpace.models import recommended as recommended_module
+from outpace.models import source as source_module
 from outpace.models.recommended import Recommended
 
 _KEPT = ("OUTPACE_CACHE", "OUTPACE_MODELS")  # a machine may have its models elsewhere
@@ -49,6 +50,7 @@ def outpace(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
         return Recommended({"temperature": 0.5, "top_p": 0.9}, "the model's file")
 
     monkeypatch.setattr(recommended_module, "recommended", recommended)
+    monkeypatch.setattr(source_module, "find", lambda name: recommended(name) and Path(name))
 
     def run(*args: str, input: str | None = None) -> Result:
         return CliRunner().invoke(main, list(args), input=input)

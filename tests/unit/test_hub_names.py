@@ -78,7 +78,7 @@ def test_which_file(which: str, file: str) -> None:
 
 
 def test_files_that_are_not_to_be_had() -> None:
-    with pytest.raises(ModelNotFound, match=r"o/n has no Q4_K_L GGUF file; did you mean Q4_K_M\? there are: .*Q8_0"):
+    with pytest.raises(ModelNotFound, match=r"o/n has no Q4_K_L GGUF file; did you mean 'Q4_K_M'\? there are: .*Q8_0"):
         choose(FILES, HubName("o/n", "Q4_K_L"))
     with pytest.raises(UnsupportedModel, match="is in 2 files; join them"):
         choose(PARTS, HubName("o/n", "Q8_0"))
@@ -155,7 +155,7 @@ def test_what_the_hub_says(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_misspelt_names_say_the_nearest_and_fetch_nothing() -> None:
-    with pytest.raises(ModelNotFound, match=r"no model 'smolm2-135m'; did you mean smollm2-135m\?"):
+    with pytest.raises(ModelNotFound, match=r"no model 'smolm2-135m'; did you mean 'smollm2-135m'\?"):
         find("smolm2-135m")
-    with pytest.raises(ModelNotFound, match=r"did you mean qwen3-4b\?"):
+    with pytest.raises(ModelNotFound, match=r"did you mean 'qwen3-4b'\?"):
         find("qwen3-4bb")

@@ -120,12 +120,13 @@ class LazyGroup(click.Group):
 def _prepare(ctx: click.Context, name: str, command: click.Command, args: list[str]) -> list[str]:
     """Defaults from the file of settings; options as other tools call them. Returns the arguments as ours are."""
     from .habits import translate
-    from .settings import defaults, misspelt_variables, read_settings
+    from .settings import check_environment, defaults, misspelt_variables, read_settings
 
     args, hints = translate(command, args)
-    if not {"-h", "--help"} & {*args}:  # help is to be had whatever is wrong
-        ctx.default_map = {name: {} if name == "config" else defaults(read_settings(COMMANDS), name, command)}
-        hints += [] if name == "config" else misspelt_variables(COMMANDS)
+    if name != "config" and not {"-h", "--help"} & {*args}:  # these are to be had whatever is wrong
+        check_environment(command)
+        ctx.default_map = {name: defaults(read_settings(COMMANDS), name, command)}
+        hints += misspelt_variables(COMMANDS)
     for hint in hints:
         click.echo(f"outpace: {hint}", err=True)
     return args

@@ -19,6 +19,7 @@ from ..errors import ParameterError
 from ..fields import Choice, Each, Flag, Number, Whole
 from ..models.catalog import DEFAULT_MODEL
 from ..types import Result, SamplingParams
+from . import complete
 
 if TYPE_CHECKING:
     from ..engine.inboxes import Stream
@@ -66,6 +67,7 @@ def _engine_option(field: Field[Any], defaults: dict[str, Any]) -> Callable[[Any
         default=default,
         show_default=default not in (None, ()),
         metavar=about.get("metavar"),
+        shell_complete=complete.OF_OPTION.get(field.name),
         callback=None if scale == 1 else lambda _, __, value: None if value is None else value / scale,
         help=help,
     )
@@ -95,7 +97,8 @@ def weights_options(function: F) -> F:
         "--model",
         default=DEFAULT_MODEL,
         show_default=True,
-        help="A known name (see `outpace models`), a GGUF file, a folder or a hub id.",
+        shell_complete=complete.models,
+        help="A known name (see `outpace models`), a GGUF file, a folder, or of the hub owner/repo[:Q4_K_M].",
     )
     return model(engine_options("precision", "threads", "device")(function))
 
@@ -118,7 +121,8 @@ def sampling_options(function: F) -> F:
             "-n",
             "--max-tokens",
             type=click.IntRange(min=1),
-            help=f"Longest answer.  [default: {DEFAULTS['max_tokens']}, or the room left in the context]",
+            help="Longest answer.  [default: until the model ends it, as far as the context goes; at most 1024 tokens, "
+            "in a chat 4096]",
         ),
         option("--temperature", float, "0 takes the likeliest token, higher is more varied."),
         option("--top-k", int, "Sample among the k likeliest tokens; 0: all."),
@@ -177,7 +181,12 @@ def read_file(path: str, option: str) -> str:
 
 def open_llm(options: dict[str, Any], **more: Any) -> LLM:
     """The model of `model_options` and `engine_options`, with progress on a terminal. `more` comes before `options`."""
-    from ..engine.llm import LLM  # torch, only now
+    from ..models.source import find
+
+    for name in (options["model"], options.get("draft_model")):
+        if isinstance(name, str):
+            find(name)  # a misspelt one is refused before anything is read
+    from ..engine.llm import LLM
 
     given = {field.name: options[field.name] for field in fields(EngineOptions) if field.name in options} | more
     with loading_progress() as progress:
@@ -264,23 +273,6 @@ def cancel_on_interrupt(stream: Stream) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def summary(result: Result, precision: str, extra: str = "") -> str:
-    """The one line after a run."""
-    stats = result.stats
-    parts = [f"{stats.tokens} token{'s' if stats.tokens != 1 else ''}"]
-    if stats.tokens:
-        parts.append(f"first after {stats.time_to_first_token_s:.2f} s")
-    if stats.tokens_per_s:
-        parts.append(f"{stats.tokens_per_s:.1f} tokens/s")
-        parts.append(f"mean_accepted {stats.mean_accepted:.2f}")
-    if extra:
-        parts.append(extra)
-    parts.append(f"{result.exactness} ({result.method}, {precision})")
-    if result.finish_reason != "stop":
-        parts.append({"length": "cut at --max-tokens", "cancelled": "stopped"}[result.finish_reason])
-    return " · ".join(parts)
 
 
 def stats_object(result: Result) -> dict[str, Any]:

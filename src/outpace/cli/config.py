@@ -7,14 +7,15 @@ import os
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from ..errors import ParameterError, did_you_mean
 from . import COMMANDS, command_of
 from .settings import (
     OTHER_VARIABLES,
     Settings,
+    check_environment,
     defaults,
+    environment_of,
     is_shared,
     misspelt_variables,
     options_of,
@@ -67,19 +68,14 @@ def in_force(settings: Settings, name: str) -> list[dict[str, Any]]:
     """name, value and origin of each option of a command: the shared ones, and those that something sets."""
     command = command_of(name)
     from_file = defaults(settings, name, command)
+    check_environment(command)
     context = command.make_context(name, [], resilient_parsing=True, default_map=from_file)
     rows = []
     for key, option in options_of(command).items():
-        given, source = option.consume_value(context, {})
         value = context.params.get(key)
-        if source is ParameterSource.ENVIRONMENT:
-            try:
-                value = option.type_cast_value(context, given)
-            except click.BadParameter as error:
-                raise ParameterError(f"{_variable(option)}: {error.message}") from None
-        if source is ParameterSource.ENVIRONMENT:
-            origin = _variable(option)
-        elif source is ParameterSource.DEFAULT_MAP:
+        if variable := environment_of(option):
+            origin = variable
+        elif key in from_file:
             table = key in settings.tables.get(name, {})
             origin = f"{settings.path.name}{f' [{name}]' if table else ''}"
         else:
@@ -92,9 +88,3 @@ def in_force(settings: Settings, name: str) -> list[dict[str, Any]]:
 
 def _is_json(value: Any) -> bool:
     return value is None or isinstance(value, str | int | float | bool | list)
-
-
-def _variable(option: click.Option) -> str:
-    """The environment variable that sets an option now."""
-    names = [option.envvar] if isinstance(option.envvar, str) else [*(option.envvar or ())]
-    return next((name for name in names if os.environ.get(name)), "the environment")

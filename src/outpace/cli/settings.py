@@ -154,6 +154,23 @@ def _wrong_type(option: click.Option, value: Any) -> str:
     return "a text" if text and not isinstance(value, str) else ""
 
 
+def environment_of(option: click.Option) -> str | None:
+    """The variable that sets an option now."""
+    names = [option.envvar] if isinstance(option.envvar, str) else [*(option.envvar or ())]
+    return next((name for name in names if os.environ.get(name)), None)
+
+
+def check_environment(command: click.Command) -> None:
+    """Raises ParameterError for a variable whose value will not do, by the variable's name."""
+    context = click.Context(command)
+    for option in options_of(command).values():
+        if variable := environment_of(option):
+            try:
+                option.type_cast_value(context, option.value_from_envvar(context))
+            except click.BadParameter as error:
+                raise ParameterError(f"{variable}: {error.message}") from None
+
+
 def misspelt_variables(commands: Iterable[str]) -> list[str]:
     """A line for each variable that looks like a setting and is none."""
     names = list(commands)
