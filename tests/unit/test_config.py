@@ -170,3 +170,33 @@ def test_damaged_fields_are_named(changes, field):
 def test_a_configuration_that_is_no_object():
     with pytest.raises(CorruptModel, match="JSON object"):
         ModelConfig.from_hf([1], source="config.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"brand_new": 3}, "brand_new"),
+        ({"brand_new": "x" * 500}, "brand_new"),
+        ({"query_pre_attn_scalar": 64}, "query_pre_attn_scalar"),  # of gemma3 alone
+        ({"rope_interleaved": True}, "rope_interleaved"),
+        ({"is_encoder_decoder": True}, "is_encoder_decoder"),
+        ({"suppress_tokens": [1]}, "suppress_tokens"),
+        ({"pruned_heads": {"0": [1]}}, "pruned_heads"),
+        ({"rope_scaling": {"rope_type": "default", "mrope_section": [16, 24, 24]}}, "mrope_section"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "attention_factor": 1.2}}, "attention_factor"),
+        ({"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "linear", "factor": 2.0}}, "only one"),
+    ],
+)
+def test_fields_that_may_change_the_arithmetic_are_refused(changes, name):
+    with pytest.raises(UnsupportedModel, match=name) as error:
+        read(SMOLLM2, **changes)
+    assert "config.json" in str(error.value) and len(str(error.value)) < 600
+
+
+def test_fields_without_effect_change_nothing():
+    free = {
+        "torch_dtype": "bfloat16", "transformers_version": "4.40.0", "_name_or_path": "x", "use_cache": True,
+        "is_llama_config": True, "temperature": 0.6, "brand_new": None, "brand_new_flag": False, "brand_new_list": [],
+        "suppress_tokens": [], "sliding_window": 64, "attention_dropout": 0.1,
+    }  # fmt: skip
+    assert read(SMOLLM2, **free) == read(SMOLLM2)

@@ -84,6 +84,7 @@ def write(
     tensors: Mapping[str, NDArray[Any] | None] = {},
     raw_types: Mapping[str, gguf.GGMLQuantizationType] = {},
     metadata: Mapping[str, Any] = {},
+    keys: Mapping[str, Any] = {},
     spm: bool = False,
     space_prefix: bool = False,
     pre: str = "smollm",
@@ -91,7 +92,8 @@ def write(
     seed: int = 0,
 ) -> dict[str, NDArray[Any]]:
     """Write the file; returns its tensors. `tensors` replaces some (None: left out), `raw_types` says which of
-    them are already quantised bytes, `metadata` adds `arch.KEY` entries.
+    them are already quantised bytes, `metadata` adds `arch.KEY` entries, `keys` entries of any name; both replace what
+    is there (None: left out).
     """
     writer = gguf.GGUFWriter(path, arch)
     vocab = spm_vocabulary(writer, space_prefix) if spm else bpe_vocabulary(writer, pre)
@@ -103,9 +105,14 @@ def write(
     writer.add_head_count_kv(kv_heads)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(theta)
-    for key, value in metadata.items():
-        add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32, list: writer.add_array}
-        add[type(value)](f"{arch}.{key}", value)
+    for key, value in ({f"{arch}.{k}": v for k, v in metadata.items()} | dict(keys)).items():
+        writer.kv_data[0].pop(key, None)
+        add = {
+            str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32,
+            list: writer.add_array,
+        }  # fmt: skip
+        if value is not None:
+            add[type(value)](key, value)
     rng = np.random.default_rng(seed)
     contents: dict[str, Any] = {
         name: rng.standard_normal(shape).astype(np.float32)

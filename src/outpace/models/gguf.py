@@ -18,6 +18,7 @@ from ..errors import CorruptModel, UnsupportedModel
 from .checkpoint import Checkpoint, TokenizerFiles
 from .config import ModelConfig
 from .gguf_header import Header, TensorInfo, read_header
+from .gguf_keys import check_head_widths, check_keys
 from .layout import check_layout
 
 SUPPORTED_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
@@ -64,6 +65,7 @@ class GGUFCheckpoint(Checkpoint):
                 " (mistral and smollm files say llama)"
             )
         self._architecture: str = architecture
+        check_keys(str(path), self._header.metadata, architecture)
         self._infos, unknown = _canonical(self._header, architecture)
         for info in self._infos.values():
             if info.type_name not in SUPPORTED_TYPES:
@@ -73,6 +75,9 @@ class GGUFCheckpoint(Checkpoint):
                 )
         rope_factors = self._rope_factors()
         self.config = ModelConfig.from_hf(hf_config(path, self._header, self._infos, rope_factors), source=str(path))
+        if rope_factors is not None and self.config.rope_scaling and 2 * rope_factors.size != self.config.head_dim:
+            raise CorruptModel(f"{path}: {rope_factors.size} rotary factors for heads of {self.config.head_dim}")
+        check_head_widths(str(path), self._header.metadata, architecture, self.config.head_dim)
         check_layout(str(path), self.config, {n: i.shape for n, i in self._infos.items()}, unknown)
 
     def names(self) -> set[str]:
@@ -114,8 +119,13 @@ class GGUFCheckpoint(Checkpoint):
             raise CorruptModel(f"{self.path}: tensor {info.name!r} cannot be read: {e}") from e
 
     def _rope_factors(self) -> NDArray[np.float32] | None:
+        """Divisors of the rotary frequencies, where the file has some."""
         info = self._header.tensors.get("rope_freqs.weight")
-        return self._read(info) if info is not None and info.type_name == "F32" else None
+        if info is None:
+            return None
+        if info.type_name not in SUPPORTED_TYPES:
+            raise UnsupportedModel(f"{self.path}: tensor {info.name!r} is quantised as {info.type_name}")
+        return self._read(info)
 
 
 def unpermute(values: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
@@ -154,35 +164,39 @@ def hf_config(
         value = meta.get(f"{architecture}.{key}")
         return _short(value) if isinstance(value, float) else value
 
-    if get("expert_count"):
-        raise UnsupportedModel(f"{path}: a mixture of experts; supported: dense models")
-    window = get("attention.sliding_window")
+    def given(key: str, default: Any) -> Any:
+        value = get(key)
+        return default if value is None else value
+
+    window = get("attention.sliding_window") or None
+    heads, width = get("attention.head_count"), get("embedding_length")
     config: dict[str, Any] = {
         "model_type": "mistral" if architecture == "llama" and window else architecture,
         "vocab_size": embedding.shape[0],
-        "hidden_size": get("embedding_length"),
+        "hidden_size": width,
         "intermediate_size": get("feed_forward_length"),
         "num_hidden_layers": get("block_count"),
-        "num_attention_heads": get("attention.head_count"),
-        "num_key_value_heads": get("attention.head_count_kv") or get("attention.head_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": given("attention.head_count_kv", heads),
         "max_position_embeddings": get("context_length"),
         "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
-        "rope_theta": get("rope.freq_base") or 10_000.0,
+        "rope_theta": given("rope.freq_base", 10_000.0),
         "rope_scaling": _rope_scaling(path, get, rope_factors),
         "sliding_window": window,
         "tie_word_embeddings": "lm_head.weight" not in infos,
         "bos_token_id": tokenizer.get("bos_token_id"),
-        "eos_token_id": _stops(tokenizer),
-        "attn_logit_softcapping": get("attn_logit_softcapping"),
-        "final_logit_softcapping": get("final_logit_softcapping"),
+        "eos_token_id": _stops(path, tokenizer),
+        "head_dim": get("attention.key_length"),
     }
-    for field in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+    wanted = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+    wanted += ["max_position_embeddings", *(("sliding_window",) if architecture == "gemma3" else ())]
+    for field in wanted:
         if not isinstance(config[field], int):
             raise CorruptModel(f"{path}: the metadata do not say {field} (or not as one number)")
-    if (head_dim := get("attention.key_length")) is not None:
-        config["head_dim"] = head_dim
-        if get("attention.value_length") not in (None, head_dim):
-            raise UnsupportedModel(f"{path}: keys and values of different width")
+    if config["rms_norm_eps"] is None:
+        raise CorruptModel(f"{path}: the metadata do not say {architecture}.attention.layer_norm_rms_epsilon")
+    if config["head_dim"] is None and heads > 0 and width % heads == 0:
+        config["head_dim"] = width // heads  # the writers' default, whatever the architecture's own
     if architecture == "gemma3":
         _gemma(config, get)
     return {k: v for k, v in config.items() if v is not None}
@@ -191,9 +205,10 @@ def hf_config(
 def _gemma(config: dict[str, Any], get: Any) -> None:
     heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
     config["query_pre_attn_scalar"] = (
-        config["hidden_size"] // max(heads, 1) if layers == _GEMMA_27B_LAYERS else config.get("head_dim", 256)
+        config["hidden_size"] // max(heads, 1) if layers == _GEMMA_27B_LAYERS else config["head_dim"]
     )
-    config["rope_local_base_freq"] = get("rope.freq_base_swa") or 10_000.0
+    local = get("rope.freq_base_swa")
+    config["rope_local_base_freq"] = 10_000.0 if local is None else local
     pattern = get("attention.sliding_window_pattern")
     if isinstance(pattern, list):
         config["layer_types"] = ["sliding_attention" if slides else "full_attention" for slides in pattern]
@@ -201,8 +216,11 @@ def _gemma(config: dict[str, Any], get: Any) -> None:
         config["sliding_window_pattern"] = pattern
 
 
-def _stops(tokenizer: dict[str, Any]) -> list[int] | None:
-    ids = [tokenizer.get(k) for k in ("eos_token_id", "eot_token_id")]
+def _stops(path: Path, tokenizer: dict[str, Any]) -> list[int] | None:
+    more = tokenizer.get("eos_token_ids") or []
+    if not isinstance(more, list):
+        raise CorruptModel(f"{path}: tokenizer.ggml.eos_token_ids must be a list of token ids")
+    ids = [*(tokenizer.get(k) for k in ("eos_token_id", "eot_token_id", "eom_token_id")), *more]
     return list(dict.fromkeys(i for i in ids if i is not None)) or None
 
 
@@ -212,30 +230,46 @@ def _short(value: float) -> float:
 
 
 def _rope_scaling(path: Path, get: Any, factors: NDArray[np.float32] | None) -> dict[str, Any] | None:
-    kind = get("rope.scaling.type")
-    if kind in (None, "none"):
-        linear = get("rope.scale_linear")  # of files from before 2023-09
-        if linear not in (None, 1, 1.0):
-            return {"rope_type": "linear", "factor": linear}
-    else:
-        return {
-            "rope_type": kind,
-            "factor": get("rope.scaling.factor"),
-            "original_max_position_embeddings": get("rope.scaling.original_context_length"),
-        }
-    if factors is None or not np.isfinite(factors).all() or factors.max() <= 1:
-        return None  # none, all ones, or the unused inverse frequencies of old files
+    """A factor without a type is linear, as it is to the program that these files are written for."""
+    kind, factor = get("rope.scaling.type"), get("rope.scaling.factor")
+    if kind not in (None, "none", "linear"):
+        raise UnsupportedModel(
+            f"{path}: rope.scaling.type={kind!r} is not supported; supported: none, linear, and the factors of llama 3 "
+            "(rope_freqs.weight)"
+        )
+    if factor in (None, 0):
+        factor = get("rope.scale_linear")  # of files from before 2023-09
+    linear = None
+    if kind != "none" and factor not in (None, 0, 1):
+        linear = {"rope_type": "linear", "factor": factor}
+    elif kind == "linear" and factor in (None, 0):
+        raise CorruptModel(f"{path}: rope.scaling.type='linear' without rope.scaling.factor")
+    if factors is None or (factors == 1).all() or _are_frequencies(get, factors):
+        return linear
+    if linear:
+        raise UnsupportedModel(f"{path}: rotary factors (rope_freqs.weight) and a linear rope.scaling.factor as well")
     return _llama3_scaling(path, get, factors)
+
+
+def _are_frequencies(get: Any, factors: NDArray[np.float32]) -> bool:
+    """Old files have the plain inverse frequencies there, which nothing reads."""
+    from ..ops.rope import inverse_frequencies
+
+    return np.allclose(inverse_frequencies(2 * factors.size, _theta(get)), factors.ravel(), rtol=1e-2)
+
+
+def _theta(get: Any) -> float:
+    theta = get("rope.freq_base")
+    return theta if isinstance(theta, float) and theta > 0 else 10_000.0
 
 
 def _llama3_scaling(path: Path, get: Any, factors: NDArray[np.float32]) -> dict[str, Any]:
     """Which llama 3 parameters the stored per-frequency divisors come from; they must be reproduced."""
     from ..ops.rope import inverse_frequencies, scale_llama3
 
-    plain = inverse_frequencies(2 * factors.size, get("rope.freq_base") or 10_000.0)
-    factor = round(float(factors.max()), 3)
-    scaled = scale_llama3(plain, factor, 1.0, 4.0, 8192)
-    if not np.allclose(plain / scaled, factors.ravel(), rtol=1e-3):
+    plain = inverse_frequencies(2 * factors.size, _theta(get))
+    factor = round(float(factors.max()), 3) if np.isfinite(factors).all() else 0.0
+    if factor <= 1 or not np.allclose(plain / scale_llama3(plain, factor, 1.0, 4.0, 8192), factors.ravel(), rtol=1e-3):
         raise UnsupportedModel(f"{path}: rotary factors (rope_freqs.weight) that are not those of llama 3")
     return {
         "rope_type": "llama3",

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from ..errors import CorruptModel, UnsupportedModel
 from .config import LayerType, ModelConfig, RopeScaling
+from .hf_keys import check_fields, check_rope_fields
 
 #: `model_type` -> architecture
 MODEL_TYPES: dict[str, Any] = {
@@ -49,18 +50,6 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "bos_token_id": 2,
         "eos_token_id": 1,
     },
-}
-#: Features that change the arithmetic and are not built: field -> values that leave them off
-_MUST_BE_OFF: dict[str, tuple[Any, ...]] = {
-    "attention_bias": (None, False),
-    "mlp_bias": (None, False),
-    "attn_logit_softcapping": (None,),
-    "final_logit_softcapping": (None,),
-    "use_bidirectional_attention": (None, False),
-    "num_local_experts": (None, 0, 1),
-    "num_experts": (None, 0, 1),
-    "partial_rotary_factor": (None, 1, 1.0),
-    "quantization_config": (None, {}),
 }
 _ACTIVATIONS: dict[str, Any] = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 _LAYER_TYPES: dict[str, LayerType] = {"full_attention": "full", "sliding_attention": "sliding"}
@@ -117,9 +106,7 @@ def parse(raw: Mapping[str, Any], source: str) -> ModelConfig:
     if "sliding_window" in given.values:  # null turns it off, unlike the fields where null asks for the default
         values["sliding_window"] = given.values["sliding_window"]
     r = _Reader(values, source)
-    for name, off in _MUST_BE_OFF.items():
-        if r.values.get(name) not in off:
-            r.unsupported(name, f"{' or '.join(map(repr, off))} (models of {SUPPORTED})")
+    check_fields(given.values, architecture, source, SUPPORTED)
 
     num_layers = r.integer("num_hidden_layers", high=1024)
     num_heads = r.integer("num_attention_heads", high=4096)
@@ -226,12 +213,16 @@ def _rope(r: _Reader, architecture: str) -> tuple[float, float | None, RopeScali
         local = _Reader(each.section("sliding_attention"), r.source)
         if architecture != "gemma3":
             r.unsupported("rope_parameters", "one set for all layers (per layer type with gemma3 only)")
+        check_rope_fields(local.values, architecture, r.source)
         if local.values.get("rope_type", "default") != "default":
             local.unsupported("rope_type", "default for sliding layers")
     else:
-        full = _Reader(new or r.section("rope_scaling"), r.source)
+        old = r.section("rope_scaling")
+        if new and any(new.get("rope_type" if k == "type" else k, v) != v for k, v in old.items()):
+            r.unsupported("rope_scaling", f"what rope_parameters say, {new!r}, or only one of the two")
+        full = _Reader(new or old, r.source)
         local = _Reader({}, r.source)
-    if full.values.get("partial_rotary_factor", 1.0) != 1.0:
+    if full.values.get("partial_rotary_factor", 1.0) not in (None, 1):
         full.unsupported("partial_rotary_factor", "1.0")
     theta = full.number("rope_theta", r.number("rope_theta"))
     if architecture != "gemma3":
@@ -242,6 +233,8 @@ def _rope(r: _Reader, architecture: str) -> tuple[float, float | None, RopeScali
 def _scaling(rope: _Reader, r: _Reader) -> RopeScaling | None:
     key = "rope_type" if "rope_type" in rope.values else "type"
     kind = rope.values.get(key, "default")
+    if kind in ("default", "linear", "llama3"):
+        check_rope_fields(rope.values, r.values["model_type"], r.source)
     if kind == "default":
         return None
     if kind == "linear":
