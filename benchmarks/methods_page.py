@@ -26,7 +26,7 @@ from urllib.parse import quote_plus
 
 from common import table
 from compared import AUTO, RANDOM, groups, overall, why_slower
-from readme import Record, link, records
+from tables import Record, link, records
 
 from outpace.registry import Method
 from outpace.registry import methods as registered_methods

@@ -1,438 +1,212 @@
-"""Write the generated parts of README.md: the methods from the registry, the figures from `results/*.json`.
+"""Write the generated parts of README.md and of docs/: figures from `results/*.json`, methods from the registry.
 
     python benchmarks/readme.py            rewrite them
     python benchmarks/readme.py --check    exit code 1 when they are not up to date
 
-A part stands between `<!-- NAME -->` and `<!-- /NAME -->`. A figure without a result file is not there.
+A part stands between `<!-- NAME -->` and `<!-- /NAME -->`. A figure without a result file is not there. The parts of
+README.md are of one model, MODEL, that people use; what holds for another one says so.
 """
 
 from __future__ import annotations
 
-import json
-import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from common import RESULTS, show_spread, table
-from compared import AUTO, PLAIN, against_best, full_words, groups, overall
+from common import table
+from compared import AUTO, PLAIN
+from tables import Compared, Record, audit_counts, comparisons, engine_name, link, method_table, records, results
 
-from outpace.registry import methods
-
-README = Path(__file__).parent.parent / "README.md"
-Record = dict[str, Any]
-LOSSLESS = {"identical": "yes: the same tokens", "distribution": "yes: the same distribution", "approximate": "no"}
-
-
-def records(kind: str) -> list[Record]:
-    """Result files `KIND-*.json`, each with its `file`, by name."""
-    found = []
-    for path in sorted(RESULTS.glob(f"{kind}-*.json")):
-        found.append({"file": path.stem, **json.loads(path.read_text("utf-8"))})
-    return found
+ROOT = Path(__file__).parent.parent
+MODEL = "qwen2.5-coder-1.5b"
+PEER = "llama.cpp"  # that claims are relative to
+SPELLED = {"vllm": "vLLM", "openvino": "OpenVINO"}
+MODES = {"draft": "with a draft model", "lookup": "with prompt lookup"}  # of an engine, by its suffix
 
 
-def link(record: Record, text: str | None = None) -> str:
-    page = f"benchmarks/results/{record['file']}"
-    suffix = "md" if (RESULTS / f"{record['file']}.md").exists() else "json"
-    return f"[{text or record['file']}]({page}.{suffix})"
+# -- the model's result files ------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Compared:
-    """What a comparison found of our methods for one model, temperature and batch."""
-
-    record: Record
-    model: str
-    temperature: float
-    batch: int
-    rows: list[dict[str, Any]]
-    sums: dict[str, dict[str, Any]]  # by method, over all kinds of text
-
-    @property
-    def kinds(self) -> int:
-        """Of text."""
-        return len({row["workload"] for row in self.rows})
-
-    def words(self) -> str:
-        m = self.record["results"]["models"][self.model]
-        draft = f", draft model {m['draft_model']}" if m["draft_model"] else ""
-        return f"{self.model}, {m['precision']}, {m['threads']} threads{draft}"
-
-
-def comparisons() -> list[Compared]:
+def beside_engines() -> list[tuple[Record, str, dict[str, Record]]]:
+    """Comparisons with other engines, one answer at a time: (file, kind of text, rows by contestant)."""
     found = []
     for r in records("compare"):
-        ours = [row for row in r["results"]["runs"][0] if row["method"] not in r["results"]["peers"]]
-        found += [Compared(r, *group, rows, overall(rows)) for group, rows in groups(ours).items()]
+        rows = [row for row in r["results"]["runs"][0] if row["model"] == MODEL and row["batch"] == 1]
+        if r["results"]["peers"]:
+            for kind in dict.fromkeys(row["workload"] for row in rows):
+                found.append((r, kind, {row["method"]: row for row in rows if row["workload"] == kind}))
     return found
 
 
-def best(methods_of: Record) -> tuple[str, Record]:
-    """The method with the highest speed-up, plain apart (plain when it ran alone)."""
-    others = {name: m for name, m in methods_of.items() if name != "plain"} or methods_of
-    return max(others.items(), key=lambda item: item[1]["speedup"]["median"])
+def batches() -> list[Record]:
+    return [r for r in records("batches") if r["config"]["model"] == MODEL]
 
 
-def method_table() -> str:
+def planned() -> tuple[Compared | None, Compared | None]:
+    """The comparison with most kinds of text in which `auto` took part, greedy and sampled."""
+    found = [one for one in comparisons() if one.model == MODEL and one.batch == 1 and AUTO in one.sums]
+    greedy, sampled = ([one for one in found if bool(one.temperature) == hot] for hot in (False, True))
+    return max(greedy, key=lambda one: one.kinds, default=None), max(sampled, key=lambda one: one.kinds, default=None)
+
+
+# -- parts of README.md ------------------------------------------------------------------------------------------------
+
+
+def engines_table() -> str:
+    """Tokens per second of every engine, a column for each comparison; the best of a column is bold."""
+    columns: list[tuple[str, dict[str, float]]] = []
+    for r, kind, rows in beside_engines():
+        speeds = {engine_name(name): row["tokens_per_s"] for name, row in rows.items() if row["tokens_per_s"]}
+        kept = {name: speed for name, speed in speeds.items() if name in (AUTO, PLAIN) or name_is_engine(name, r)}
+        columns.append((link(r, f"{kind}, {r['config']['max_tokens']} tokens"), kept))
+    for r in batches():
+        for n, found in r["results"]["decode"].items():
+            if n != "1":
+                speeds = {name.removeprefix("Outpace, "): f["tokens_per_s"]["median"] for name, f in found.items()}
+                columns.append((link(r, f"{n} at once"), speeds))
+    names = [*(n for n in (AUTO, PLAIN, PEER) if any(n in c for _, c in columns))]
+    names += sorted({n for _, c in columns for n in c} - set(names))
     rows = []
-    for m in sorted(methods(), key=lambda m: (m.kind, m.name != "plain", m.name)):
-        paper = f"[{paper_name(m.paper)}]({m.paper})" if m.paper else ""
-        rows.append([f"`{m.name}`", m.kind, m.title, LOSSLESS[m.exactness], ", ".join(m.needs) or "nothing", paper])
-    return table(["name", "kind", "what it is", "lossless", "needs", "source"], rows)
+    for name in names:
+        cells = [show(c[name], c[name] == max(c.values())) if name in c else "" for _, c in columns]
+        rows.append([words(name), *cells])
+    return table(["tokens per second", *(head for head, _ in columns)], rows)
 
 
-def paper_name(address: str) -> str:
-    found = re.search(r"arxiv\.org/abs/([\d.]+)", address)
-    return f"arXiv {found[1]}" if found else address.removeprefix("https://")
+def name_is_engine(name: str, r: Record) -> bool:
+    return name in {engine_name(peer) for peer in r["results"]["peers"]}
+
+
+def words(name: str) -> str:
+    if name in (AUTO, PLAIN):
+        return f"**Outpace**, `{name}`" if name == AUTO else "Outpace, plain decoding"
+    engine, _, mode = name.replace("vllm-ngram", "vllm:lookup").partition(":")
+    return ", ".join(
+        filter(None, (engine.replace("vllm", "vLLM").replace("openvino", "OpenVINO"), MODES.get(mode, mode)))
+    )
+
+
+def show(speed: float, best: bool) -> str:
+    return f"**{speed:.1f}**" if best else f"{speed:.1f}"
 
 
 def claims() -> str:
-    """The three sentences at the top, each with its result file."""
+    """What is measured on MODEL, each line with its result files."""
     lines = []
-    if found := [one for one in comparisons() if AUTO in one.sums and one.batch == 1]:
-        first = max(
-            (one for one in found if not one.temperature), key=lambda one: (one.kinds, one.sums[AUTO]["x_plain"])
-        )
-        text = f"**{first.sums[AUTO]['x_plain']:.2f} times** the tokens a second of plain decoding by the default "
-        text += "`--method auto`"
-        sampled = [one for one in found if one.model == first.model and one.temperature]
-        text += "".join(f", **{one.sums[AUTO]['x_plain']:.2f} times** when sampling" for one in sampled[:1])
-        links = ", ".join(link(one.record, "result") for one in (first, *sampled[:1]))
-        lines.append(f"{text}, the same tokens ({first.words()}): {links}.")
-    if decode := records("decode"):
-        r = max(decode, key=lambda r: r["results"]["ceiling"]["weight_bytes"])
-        name, m = best(r["results"]["race"]["methods"])
-        text = f"**{m['speedup']['median']:.2f} times** the tokens a second of plain decoding"
-        if edits := r["results"].get("edits"):
-            text += f", **{edits['methods'][name]['speedup']['median']:.2f} times** when code is edited"
-        lines.append(f"{text} ({config_words(r)}, `{name}`): {link(r, 'result')}.")
-    if audits := [r for r in records("audit") if r["sections"]]:
-        compared, differing = map(sum, zip(*(audit_counts(r) for r in audits), strict=True))
-        links = ", ".join(link(r, f"result {i}" if len(audits) > 1 else "result") for i, r in enumerate(audits, 1))
-        lines.append(f"**{differing} of {compared}** sequences differ from plain decoding, token for token: {links}.")
-    if peers := records("llamacpp"):
-        r = peers[-1]
-        ours = {n: c for n, c in r["results"]["contestants"].items() if n != "llama.cpp"}
-        name, c = max(ours.items(), key=lambda item: item[1]["against_llamacpp"]["median"])
-        decoding, prefill = c["against_llamacpp"]["median"], c["prefill_against_llamacpp"]
+    greedy, sampled = planned()
+    if greedy is not None:
+        kinds = {row["workload"]: row["x_plain"] for row in greedy.rows if row["method"] == AUTO and row["x_plain"]}
+        each = ", ".join(f"{kind} {x:.2f}" for kind, x in kinds.items() if kind != "random")
+        text = f"**{greedy.sums[AUTO]['x_plain']:.2f} times** the tokens per second of plain decoding ({each}"
+        links = [link(greedy.record, "result")]
+        if sampled is not None:
+            text += f"; {sampled.sums[AUTO]['x_plain']:.2f} times when sampling at temperature {sampled.temperature:g}"
+            links.append(link(sampled.record, "result"))
+        draft = greedy.record["results"]["models"][MODEL]["draft_model"]
         lines.append(
-            f"**{decoding:.2f} times** llama.cpp's tokens a second and **{prefill:.2f} times** its prefill on the same "
-            f"file ({config_words(r)}, `{name}`): {link(r, 'result')}."
+            f"{text}), by `--method auto`{f' with {draft} as draft model' if draft else ''}: {' '.join(links)}."
         )
-    if batches := records("batches"):
-        r = batches[0]
-        (many, found), *_ = sorted(r["results"]["decode"].items(), key=lambda item: -int(item[0]))
-        decoding = found["Outpace, plain"]["against_llamacpp"]["median"]
-        lines.append(
-            f"**{decoding:.2f} times** llama.cpp's tokens a second for {many} sequences at once ({config_words(r)}): "
-            f"{link(r, 'result')}."
+    if ratios := against_peer():
+        ahead = sum(ratio > 1 for ratio in ratios)
+        text = f"Against {PEER}: **{min(ratios):.2f} to {max(ratios):.2f} times** its tokens per second for one answer "
+        text += f"at a time, faster in {ahead} of {len(ratios)} comparisons"
+        for r in batches():
+            many = {n: f["Outpace, auto"]["against_llamacpp"]["median"] for n, f in r["results"]["decode"].items()}
+            most = [many[n] for n in many if n != "1"]
+            sizes = " to ".join(sorted((n for n in many if n != "1"), key=int)[:: len(most) - 1 or 1])
+            text += f"; **{min(most):.2f} to {max(most):.2f} times** for {sizes} answers at once"
+        lines.append(f"{text} (the table above).")
+    promised = [
+        row for one in comparisons() if one.model == MODEL for row in one.rows if row["declared"] == "identical"
+    ]
+    if promised:
+        text = (
+            f"**{sum(row['differing'] for row in promised)} of {sum(row['compared'] for row in promised)}** answers of "
         )
-    for r in records("prefix"):
-        hits = [w["hit"] for ways in r["results"]["models"].values() for w in ways.values()]
-        sooner = [t for hit in hits for t in hit["sooner"]["trials"]]
-        lines.append(
-            f"**{min(sooner):.0f} to {max(sooner):.0f} times** sooner to the first token behind a shared prefix of "
-            f"{r['config']['prefix']} tokens: {link(r, 'result')}."
-        )
+        text += "lossless methods differ from plain decoding in these comparisons"
+        if audits := [r for r in records("audit") if r["sections"]]:
+            compared, differing = map(sum, zip(*(audit_counts(r) for r in audits), strict=True))
+            models = ", ".join(sorted({s["model"] for r in audits for s in r["sections"]}))
+            text += f", and {differing} of {compared} sequences in the audits of {models}"
+        lines.append(f"{text}: [results](docs/results.md#the-same-tokens).")
     return "\n".join(f"- {line}" for line in lines) or "- No result files yet: see `benchmarks/`."
 
 
-def config_words(r: Record) -> str:
-    c = r["config"]
-    where = "CUDA" if c.get("device", "cpu") != "cpu" else f"{c['threads']} thread{'s' if c['threads'] != 1 else ''}"
-    return f"{c['model']}, {c['precision']}, {where}"
+def against_peer() -> list[float]:
+    """Speed of `auto` over PEER's, one answer at a time, of every comparison of both."""
+    found = []
+    for _, _, rows in beside_engines():
+        if AUTO in rows and PEER in rows and rows[AUTO]["x_plain"] and rows[PEER]["x_plain"]:
+            found.append(rows[AUTO]["x_plain"] / rows[PEER]["x_plain"])
+    return found
 
 
-def audit_counts(r: Record) -> tuple[int, int]:
-    """Sequences that were promised identical, and how many of them were not."""
-    rows = [row for s in r["sections"] for row in s["rows"] if row["exactness"] == "identical" and not row["reference"]]
-    return sum(row["sequences"] for row in rows), sum(row["differing"] for row in rows)
-
-
-def results() -> str:
-    parts = [f"### {title}\n\n{make() or 'No result file yet.'}" for title, make in RESULT_TABLES.items()]
-    return "\n\n".join([hardware(), *parts])
-
-
-def hardware() -> str:
-    """Where the figures come from; every result page has the whole list of versions."""
-    machines: dict[str, list[str]] = {}
-    for kind in ("compare", "decode", "llamacpp", "batches", "load", "perplexity", "startup", "audit"):
-        for r in records(kind):
-            e = r["environment"]
-            gpu = f", {e['gpu']}" if e["gpu"] else ""
-            features = ", ".join(e["cpu_features"])
-            words = (
-                f"{e['cpu']}, {e['cores']} cores ({features}), {e['memory_gb']} GB{gpu}; torch {e['versions']['torch']}"
+def no_gain() -> str:
+    """Where `auto` gains little or nothing, or PEER is faster."""
+    lines = []
+    for r, kind, rows in beside_engines():
+        if AUTO in rows and PEER in rows and rows[PEER]["x_plain"] > rows[AUTO]["x_plain"]:
+            lines.append(
+                f"One answer of {kind} ({r['config']['max_tokens']} tokens): `auto` is {rows[AUTO]['x_plain']:.2f} "
+                f"times our plain decoding, {PEER} {rows[PEER]['x_plain']:.2f} times: {link(r, 'result')}."
             )
-            machines.setdefault(words, []).append(r["file"])
-    if not machines:
-        return "Nothing has been measured yet."
-    if len(machines) == 1:
-        return f"Measured on: {next(iter(machines))}. Spread is median (minimum-maximum) over the trials."
-    return "\n".join(f"- {', '.join(files)}: {words}" for words, files in machines.items())
-
-
-def decode_table() -> str:
-    rows = []
-    for r in records("decode"):
-        race, c = r["results"]["race"]["methods"], r["results"]["ceiling"]
-        name, m = best(race)
-        edits = r["results"].get("edits")
-        edited = show_spread(edits["methods"][name]["speedup"], 2) if edits else ""
-        rows.append(
-            [
-                link(r, f"{r['config']['model']}, {r['config']['precision']}"),
-                show_spread(race["plain"]["tokens_per_s"]),
-                f"{100 * c['fraction']:.0f} %",
-                f"`{name}`",
-                show_spread(m["tokens_per_s"]),
-                show_spread(m["speedup"], 2),
-                edited,
-                f"{m['differing_sequences']} of {r['results']['race']['prompts']}",
-            ]
-        )
-    head = ["model", "plain tokens/s", "of the ceiling", "method", "tokens/s", "x plain", "x plain, edits", "differing"]
-    return table(head, rows) if rows else ""
-
-
-def planner_table() -> str:
-    rows = []
+    for r in batches():
+        gains = {int(n): f["Outpace, auto"]["against_plain"]["median"] for n, f in r["results"]["decode"].items()}
+        shown = ", ".join(f"{x:.2f} with {n} at once" for n, x in sorted(gains.items()))
+        lines.append(f"Batches: the more answers at once, the less drafting adds (`auto` over plain: {shown}): "
+                     f"{link(r, 'result')}.")  # fmt: skip
     for one in comparisons():
-        cells = against_best(one.rows)
-        rows += [
-            [link(one.record, one.model), one.batch, f"{c['temperature']:g}", c["workload"], f"{c['x_plain']:.2f}",
-             full_words(c), f"`{c['best']}`", f"{c['of_best']:.2f}"]
-            for c in cells
-        ]  # fmt: skip
-        lossless = {n: f["x_plain"] for n, f in one.sums.items() if n != AUTO and f["declared"] == "identical"}
-        if cells and AUTO in one.sums:
-            best_of_all, mine = max(lossless, key=lossless.__getitem__), one.sums[AUTO]["x_plain"]
-            figures = [
-                f"**{mine:.2f}**",
-                full_words(one.sums[AUTO]),
-                f"`{best_of_all}`",
-                f"{mine / lossless[best_of_all]:.2f}",
-            ]
-            temperature = f"{one.temperature:g}"
-            rows.append([link(one.record, one.model), one.batch, temperature, "**all but random**", *figures])
-    head = [
-        "model",
-        "at once",
-        "temperature",
-        "text",
-        "auto, x plain",
-        "while all run",
-        "fastest other method",
-        "auto / that",
-    ]
-    note = (
-        "Others: those that promise the same tokens, too. While all run: until the first answer of a batch ends; all "
-        "have the same length here, and nobody fills the places of those that end early. `random`: prompts of random "
-        "tokens, where nothing can be drafted. The fastest of some fifteen methods has luck on its side: plain "
-        "decoding against itself would come out below 1 here."
-    )
-    return f"{table(head, rows)}\n\n{note}" if rows else ""
+        if one.model != MODEL and one.batch == 1 and one.temperature and AUTO in one.sums:
+            x = one.sums[AUTO]["x_plain"]
+            if x < 1.1:
+                lines.append(f"Sampling from a small model ({one.model}, temperature {one.temperature:g}): {x:.2f} "
+                             f"times plain decoding: {link(one.record, 'result')}.")  # fmt: skip
+    return "\n".join(f"- {line}" for line in lines)
 
 
-def side_by_side() -> str:
-    """Speed-up of every method over plain decoding, by model, batch and temperature."""
-    columns = [one for one in comparisons() if len(one.sums) > 3]
-    names = sorted(
-        {n for one in columns for n in one.sums if n != PLAIN},
-        key=lambda n: (-max(one.sums[n]["x_plain"] for one in columns if n in one.sums), n),
-    )
-    rows = [[f"`{n}`", *(f"{one.sums[n]['x_plain']:.2f}" if n in one.sums else "" for one in columns)] for n in names]
-    head = [
-        f"{link(one.record, one.model)}, {one.batch} at once, temperature {one.temperature:g}" for one in columns
-    ]  # fmt: skip
-    note = (
-        "Geometric means over the kinds of text. The linked pages have each kind, acceptance, the share of drafting in "
-        "the time, what the authors report and why a method loses here. `a/b`: with verifier b."
-    )
-    return f"{table(['method, x plain', *head], rows)}\n\n{note}" if rows else ""
+def machine() -> str:
+    """The processors on which the table was measured."""
+    found: dict[str, None] = {}
+    for r in [r for r, _, _ in beside_engines()] + batches():
+        e = r["environment"]
+        fast = [f for f in e["cpu_features"] if f in ("avx512_vnni", "amx_int8")]
+        found[f"{e['cpu']}, {e['cores']} cores ({', '.join(fast)})"] = None
+    return f"Measured on: {'; '.join(found)}." if found else ""
 
 
-def peer_table() -> str:
-    rows = [
-        [
-            link(r, f"{r['config']['model']}, {r['config']['precision']}"),
-            name,
-            show_spread(c["tokens_per_s"]),
-            show_spread(c["against_llamacpp"], 2),
-            f"{c['prefill_tokens_per_s']:.0f}",
-            f"{c['prefill_against_llamacpp']:.2f}",
-        ]
-        for r in records("llamacpp")
-        for name, c in r["results"]["contestants"].items()
-    ]
-    head = ["model", "engine or method", "tokens/s", "x llama.cpp", "prefill tokens/s", "x llama.cpp"]
-    return table(head, rows) if rows else ""
+# -- pages -------------------------------------------------------------------------------------------------------------
 
-
-def batches_table() -> str:
-    """Many sequences at once, and prompts, beside llama.cpp."""
-    rows = []
-    for r in records("batches"):
-        parts = {f"decoding {n} sequence{'s' if n != '1' else ''}": d for n, d in r["results"]["decode"].items()}
-        parts |= {f"reading {what}": found for what, found in r["results"]["prefill"].items()}
-        for what, found in parts.items():
-            (peer,) = (found[name] for name in found if not name.startswith("Outpace"))
-            plain, auto = found["Outpace, plain"], found["Outpace, auto"]
-            rows.append(
-                [
-                    link(r, f"{r['config']['model']}, {r['config']['precision']}"),
-                    what,
-                    f"{peer['tokens_per_s']['median']:.0f}",
-                    f"{plain['tokens_per_s']['median']:.0f}",
-                    f"{auto['tokens_per_s']['median']:.0f}",
-                    f"{plain['against_llamacpp']['median']:.2f}",
-                    f"{auto['against_plain']['median']:.2f}",
-                ]
-            )
-    head = ["model", "tokens/s", "llama.cpp", "plain", "auto", "plain, x llama.cpp", "auto, x plain"]
-    return table(head, rows) if rows else ""
-
-
-def load_table() -> str:
-    """Requests a second that were answered in time, of those that arrived."""
-    rows = [
-        [
-            link(r, r["config"]["model"]),
-            rate,
-            server,
-            f"{f['requests'] / r['config']['seconds']:.2f}",
-            f"{f['goodput']:.2f}",
-        ]
-        for r in records("load")
-        for rate, found in r["results"]["rates"].items()
-        for server, f in found.items()
-    ]
-    limits = {(r["config"]["ttft"], r["config"]["tbt"]) for r in records("load")}
-    words = "; ".join(f"first token within {a:g} s, {b:g} s a token on average" for a, b in sorted(limits))
-    head = ["model", "rate, requests/s", "server", "arrived, requests/s", "in time, requests/s"]
-    return f"{table(head, rows)}\n\nIn time: {words}." if rows else ""
-
-
-def compare_table() -> str:
-    """What two runs of the same comparison have in common, and other engines beside plain decoding."""
-    told, rows = [], []
-    for r in records("compare"):
-        if together := r["results"].get("agreement"):
-            told.append(
-                f"{link(r)}: two runs of {' and '.join(f'{s:.0f}' for s in r['results']['seconds'])} s; "
-                f"{together['ratios']} ratios to plain decoding, apart by {100 * together['median']:.1f} % in the "
-                f"median and {100 * together['largest']:.1f} % at most, {together['beyond_limit']} of them by more "
-                f"than {100 * together['limit']:.0f} %."
-            )
-        peers = r["results"]["peers"]
-        shown = sorted(r["results"]["runs"][0], key=lambda row: -(row["tokens_per_s"] or 0.0)) if peers else []
-        for row in sorted(shown, key=lambda row: (row["batch"], row["workload"], row["temperature"])):
-            speed = f"{row['tokens_per_s']:.1f}" if row["tokens_per_s"] else row["reason"] or row["state"]
-            x = "1" if row["method"] == PLAIN else f"{row['x_plain']:.2f}" if row["x_plain"] else ""
-            name = row["method"] if row["method"] in peers else f"`{row['method']}`"
-            rows.append([link(r, row["model"]), row["workload"], row["batch"], name, speed, x])
-    parts = ["\n".join(f"- {line}" for line in told)] if told else []
-    if rows:
-        parts.append(table(["model", "text", "at once", "method or engine", "tokens/s", "x our plain"], rows))
-    return "\n\n".join(parts)
-
-
-def quality_table() -> str:
-    rows = []
-    for r in records("perplexity"):
-        for precision, p in r["results"].items():
-            against = next((f"{100 * v:+.2f} %" for k, v in p.items() if k.startswith("against_")), "")
-            rows.append([link(r, r["config"]["model"]), precision, f"{p['perplexity']:.4f}", against])
-    return table(["model", "precision", "perplexity", "against bfloat16"], rows) if rows else ""
-
-
-def loss_table() -> str:
-    """Right answers of approximate ways to decode beside those of plain decoding."""
-    rows, notes = [], []
-    for r in records("audit"):
-        quality = r.get("quality", {"scores": []})
-        for s in quality["scores"]:
-            right = "" if s["right"] is None else f"{s['right']} of {s['questions']}"
-            pairs = ["", "", ""] if s["right"] is None else [s["lost"], s["won"], f"{s['p']:.2g}"]
-            way = f"`{s['method']}`" + ("" if s["verifier"] == "auto" else f", `{s['verifier']}`")
-            rows.append([link(r, r["config"]["model"]), s["precision"], f"{quality['temperature']:g}", s["suite"], way,
-                         right, *pairs, f"{s['perplexity']:.3f}", f"{s['mean_accepted']:.2f}"])  # fmt: skip
-            if s["right"] is not None and s["cut"]:
-                notes.append(f"{s['cut']} of {s['questions']} of {s['suite']} with {way} ({s['precision']})")
-    head = ["model", "precision", "temperature", "questions", "method, verifier", "right", "lost", "won", "p"]
-    head += ["perplexity of the answers", "tokens/step"]
-    words = (
-        "Lost: right with plain decoding and wrong now; won: the other way round; p: that so uneven a split comes by "
-        "chance."
-    )
-    if notes:
-        words += f" Answers cut at the limit of tokens: {'; '.join(notes)}."
-    return f"{table(head, rows)}\n\n{words}" if rows else ""
-
-
-def audit_table() -> str:
-    rows = [
-        [
-            link(r, s["model"]),
-            s["precision"],
-            ", ".join(sorted({row["method"] for row in s["rows"]})),
-            ", ".join(str(b) for b in sorted({row["batch"] for row in s["rows"]})),
-            ", ".join(f"{t:g}" for t in sorted({row["temperature"] for row in s["rows"]})),
-            sum(row["sequences"] for row in s["rows"] if not row["reference"]),
-            sum(row["differing"] for row in s["rows"] if not row["reference"]),
-        ]
-        for r in records("audit")
-        for s in r["sections"]
-    ]
-    head = ["model", "precision", "methods", "batch", "temperature", "sequences", "differing"]
-    return table(head, rows) if rows else ""
-
-
-def startup_table() -> str:
-    rows = [[link(r, r["config"]["model"]), show_spread(r["results"]["first_token_s"], 2)] for r in records("startup")]
-    return table(["model", "seconds to the first token"], rows) if rows else ""
-
-
-RESULT_TABLES: dict[str, Callable[[], str]] = {
-    "The planner against the best single method": planner_table,
-    "Every method, one sequence": side_by_side,
-    "Decoding, one sequence, greedy": decode_table,
-    "Beside llama.cpp": peer_table,
-    "Many sequences at once": batches_table,
-    "Goodput of the servers": load_table,
-    "What `outpace compare` finds": compare_table,
-    "The same tokens": audit_table,
-    "What approximate methods lose": loss_table,
-    "Quality of the arithmetic": quality_table,
-    "Start-up": startup_table,
+PAGES: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"engines": engines_table, "machine": machine, "claims": claims, "no-gain": no_gain},
+    "docs/results.md": {"results": results},
+    "docs/decoding.md": {"methods": method_table},
 }
-PARTS: dict[str, Callable[[], str]] = {"claims": claims, "methods": method_table, "results": results}
 
 
-def fill(text: str) -> str:
-    """`text` with every generated part written anew. Raises ValueError for a part that is missing."""
-    for name, make in PARTS.items():
+def fill(page: str, text: str) -> str:
+    """`text` of a page with its generated parts written anew. Raises ValueError for a part that is missing."""
+    for name, make in PAGES[page].items():
         start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         if text.count(start) != 1 or text.count(end) != 1:
-            raise ValueError(f"README.md needs {start} and {end} once each")
+            raise ValueError(f"{page} needs {start} and {end} once each")
         head, rest = text.split(start)
         _, tail = rest.split(end)
-        text = f"{head}{start}\n{make()}\n{end}{tail}"
+        made = make().replace("](benchmarks/", "](" + "../" * page.count("/") + "benchmarks/")
+        text = f"{head}{start}\n{made}\n{end}{tail}"
     return text
 
 
 def main() -> None:
-    old = README.read_text("utf-8")
-    new = fill(old)
-    if "--check" in sys.argv[1:]:
+    stale = []
+    for page in PAGES:
+        old = (ROOT / page).read_text("utf-8")
+        new = fill(page, old)
         if old != new:
-            sys.exit("README.md is out of date: run  python benchmarks/readme.py")
-        return
-    README.write_text(new, "utf-8")
+            stale.append(page)
+            if "--check" not in sys.argv[1:]:
+                (ROOT / page).write_text(new, "utf-8")
+    if stale and "--check" in sys.argv[1:]:
+        sys.exit(f"{', '.join(stale)}: out of date, run  python benchmarks/readme.py")
 
 
 if __name__ == "__main__":

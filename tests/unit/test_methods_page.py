@@ -40,7 +40,7 @@ def check(maker: ModuleType, monkeypatch: pytest.MonkeyPatch) -> str:
 def own_results(maker: ModuleType, monkeypatch: pytest.MonkeyPatch, folder: Path) -> Path:
     """A copy of the result files that the page is then made from."""
     shutil.copytree(ROOT / "benchmarks" / "results", folder)
-    monkeypatch.setattr(sys.modules["readme"], "RESULTS", folder)
+    monkeypatch.setattr(sys.modules["tables"], "RESULTS", folder)
     return folder
 
 
