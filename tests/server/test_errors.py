@@ -41,7 +41,8 @@ WRONG: list[tuple[dict[str, Any], str, str | None]] = [
     ({"messages": None}, "messages", "messages"),
     ({"messages": [{"role": "user"}]}, "messages[0]: content is missing", None),
     ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role", "messages.0.role"),
-    ({"messages": [{"role": "user", "content": "x", "name": "me"}]}, "name is not supported", "messages.0"),
+    ({"messages": [{"role": "user", "content": "x", "nam": "me"}]}, "unknown field", "messages.0.nam"),
+    ({"messages": [{"role": "user", "content": "x", "audio": {"id": "a"}}]}, "text only", "messages.0.audio"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "'text'", "messages.0.content.0.type"),
     ({"messages": [{"role": "tool", "content": "x"}]}, "tool", None),
     ({"temperature": -1}, "temperature=-1", "temperature"),
@@ -70,11 +71,11 @@ WRONG: list[tuple[dict[str, Any], str, str | None]] = [
     ({"tool_choice": "required"}, "there are no tools", "tool_choice"),
     ({"parallel_tool_calls": False}, "there are no tools", "parallel_tool_calls"),
     ({"tools": [TOOL]}, "no place for them", "tools"),
-    ({"functions": [{"name": "f"}]}, "functions is not supported: use tools", None),
-    ({"reasoning_effort": "low"}, "reasoning_effort is not supported", None),
-    ({"store": True}, "store", "store"),
-    ({"service_tier": "flex"}, "service_tier", "service_tier"),
-    ({"modalities": ["audio"]}, "modalities", "modalities.0"),
+    ({"functions": [{"name": "f"}]}, "functions is not supported: use tools", "functions"),
+    ({"verbosity": "low"}, "verbosity is not supported", "verbosity"),
+    ({"store": True}, "store=true is not supported, only false", "store"),
+    ({"service_tier": "flex"}, "only 'auto', 'default'", "service_tier"),
+    ({"modalities": ["audio"]}, "modalities=['audio'] is not supported", "modalities"),
     ({"outpace": {"method": "magic"}}, "'magic' is not offered", None),
     ({"outpace": {"metod": "plain"}}, "unknown field 'outpace.metod'", "outpace.metod"),
     ({"outpace": {"priority": 101}}, "priority=101", "priority"),
@@ -107,9 +108,10 @@ def test_a_wrong_chat_is_refused_by_name(
         ({"prompt": "x" * 300}, "leaves no room"),
         ({"prompt": ["x"] * 129}, "more than 128 choices"),
         ({"prompt": "\ud800"}, "not valid Unicode"),
-        ({"echo": True}, "echo"),
+        ({"echo": True}, "echo is not supported"),
         ({"suffix": "x"}, "suffix is not supported"),
         ({"best_of": 2}, "best_of=2 is not supported"),
+        ({"n": 2, "best_of": 3}, "best_of=3 is not supported"),
         ({"logprobs": True}, "logprobs"),
         ({"messages": []}, "unknown field 'messages'"),
     ],
@@ -227,7 +229,7 @@ def test_an_engine_that_cannot_cancel_is_out_of_order(serve: Callable[..., Live]
 
 def test_tools_need_a_template_whose_calls_can_be_read(serve: Callable[..., Live]) -> None:
     unread = serve(FakeEngine(template="{{ tools }}{{ messages[0].content }}"))
-    assert "format that is not read" in error(
+    assert "form that is not read" in error(
         httpx.post(f"{unread.url}/v1/chat/completions", json=HELLO | {"tools": [TOOL]}), 400
     )["message"]  # fmt: skip
     live = serve(FakeEngine(template=TOOL_TEMPLATE))

@@ -101,10 +101,15 @@ class Tokenizer:
         return token in self._special_ids
 
     def chat(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **values: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        continue_final: bool = False,
+        **values: Any,
     ) -> list[int]:
         """Ids of a conversation in the model's own format; each message has a `role` and (mostly) a `content`.
 
+        `continue_final`: they end within the last message, behind its content, which is the beginning of an answer.
         `values` are passed to the template (`tools`, `enable_thinking`, …). Raises ParameterError if the model has
         no chat template, if a message is malformed, or if the template refuses it.
         """
@@ -115,6 +120,11 @@ class Tokenizer:
         safe = [self._disarm(_checked(m), mark, literals) for m in messages]
         if not safe:
             raise ParameterError("a conversation needs at least one message")
+        end = mark.around(MOST_ID)
+        if continue_final:
+            said = safe[-1].get("content") or ""
+            behind = f"{said}{end}" if isinstance(said, str) else [*said, {"type": "text", "text": end}]
+            safe[-1] = {**safe[-1], "content": behind}
         values = self._disarm(values, mark, literals)
         named = {name: token or "" for name, token in self._named.items()}
         text = render(
@@ -123,6 +133,10 @@ class Tokenizer:
             add_generation_prompt=add_generation_prompt,
             **(named | {"tools": None} | values),
         )
+        if continue_final:
+            text, found, _ = text.partition(end)
+            if not found:
+                raise ParameterError("the model's chat template leaves the last message out: it cannot be gone on with")
         return self._rearm(text, mark, literals) if literals else self.encode(text, special=True)
 
     def same_vocabulary(self, other: Tokenizer) -> bool:

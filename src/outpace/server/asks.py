@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from uuid import uuid4
 
 from ..errors import CapacityError, ParameterError
 from ..types import RequestOptions, SamplingParams
-from .protocol import ChatRequest, CompletionRequest, Generate, NamedTool, ResponseFormat
+from .calls import CLOSE, ForcedReader, Reader, ToolReader
+from .constraints import constraint_of
+from .conversation import conversation
+from .protocol import ChatRequest, CompletionRequest, Generate
 from .service import Ask, ServingEngine
 from .shape import Shape
-from .tools import CLOSE, FORCED_OPENING, check_template, schema_of_call, template_messages
+from .tools import Plan, constraint_of_calls, form_of, plan
 
 _SHAPE = Shape(strings=1 << 16, values=1 << 19, depth=100)
 COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions
@@ -48,7 +51,8 @@ class Call:
     usage_chunk: bool  # a stream ends with a chunk that has the usage
     trace: bool
     logprobs: int | None
-    tools: str = "none"  # none | read (calls may be among the text) | forced (the output is one call)
+    tools: Plan | None = None  # calls that may be in the output
+    ignored: list[str] = field(default_factory=list)  # fields of the body that had no effect
     log: dict[str, Any] = field(default_factory=dict)  # what a log with prompts shows
 
     @property
@@ -56,57 +60,46 @@ class Call:
         """Of all prompts, each counted once."""
         return sum(len(ask.tokens) for ask in self.asks[:: self.n])
 
+    def reader(self) -> Reader | None:
+        """For the calls in one output; None if there can be none."""
+        if self.tools is None:
+            return None
+        return ForcedReader() if self.tools.forced else ToolReader(self.tools.names, self.tools.single)
+
 
 def chat_call(body: ChatRequest, engine: ServingEngine, owner: str, limits: Limits) -> Call:
     """Raises ParameterError for what does not work, CapacityError for a prompt that leaves no room."""
-    choice = body.tool_choice if body.tools else None
-    if body.tool_choice not in (None, "none") and not body.tools:
-        raise ParameterError("tool_choice: there are no tools to choose from; give tools")
-    if body.parallel_tool_calls is not None and not body.tools:
-        raise ParameterError("parallel_tool_calls: there are no tools to call; give tools")
-    tools = body.tools if body.tools and choice != "none" else None
-    values: dict[str, Any] = {}
-    if tools:
-        check_template(engine.tokenizer)
-        values["tools"] = [tool.model_dump(exclude_none=True) for tool in tools]
-    elif any(m.role == "tool" or m.tool_calls for m in body.messages):
-        check_template(engine.tokenizer)
-    messages = template_messages(body.messages)
-    check_fits([*strings([messages, values])], engine, limits)
-    tokens = engine.tokenizer.chat(messages, **values)
-    constraint = _constraint(body, _schema(body.response_format))
+    tools = plan(body.tools, body.tool_choice, body.parallel_tool_calls)
+    field, constraint = constraint_of(body)
+    said = conversation(body, tools, engine.tokenizer)
+    check_fits([*strings([said.messages, said.values])], engine, limits)
+    tokens = engine.tokenizer.chat(said.messages, said.begin, said.goes_on, **said.values)
+    tokens = tokens[-(body.truncate_prompt_tokens or 0) :]
     stops: tuple[str, ...] = ()
-    if tools and (choice == "required" or isinstance(choice, NamedTool)):
-        if constraint:
-            raise ParameterError(f"{next(iter(constraint))} and a forced tool call cannot go together: drop one")
-        constraint = {"json_schema": schema_of_call(tools, choice if isinstance(choice, NamedTool) else None)}
-        tokens = [*tokens, *engine.tokenizer.encode(FORCED_OPENING)]
-        reading = "forced"
-    elif tools:
-        if constraint:
-            raise ParameterError(f"{next(iter(constraint))} leaves no way to call a tool: drop it, or tool_choice none")
-        reading = "read"
-        stops = (CLOSE,) if body.parallel_tool_calls is False else ()
-    else:
-        reading = "none"
+    if tools is not None and field is not None:
+        way = "and a forced tool call cannot go together" if tools.forced else "leaves no way to call a tool"
+        raise ParameterError(f"{field} {way}: drop it, or say tool_choice none")
+    if tools is not None and tools.forced:
+        form = form_of(engine.tokenizer)
+        constraint = constraint_of_calls(tools, form)
+        tokens = [*tokens, *engine.tokenizer.encode(form.opening)]
+    elif tools is not None:
+        stops = (CLOSE,) if tools.single else ()
     if body.top_logprobs is not None and not body.logprobs:
         raise ParameterError("top_logprobs needs logprobs: true")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
-        raise ParameterError("max_tokens and max_completion_tokens differ: give one of them")
-    most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    most = _most_tokens(body, body.max_completion_tokens)
     _check_prompt(tokens, engine, limits)
     if most is None:
         most = min(engine.room(tokens), limits.answer_tokens)
     params = _params(body, limits, most, logprobs, constraint, stops)
     shown = {"messages": [m.model_dump(exclude_none=True) for m in body.messages]}
-    return _call(body, [tokens], params, engine, owner, limits, reading, shown)
+    call = _call(body, [tokens], params, engine, owner, limits, shown)
+    return replace(call, tools=tools, ignored=[*call.ignored, *said.ignored])
 
 
 def completion_call(body: CompletionRequest, engine: ServingEngine, owner: str, limits: Limits) -> Call:
     """The same for /v1/completions."""
-    if body.best_of is not None and body.best_of != (body.n or 1):
-        raise ParameterError(f"best_of={body.best_of} is not supported: choices are not ranked; use n")
     given = _prompts(body.prompt)
     _check_choices(body, len(given), limits)
     prompts = []
@@ -114,11 +107,22 @@ def completion_call(body: CompletionRequest, engine: ServingEngine, owner: str, 
         if isinstance(prompt, str):
             check_fits([prompt], engine, limits)
             prompt = engine.tokenizer.prompt(prompt)
+        prompt = prompt[-(body.truncate_prompt_tokens or 0) :]
         _check_prompt(prompt, engine, limits)
         prompts.append(prompt)
-    most = body.max_tokens if body.max_tokens is not None else COMPLETION_TOKENS
-    params = _params(body, limits, most, body.logprobs, _constraint(body, None))
-    return _call(body, prompts, params, engine, owner, limits, "none", {"prompt": body.prompt})
+    most = _most_tokens(body)
+    params = _params(body, limits, COMPLETION_TOKENS if most is None else most, body.logprobs, constraint_of(body)[1])
+    return _call(body, prompts, params, engine, owner, limits, {"prompt": body.prompt})
+
+
+def _most_tokens(body: Generate, completion: int | None = None) -> int | None:
+    """The output's limit, by whichever name it is given. `completion`: max_completion_tokens."""
+    predicted = None if body.n_predict == -1 else body.n_predict
+    names = ("max_tokens", "max_completion_tokens", "n_predict")
+    given = {n: v for n, v in zip(names, (body.max_tokens, completion, predicted), strict=True) if v is not None}
+    if len(set(given.values())) > 1:
+        raise ParameterError(f"{' and '.join(given)} differ: give one of them")
+    return next(iter(given.values()), None)
 
 
 def _call(
@@ -128,7 +132,6 @@ def _call(
     engine: ServingEngine,
     owner: str,
     limits: Limits,
-    tools: str,
     shown: dict[str, Any],
 ) -> Call:
     n = _check_choices(body, len(prompts), limits)
@@ -155,6 +158,8 @@ def _call(
             raise ParameterError(f"prediction: {error}".replace("the prompt", "it", 1)) from None
         expected = engine.tokenizer.encode(text)
     chosen = {} if own is None else own.model_dump(exclude={"trace"}, exclude_none=True)
+    if body.priority is not None and chosen.setdefault("priority", body.priority) != body.priority:
+        raise ParameterError("priority and outpace.priority differ: give one of them")
     asks = []
     for tokens in prompts:
         options = RequestOptions(owner=owner, group=uuid4().hex if n > 1 else None, **chosen)
@@ -166,7 +171,7 @@ def _call(
         usage_chunk=body.stream_options is not None and bool(body.stream_options.include_usage),
         trace=own is not None and bool(own.trace),
         logprobs=params["logprobs"],
-        tools=tools,
+        ignored=body.ignored(),
         log=shown,
     )
 
@@ -221,25 +226,6 @@ def _bias(entries: dict[str, float], limits: Limits) -> dict[int, float]:
     return found
 
 
-def _constraint(body: Generate, schema: dict[str, Any] | None) -> dict[str, Any]:
-    """At most one of json_schema, regex and grammar; SamplingParams refuses more."""
-    wanted = {"json_schema": schema, "regex": body.regex, "grammar": body.grammar}
-    return {name: value for name, value in wanted.items() if value is not None}
-
-
-def _schema(format: ResponseFormat | None) -> dict[str, Any] | None:
-    if format is None or format.type == "text":
-        if format is not None and format.json_schema is not None:
-            raise ParameterError("response_format: json_schema belongs to type json_schema")
-        return None
-    if format.type == "json_object":
-        return {"type": "object"}
-    if format.json_schema is None:
-        raise ParameterError("response_format: type json_schema needs json_schema: {name, schema}")
-    schema = format.json_schema.schema_
-    return {"type": "object"} if schema is None else schema
-
-
 def _prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
     if isinstance(prompt, str):
         return [prompt]
@@ -256,6 +242,8 @@ def _check_choices(body: Generate, prompts: int, limits: Limits) -> int:
     n = 1 if body.n is None else body.n
     if not 1 <= n <= limits.n:
         raise ParameterError(f"n={n} is out of range: it must be from 1 to {limits.n}")
+    if body.best_of is not None and body.best_of != n:
+        raise ParameterError(f"best_of={body.best_of} is not supported: choices are not ranked; use n")
     if n * prompts > limits.choices:
         raise ParameterError(f"{prompts} prompts with n={n} are more than {limits.choices} choices: send less")
     return n

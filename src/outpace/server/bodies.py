@@ -12,8 +12,9 @@ from .. import __version__
 from ..models.tokenizer import Tokenizer
 from ..types import Result, SamplingParams
 from .asks import Call
+from .calls import Call as MadeCall
+from .calls import new_id, read
 from .service import ServingEngine
-from .tools import parse_call, split
 
 LOWEST = -9999.0  # stands for a probability of zero, which JSON cannot say
 FINISH = {"stop": "stop", "length": "length", "cancelled": "stop", "error": "stop"}
@@ -59,25 +60,33 @@ def completion_body(call: Call, results: Sequence[Result], engine: ServingEngine
 
 
 def _message(call: Call, result: Result) -> tuple[dict[str, Any], str]:
+    reader = call.reader()
     content: str | None = result.text
-    reason, calls = FINISH[result.finish_reason], []
-    if call.tools == "forced":
-        made = parse_call(result.text)
-        content, calls = (result.text, []) if made is None else (None, [made])
-    elif call.tools == "read":
-        content, calls = split(result.text)
+    calls: list[MadeCall] = []
+    if reader is not None and call.tools is not None:
+        text, calls = read(reader, result.text, cut=result.finish_reason == "length")
+        content = text if text.strip() or not (calls or call.tools.forced) else None
     message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
     if calls:
-        message["tool_calls"] = [made.body() for made in calls]
-        reason = "tool_calls"
-    return message, reason
+        message["tool_calls"] = [tool_call(new_id(), made.name, made.arguments) for made in calls]
+    return message, finish_of(result, bool(calls) and calls[-1].complete)
+
+
+def tool_call(id: str, name: str, arguments: str) -> dict[str, Any]:
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def finish_of(result: Result, called: bool) -> str:
+    """Why a choice ended, as OpenAI says it. `called`: with a complete call."""
+    reason = FINISH[result.finish_reason]
+    return "tool_calls" if called and reason == "stop" else reason
 
 
 def _with_figures(
     body: dict[str, Any], choices: list[dict[str, Any]], call: Call, results: Sequence[Result]
 ) -> dict[str, Any]:
     figures = [decoding(call, i, result) for i, result in enumerate(results)]
-    own = figures[0] if len(figures) == 1 else {"choices": figures}
+    own = {**(figures[0] if len(figures) == 1 else {"choices": figures}), **ignored(call)}
     return {**body, "choices": choices, "usage": usage(call, results), "outpace": own}
 
 
@@ -121,6 +130,11 @@ def decoding(call: Call, index: int, result: Result) -> dict[str, Any]:
             "drafted_by_source": stats.drafted_by_source,
         },
     }
+
+
+def ignored(call: Call) -> dict[str, list[str]]:
+    """The fields that had no effect, if there are any."""
+    return {"ignored": call.ignored} if call.ignored else {}
 
 
 Judged = tuple[int, float, list[tuple[int, float]]]  # token, log-probability, the likeliest with theirs

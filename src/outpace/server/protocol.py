@@ -1,57 +1,94 @@
-"""Bodies of requests, in OpenAI's form. What is not understood is refused by name, never ignored.
+"""Bodies of requests, in OpenAI's form. What is not understood is refused by name, never ignored: tables in `vendor`
+have every field, also those that are taken without effect or refused.
 
-Ranges of sampling parameters are `SamplingParams`' to check, sizes are `Limits`'. These fields are accepted though they
-change nothing, because that is what they promise: `metadata`, `safety_identifier`, `prompt_cache_key`, `store: false`,
-`service_tier: "auto"` or `"default"`, `modalities: ["text"]`, and any field that is null. `user` parts owners, no more.
+Ranges of sampling parameters are `SamplingParams`' to check, sizes are `Limits`'. `user` parts owners, no more.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    PlainValidator,
+    PrivateAttr,
+    model_validator,
+)
 
 from ..types import Exactness
-
-_NO_PLACE = "the model's chat template has no place for it"
+from . import vendor
 
 
 class Body(BaseModel):
-    """Strict: no unknown field, no number in quotes, no infinity."""
+    """Strict: no unknown field, no number in quotes, no infinity. `rules`: what becomes of fields that it has not."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-    refused: ClassVar[dict[str, str]] = {}  # fields of OpenAI's API that do not work here, and why
+    rules: ClassVar[dict[str, vendor.Rule]] = {}
+    _ignored: list[str] = PrivateAttr(default_factory=list)
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _refuse(cls, value: Any) -> Any:
-        """A field that is refused may still be null (or an empty list), as clients send what they were given."""
-        if not isinstance(value, dict):
-            return value
-        for name in cls.refused.keys() & value.keys():
-            if value[name] not in (None, []):
-                raise ValueError(f"{name} is not supported: {cls.refused[name]}")
-        return {name: item for name, item in value.items() if name not in cls.refused}
+    def _sift(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        if not isinstance(value, dict) or not cls.rules:
+            return handler(value)
+        left, ignored = vendor.sift(value, cls.rules)
+        made = handler(left)
+        made._ignored = ignored
+        return made
+
+    def ignored(self) -> list[str]:
+        """Names of the fields that were taken without effect, those of parts as `messages.cache_control`."""
+        return list(dict.fromkeys(self._names()))
+
+    def _names(self) -> Iterator[str]:
+        yield from self._ignored
+        for name in self.model_fields_set:
+            value = getattr(self, name)
+            for part in value if isinstance(value, list) else (value,):
+                if isinstance(part, Body):
+                    yield from (f"{name}.{inner}" for inner in part._names())
 
 
 class Part(Body):
     """A piece of a message. Only text is understood."""
 
+    rules = vendor.PART
+
     type: Literal["text"]
     text: str
+
+
+class RefusalPart(Body):
+    """What an assistant refused with."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+    @property
+    def text(self) -> str:
+        return self.refusal
 
 
 Content = str | list[Part]
 
 
 class CalledFunction(Body):
+    rules = vendor.CALLED_FUNCTION
+
     name: str
     arguments: str = Field(description="a JSON object, as text")
 
 
 class ToolCall(Body):
     """A call that the model made in an earlier turn."""
+
+    rules = vendor.TOOL_CALL
 
     id: str
     type: Literal["function"] = "function"
@@ -61,22 +98,21 @@ class ToolCall(Body):
 class Message(Body):
     """One turn of the conversation."""
 
-    refused = {
-        "name": _NO_PLACE,
-        "refusal": _NO_PLACE,
-        "audio": "text only",
-        "annotations": _NO_PLACE,
-        "function_call": "use tool_calls",
-        "reasoning_content": _NO_PLACE,
-    }
+    rules = vendor.MESSAGE
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Content | None = None
+    content: str | list[Part | RefusalPart] | None = None
+    name: str | None = Field(None, max_length=256, description="of the speaker; for chat templates that read it")
+    refusal: str | None = Field(None, description="what an assistant said instead of a content")
+    reasoning_content: str | None = Field(None, description="for chat templates that read it")
+    prefix: bool | None = Field(None, description="of the last message, an assistant's: the output goes on with it")
     tool_calls: list[ToolCall] | None = Field(None, description="of an assistant message")
     tool_call_id: str | None = Field(None, description="of a tool message: which call it answers")
 
 
 class Function(Body):
+    rules = vendor.FUNCTION
+
     name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
     description: str | None = None
     parameters: dict[str, Any] | None = Field(None, description="a JSON schema of the arguments")
@@ -84,6 +120,8 @@ class Function(Body):
 
 
 class Tool(Body):
+    rules = vendor.TOOL
+
     type: Literal["function"]
     function: Function
 
@@ -97,6 +135,16 @@ class NamedTool(Body):
     function: NamedFunction
 
 
+class AllowedTools(Body):
+    mode: Literal["auto", "required"]
+    tools: list[NamedTool] = Field(min_length=1)
+
+
+class AllowedToolChoice(Body):
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
 class JsonSchema(Body):
     name: str | None = None
     description: str | None = None
@@ -107,6 +155,25 @@ class JsonSchema(Body):
 class ResponseFormat(Body):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema", description="of type json_object, as llama.cpp has it")
+
+
+class StructuredOutputs(Body):
+    """vLLM's: one of these."""
+
+    rules: ClassVar[dict[str, vendor.Rule]] = {
+        "whitespace_pattern": vendor.REQUEST["guided_whitespace_pattern"],
+        "structural_tag": vendor.REQUEST["structural_tag"],
+        "disable_fallback": vendor.REQUEST["guided_decoding_backend"],
+        "disable_any_whitespace": vendor.Refused("give a grammar with the white space that you want"),
+        "disable_additional_properties": vendor.Refused("say it in the schema"),
+    }
+
+    json_: dict[str, Any] | str | None = Field(None, alias="json")
+    regex: str | None = None
+    choice: list[str] | None = Field(None, min_length=1)
+    grammar: str | None = None
+    json_object: bool | None = None
 
 
 class Prediction(Body):
@@ -117,8 +184,9 @@ class Prediction(Body):
 
 
 class StreamOptions(Body):
+    rules = vendor.STREAM_OPTIONS
+
     include_usage: bool | None = None
-    include_obfuscation: Literal[False] | None = None
 
 
 class OutpaceOptions(Body):
@@ -141,6 +209,8 @@ def _token_ids(value: Any) -> Any:
 class Generate(Body):
     """What both routes share."""
 
+    rules = vendor.REQUEST
+
     model: str | None = Field(None, description="the served model; may be left out")
     max_tokens: int | None = None
     n: int | None = Field(None, description="choices; choice i has the seed seed + i")
@@ -156,11 +226,7 @@ class Generate(Body):
     prediction: Prediction | None = None
 
     user: str | None = Field(None, max_length=512, description="parts owners: their prefixes and drafts are not shared")
-    metadata: dict[str, str] | None = None
-    store: Literal[False] | None = None
-    service_tier: Literal["auto", "default"] | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
+    best_of: int | None = Field(None, description="only the value of n: choices are not ranked")
 
     # beyond OpenAI's
     top_k: int | None = None
@@ -172,21 +238,21 @@ class Generate(Body):
     grammar: str | None = Field(None, description="the output is a sentence of it (Lark or GBNF)")
     outpace: OutpaceOptions | None = None
 
-
-_NO_MEDIA = "text only"
+    # as vLLM and llama.cpp name them
+    min_tokens: int | None = Field(None, description="what ends an output cannot come before so many tokens")
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_grammar: str | None = None
+    guided_choice: list[str] | None = Field(None, min_length=1, description="the output is one of these texts")
+    structured_outputs: StructuredOutputs | None = None
+    json_schema: dict[str, Any] | None = None
+    truncate_prompt_tokens: int | None = Field(None, ge=1, description="read the prompt's last so many tokens alone")
+    priority: int | None = Field(None, description="as outpace.priority")
+    n_predict: int | None = Field(None, description="as max_tokens; -1: not given")
 
 
 class ChatRequest(Generate):
     """Body of /v1/chat/completions."""
-
-    refused = {
-        "functions": "use tools",
-        "function_call": "use tool_choice",
-        "audio": _NO_MEDIA,
-        "web_search_options": "the server searches nothing",
-        "reasoning_effort": "the models served here have no such setting",
-        "verbosity": "the models served here have no such setting",
-    }
 
     messages: list[Message] = Field(min_length=1, fail_fast=True)
     max_completion_tokens: int | None = None
@@ -194,9 +260,14 @@ class ChatRequest(Generate):
     top_logprobs: int | None = None
     response_format: ResponseFormat | None = None
     tools: list[Tool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    modalities: list[Literal["text"]] | None = None
+
+    reasoning_effort: str | None = Field(None, max_length=40, description="for chat templates that read it")
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="values for the chat template")
+    enable_thinking: bool | None = Field(None, description="for chat templates that read it")
+    add_generation_prompt: bool | None = Field(None, description="false: nothing tells the model to answer")
+    continue_final_message: bool | None = Field(None, description="the output goes on with the last message")
 
 
 def _prompt(value: Any) -> Any:
@@ -217,12 +288,14 @@ def _prompt(value: Any) -> Any:
 class CompletionRequest(Generate):
     """Body of /v1/completions."""
 
-    refused = {"suffix": "text is written forwards only; put what follows into the prompt"}
+    rules: ClassVar[dict[str, vendor.Rule]] = {
+        **vendor.REQUEST,
+        "suffix": vendor.Refused("text is written forwards only; put what follows into the prompt"),
+        "echo": vendor.Refused("a prompt is read without the logits of its tokens"),
+    }
 
     prompt: Annotated[
         str | list[str] | list[int] | list[list[int]],
         PlainValidator(_prompt, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
     ]
     logprobs: int | None = Field(None, description="log-probabilities of the chosen token and of this many likeliest")
-    echo: Literal[False] | None = Field(None, description="not true: a prompt is read without the logits of its tokens")
-    best_of: int | None = Field(None, description="only the value of n: choices are not ranked")

@@ -78,5 +78,9 @@ def refusal_of_body(errors: Sequence[Mapping[str, Any]], fields: Sequence[str], 
         return Refusal(400, message[: _SHOWN * 2], param=path[:_SHOWN], code="unknown_parameter")
     if kind == "missing":
         return Refusal(400, f"{path or 'the body'} is missing", param=path or None, code="missing_parameter")
+    if kind == "unsupported":
+        path = ".".join([*where, first["ctx"]["field"]])
+        shown = message if len(where) == 0 else f"{'.'.join(where)}: {message}"
+        return Refusal(400, shown[: _SHOWN * 2], param=path[:_SHOWN], code="unsupported_parameter")
     message = message.removeprefix("Value error, ")
     return Refusal(400, f"{path}: {message}" if path else message, param=path[:_SHOWN] or None, code="invalid_type")

@@ -90,12 +90,14 @@ class Decoding(Told):
     notes: list[str]
     seed: int
     stats: Stats
+    ignored: list[str] | None = None  # fields of the request that had no effect, if there were any
 
 
 class Decodings(Told):
     """Of several choices."""
 
     choices: list[Decoding]
+    ignored: list[str] | None = None
 
 
 class Likely(Told):

@@ -15,10 +15,10 @@ from ..engine.request import StepEvent
 from ..engine.text import TextStream
 from ..types import Result
 from .asks import Call, dumped
-from .bodies import FINISH, Judged, Shown, decoding, head, usage
+from .bodies import FINISH, Judged, Shown, decoding, finish_of, head, ignored, tool_call, usage
+from .calls import Begun, Ended, Item, Piece, new_id
+from .calls import Call as MadeCall
 from .service import ServingEngine, Ticket
-from .tools import Call as MadeCall
-from .tools import ToolReader, parse_call
 
 KEEP_ALIVE_S = 10.0  # a comment, when there was nothing to say for so long
 KEEP_ALIVE = b": still here\n\n"
@@ -37,9 +37,10 @@ class Choice:
         params = call.asks[index].params
         self.begun = False
         self.shown = Shown(engine.tokenizer, params)
-        self.reader = ToolReader() if call.tools == "read" else None
-        self.held: list[str] = []  # of a forced call
-        self.calls = 0
+        self.reader = call.reader()
+        self.forced = call.tools is not None and call.tools.forced
+        self.calls = 0  # begun
+        self.called = False  # the last of them is complete
         self.tracer = TextStream(engine.tokenizer.detokenizer(), params.stop) if call.trace else None
 
     def judged(self, event: StepEvent) -> list[Judged] | None:
@@ -97,7 +98,7 @@ class Chunks:
             found = [self._chunk(first, own), *(self._chunk(part) for part in rest)]
         if last is not None:
             assert event.result is not None
-            found.append(self._chunk(last, decoding(self.call, index, event.result)))
+            found.append(self._chunk(last, decoding(self.call, index, event.result) | ignored(self.call)))
         return b"".join(found)
 
     def usage(self, results: list[Result]) -> bytes:
@@ -130,7 +131,7 @@ class ChatChunks(Chunks):
     def parts(self, choice: Choice, event: StepEvent) -> list[dict[str, Any]]:
         judged = choice.judged(event)
         logprobs = None if judged is None else {"content": choice.shown.chat(judged), "refusal": None}
-        deltas = [self._delta(choice, item) for item in self._items(choice, event)]
+        deltas = [delta for item in self._items(choice, event) for delta in self._deltas(choice, item)]
         if logprobs is not None and logprobs["content"] and not deltas:
             deltas = [{"content": ""}]
         if not choice.begun and deltas:
@@ -145,26 +146,34 @@ class ChatChunks(Chunks):
         return self._part(choice, {})
 
     def last(self, choice: Choice, result: Result) -> dict[str, Any]:
-        reason = "tool_calls" if choice.calls else FINISH[result.finish_reason]
-        delta = {} if choice.begun else {"role": "assistant", "content": ""}
-        return self._part(choice, delta, reason)
+        delta = {} if choice.begun else {"role": "assistant", "content": None if choice.forced else ""}
+        return self._part(choice, delta, finish_of(result, choice.called))
 
-    def _items(self, choice: Choice, event: StepEvent) -> list[str | MadeCall]:
+    def _items(self, choice: Choice, event: StepEvent) -> list[Item]:
         """Text and calls that have become certain."""
-        over = event.result is not None
-        if choice.reader is not None:
-            return choice.reader.push(event.text) + (choice.reader.flush() if over else [])
-        if self.call.tools == "forced":
-            choice.held.append(event.text)
-            text = "".join(choice.held)
-            return [parse_call(text) or text] if over else []
-        return [event.text] if event.text else []
+        if choice.reader is None:
+            return [event.text] if event.text else []
+        found = choice.reader.push(event.text)
+        if event.result is not None:
+            found += choice.reader.flush(event.result.finish_reason == "length")
+        return found
 
-    def _delta(self, choice: Choice, item: str | MadeCall) -> dict[str, Any]:
-        if isinstance(item, str):
-            return {"content": item}
+    def _deltas(self, choice: Choice, item: Item) -> list[dict[str, Any]]:
+        match item:
+            case str():
+                return [{"content": item}]
+            case Ended():
+                choice.called = True
+                return []
+            case Piece(arguments):
+                return [{"tool_calls": [{"index": choice.calls - 1, "function": {"arguments": arguments}}]}]
+            case Begun(name):
+                made = tool_call(new_id(), name, "")
+            case MadeCall(name, arguments):
+                made = tool_call(new_id(), name, arguments)
         choice.calls += 1
-        return {"tool_calls": [{"index": choice.calls - 1, **item.body()}]}
+        choice.called = isinstance(item, MadeCall) and item.complete
+        return [{"tool_calls": [{"index": choice.calls - 1, **made}]}]
 
     def _part(self, choice: Choice, delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
         return {"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": reason}
