@@ -37,6 +37,7 @@ class SamplingParams:
     """
 
     max_tokens: int = 256
+    min_tokens: int = 0  # what ends an output cannot come before so many tokens; stop strings are not looked for there
     temperature: float = 0.0
     top_k: int = 0  # 0: no limit
     top_p: float = 1.0
@@ -67,6 +68,8 @@ class SamplingParams:
             if not holds(value):
                 raise ParameterError(f"{name}={value!r} is out of range: it must be {allowed}")
         object.__setattr__(self, "json_schema", _schema_text(self.json_schema))
+        if self.min_tokens > self.max_tokens:
+            raise ParameterError(f"min_tokens={self.min_tokens} is out of range: max_tokens is {self.max_tokens}")
         given = [name for name in _CONSTRAINTS if getattr(self, name) is not None]
         if len(given) > 1:
             raise ParameterError(f"{' and '.join(given)} cannot go together: give one of {', '.join(_CONSTRAINTS)}")
@@ -93,6 +96,7 @@ class SamplingParams:
             or self.presence_penalty != 0
             or self.frequency_penalty != 0
             or self.constraint is not None
+            or self.min_tokens > 0
         )
 
 
@@ -145,6 +149,7 @@ _CONSTRAINTS = ("json_schema", "regex", "grammar")
 _ids, _bias = _whole(0), _number(-100, 100)
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_tokens": (_whole(1), "a whole number, at least 1"),
+    "min_tokens": (_whole(0), "a whole number, 0 (no limit) or more"),
     "temperature": (_number(0, 100), "from 0 (greedy) to 100"),
     "top_k": (_whole(0), "a whole number, 0 (no limit) or more"),
     "top_p": (_number(_TINY, 1), "above 0 and at most 1"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -39,6 +40,13 @@ SAMPLERS: dict[str, dict[str, Any]] = {
     "bias": {"temperature": 0.7, "logit_bias": {5: 3.0, 7: -100.0, 12: 2.5}},
     "stop strings": {"temperature": 0.5, "top_k": 3, "stop": ("e", "k2", "Q")},
     "stop tokens": {"temperature": 1.0, "top_k": 8, "stop_token_ids": (40, 41, 42)},
+    "min tokens": {
+        "temperature": 1.0,
+        "top_k": 8,
+        "stop_token_ids": (40, 41, 42),
+        "stop": ("e", "k"),
+        "min_tokens": 25,
+    },
     "schema": {"json_schema": SCHEMA},
     "schema, sampled": {"json_schema": SCHEMA, "temperature": 1.0, "top_p": 0.9},
     "regex": {"regex": r"(ab|cd)+:[0-9]{3,5}", "temperature": 1.2, "presence_penalty": 0.5},
@@ -118,3 +126,16 @@ def test_no_verifier_lets_a_draft_off_the_grammar(verifier: str, method: str, pl
         assert {r.exactness for r in results} == {"approximate" if approximate else "distribution"}
         assert all(bool(r.notes) == approximate for r in results)
     llm.check_integrity()
+
+
+def test_nothing_ends_an_output_before_its_min_tokens(plain: LLM) -> None:
+    for sampler in ("stop tokens", "stop strings"):
+        params = params_of(sampler)[0]
+        short = plain.generate([PROMPTS[0]], params)[0]
+        most = len(short.token_ids)
+        assert most < 40 and short.finish_reason == "stop", "it would end early"
+        longer = plain.generate([PROMPTS[0]], replace(params, min_tokens=most + 2))[0]
+        assert len(longer.token_ids) >= most + 2
+    ended = replace(params_of("gbnf")[0], min_tokens=30)
+    grammar = plain.generate([PROMPTS[0]], ended)[0]
+    assert grammar.finish_reason == "stop" and len(grammar.token_ids) < 30, "a grammar that is complete ends it"

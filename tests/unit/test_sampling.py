@@ -153,6 +153,20 @@ def test_penalties_and_bias_written_out() -> None:
     assert (logits == before).all()
 
 
+def test_what_ends_an_output_waits_for_min_tokens() -> None:
+    logits = np.array([3.0, 2.0, 1.0], dtype=np.float32)
+    params = SamplingParams(min_tokens=2)
+    history = History([7, 8], prompt_length=2, stop_ids=[0, 5])
+    assert process(logits, params, history).tolist() == [-np.inf, 2, 1]
+    history.append(1)
+    assert process(logits, params, history).tolist() == [-np.inf, 2, 1]
+    history.append(1)
+    assert process(logits, params, history).tolist() == [3, 2, 1]
+    alone = History([], stop_ids=[0])
+    row = np.array([3.0, -np.inf], dtype=np.float32)
+    assert process(row, params, alone).tolist() == [3, -np.inf], "where nothing else is left it may end"
+
+
 def test_bias_outside_the_vocabulary_is_refused() -> None:
     with pytest.raises(ParameterError, match="token 10"):
         process(logits_of(0, 10), SamplingParams(logit_bias={10: 1.0}), None)

@@ -211,7 +211,7 @@ def _coloured(llm: LLM, params: SamplingParams) -> Any:
     from ..engine.text import TextStream
 
     console = Console(highlight=False, soft_wrap=True)
-    text = TextStream(llm.tokenizer.detokenizer(), params.stop)
+    text = TextStream(llm.tokenizer.detokenizer(), params.stop, params.min_tokens)
     stop_ids = {*params.stop_token_ids, *llm.tokenizer.eos_ids, *llm.config.eos_ids}
     colours: dict[str, str] = {}
 

@@ -42,6 +42,7 @@ class Sequence:
     method: str = ""  # that drafts for it, if the engine was opened with several; "": the engine's own
     owner: str = ""  # what drafters learn from one owner's text never reaches another owner's
     matcher: Matcher | None = None  # of its grammar, if `params` have one; `history` moves it
+    stop_ids: frozenset[int] = frozenset()  # what ends it
     _history: History | None = field(default=None, init=False, repr=False)
 
     @property
@@ -51,7 +52,7 @@ class Sequence:
         A verifier may append the path that it walks, and truncates it again before it returns.
         """
         if self._history is None:
-            self._history = History(prompt_length=self.prompt_length, matcher=self.matcher)
+            self._history = History((), self.prompt_length, self.matcher, self.stop_ids)
         for token in self.tokens[len(self._history) :]:
             self._history.append(token)
         return self._history

@@ -2,10 +2,10 @@
 
     logits --process--> penalties and bias --weights--> temperature, top-k, top-p, min-p --draw--> token
 
-`process` edits raw logits: repetition penalty over prompt and output, then frequency and presence penalties
-over the output, then the logit bias; then what a grammar forbids becomes -inf. Filters apply in the order
-temperature, top-k, top-p, min-p; tokens that tie with the last one kept stay, so no filter depends on how a sort
-breaks ties. Greedy is the argmax of the processed logits, the smaller id winning a tie.
+`process` edits raw logits: repetition penalty over prompt and output, then frequency and presence penalties over the
+output, then the logit bias; then what a grammar forbids becomes -inf, and what would end the output before `min_tokens`.
+Filters apply in the order temperature, top-k, top-p, min-p; tokens that tie with the last one kept stay, so no filter
+depends on how a sort breaks ties. Greedy is the argmax of the processed logits, the smaller id winning a tie.
 
 Sampling spends one uniform per position, keyed by (seed, position), and takes the inverse of the cumulative
 distribution in vocabulary order. The token therefore depends on one row of logits, the history and the key:
@@ -55,13 +55,20 @@ def uniform(seed: int, position: int, stream: Stream = Stream.TARGET, draw: int 
 
 
 class History:
-    """Tokens so far with their counts, and where the output is in its grammar, if it has one. Append and truncate
-    take constant time a token."""
+    """Tokens so far with their counts, what ends the output, and where it is in its grammar, if it has one. Append and
+    truncate take constant time a token."""
 
-    __slots__ = ("_ids", "_output", "_seen", "_slot", "matcher", "prompt_length", "tokens")
+    __slots__ = ("_ids", "_output", "_seen", "_slot", "matcher", "prompt_length", "stop_ids", "tokens")
 
-    def __init__(self, tokens: Iterable[int] = (), prompt_length: int = 0, matcher: Matcher | None = None) -> None:
+    def __init__(
+        self,
+        tokens: Iterable[int] = (),
+        prompt_length: int = 0,
+        matcher: Matcher | None = None,
+        stop_ids: Iterable[int] = (),
+    ) -> None:
         self.prompt_length, self.matcher = prompt_length, matcher
+        self.stop_ids = np.array(sorted(stop_ids), dtype=np.int64)
         self.tokens: list[int] = []
         self._slot: dict[int, int] = {}  # token -> slot, slots in order of first occurrence
         self._ids = np.empty(64, dtype=np.int64)
@@ -155,7 +162,18 @@ def process(logits: FloatArray, params: SamplingParams, history: History | None 
             if np.isfinite(edited[~forbidden]).any():
                 edited[: len(forbidden)][forbidden] = -np.inf
                 edited[len(forbidden) :] = -np.inf
+    if history is not None and len(history) - history.prompt_length < params.min_tokens:
+        _forbid_end(edited, history.stop_ids)
     return edited
+
+
+def _forbid_end(row: FloatArray, stop_ids: IntArray) -> None:
+    """What ends the output becomes -inf, in place, unless nothing else is left: a grammar that is complete."""
+    ids = stop_ids[stop_ids < len(row)]
+    kept = row[ids]
+    row[ids] = -np.inf
+    if not np.isfinite(row).any():
+        row[ids] = kept
 
 
 def _weights(logits: FloatArray, params: SamplingParams) -> tuple[IntArray | None, FloatArray]:

@@ -121,10 +121,13 @@ class Engine:
             method=method,
             owner=options.owner,
             matcher=self._matcher(params, stop_ids),
+            stop_ids=stop_ids,
         )
         request = Request(
             sequence=sequence,
-            text=TextStream(self._detokenizer(), params.stop) if self._detokenizer is not None else None,
+            text=TextStream(self._detokenizer(), params.stop, params.min_tokens)
+            if self._detokenizer is not None
+            else None,
             stop_ids=stop_ids,
             method=method or self.method,
             options=options,

@@ -18,11 +18,11 @@ class Detokenizer(Protocol):
 
 class TextStream:
     """Text that could still become a stop string is held back. The text, and the token that completes a stop
-    string, are the same however the tokens are cut into steps.
+    string, are the same however the tokens are cut into steps. In the first `min_tokens` tokens none is looked for.
     """
 
-    def __init__(self, detokenizer: Detokenizer, stops: tuple[str, ...] = ()) -> None:
-        self._detokenizer, self._stops = detokenizer, stops
+    def __init__(self, detokenizer: Detokenizer, stops: tuple[str, ...] = (), min_tokens: int = 0) -> None:
+        self._detokenizer, self._stops, self._before = detokenizer, stops, min_tokens
         self._held = ""
         self._parts: list[str] = []
         self.stopped = False
@@ -41,7 +41,9 @@ class TextStream:
             return self._emit(self._detokenizer.add(tokens)), len(tokens)
         shown = []
         for used, token in enumerate(tokens, 1):  # one by one: a step's length must not decide where it ends
-            shown.append(self._search(self._detokenizer.add((token,))))
+            new = self._detokenizer.add((token,))
+            self._before -= 1
+            shown.append(self._emit(new) if self._before >= 0 else self._search(new))
             if self.stopped:
                 return "".join(shown), used
         return "".join(shown), len(tokens)

@@ -192,7 +192,7 @@ def _params(
             "characters"
         )
     names = (
-        *("top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
+        *("min_tokens", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
         *("stop_token_ids", "ignore_eos"),
     )
     if body.stop_token_ids is not None and len(body.stop_token_ids) > limits.stop_ids:

@@ -41,7 +41,7 @@ class Choice:
         self.forced = call.tools is not None and call.tools.forced
         self.calls = 0  # begun
         self.called = False  # the last of them is complete
-        self.tracer = TextStream(engine.tokenizer.detokenizer(), params.stop) if call.trace else None
+        self.tracer = TextStream(engine.tokenizer.detokenizer(), params.stop, params.min_tokens) if call.trace else None
 
     def judged(self, event: StepEvent) -> list[Judged] | None:
         if event.logprobs is None:

@@ -198,7 +198,8 @@ class _Round:
         """The draft's likeliest next tokens with their probabilities, k of them."""
         k, weight, params = self.mode.k, self.mode.ngram_weight, self.params
         if params.edits_logits:
-            row = process(row, params, History([*self.prompt, *draft.token_ids], len(self.prompt)))
+            so_far = History([*self.prompt, *draft.token_ids], len(self.prompt), stop_ids=self.stop_ids)
+            row = process(row, params, so_far)
         values, ids = _top(row, 2 * k)
         highest = float(values[0])
         norm = highest + log(float(np.exp(row - values[0]).sum(dtype=np.float64)))
