@@ -156,7 +156,7 @@ def test_penalties_and_bias_written_out() -> None:
 def test_what_ends_an_output_waits_for_min_tokens() -> None:
     logits = np.array([3.0, 2.0, 1.0], dtype=np.float32)
     params = SamplingParams(min_tokens=2)
-    history = History([7, 8], prompt_length=2, stop_ids=[0, 5])
+    history = History([1, 1], prompt_length=2, stop_ids=[0, 5])
     assert process(logits, params, history).tolist() == [-np.inf, 2, 1]
     history.append(1)
     assert process(logits, params, history).tolist() == [-np.inf, 2, 1]
