@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Protocol
@@ -153,9 +153,33 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Each:
-    """A list of values, kept as a tuple. One string is no list of strings."""
+    """A list of values, kept as a tuple. One string is no list of strings, unless it is to stand for one: `single`."""
 
     rule: Rule
+    words: str
+    single: bool = False
+
+    @property
+    def allowed(self) -> str:
+        return self.words
+
+    def fault(self, value: Any) -> str | None:
+        if isinstance(value, str) and self.single:
+            return self.rule.fault(value)
+        if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+            return WRONG_TYPE
+        return next((fault for fault in map(self.rule.fault, value) if fault), None)
+
+    def plain(self, value: Any) -> tuple[Any, ...]:
+        return tuple(self.rule.plain(item) for item in ([value] if isinstance(value, str) else value))
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """A mapping of keys to values, kept as a dictionary."""
+
+    keys: Rule
+    values: Rule
     words: str
 
     @property
@@ -163,19 +187,22 @@ class Each:
         return self.words
 
     def fault(self, value: Any) -> str | None:
-        if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+        if not isinstance(value, Mapping):
             return WRONG_TYPE
-        if not isinstance(value, Sequence | set | frozenset):
-            return None  # what can be read once is read by `plain`
-        return next((fault for fault in map(self.rule.fault, value) if fault), None)
+        faults = (self.keys.fault(key) or self.values.fault(item) for key, item in value.items())
+        return next((fault for fault in faults if fault), None)
 
-    def plain(self, value: Any) -> tuple[Any, ...]:
-        return tuple(self.rule.plain(item) for item in value)
+    def plain(self, value: Any) -> dict[Any, Any]:
+        return {self.keys.plain(key): self.values.plain(item) for key, item in value.items()}
 
 
 def value(default: Any, rule: Rule, help: str = "", **more: Any) -> Any:
-    """A field of a record: its default, its rule, and its help. `more` is for whoever makes options of it."""
-    return dataclasses.field(default=default, metadata={"rule": rule, "help": help, "none": default is None} | more)
+    """A field of a record: its default (an empty dictionary is made anew for each), its rule, and its help. `more` is
+    for whoever makes options of it."""
+    metadata = {"rule": rule, "help": help, "none": default is None} | more
+    if default == {}:
+        return dataclasses.field(default_factory=dict, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def same(record: type, name: str, default: Any = dataclasses.MISSING) -> Any:
@@ -201,6 +228,8 @@ def checked(name: str, given: Any, rule: Rule, none: bool = False) -> Any:
     """One value, by its rule, or None. Raises ParameterError."""
     if none and given is None:
         return None
+    if isinstance(given, Iterator):  # which can be read once
+        given = tuple(given)
     fault = rule.fault(given)
     if fault is None:
         return rule.plain(given)

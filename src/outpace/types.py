@@ -5,17 +5,16 @@ Shapes: `n` nodes of a draft, `V` vocabulary, `R` rows of logits.
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .errors import ParameterError
+from .fields import Choice, Each, Flag, Number, Pairs, Text, Whole, check, value
+from .json_text import JsonSchema
 
 Exactness = Literal["identical", "distribution", "approximate"]
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -23,6 +22,8 @@ Precision = Literal["float32", "bfloat16", "int8", "int4"]
 Pooling = Literal["mean", "last"]
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float32]
+
+_CONSTRAINTS = ("json_schema", "regex", "grammar")
 
 NO_PARENT = -1  # the parent of a draft's first nodes: the last committed token
 
@@ -36,38 +37,57 @@ class SamplingParams:
     Raises ParameterError for a value out of range.
     """
 
-    max_tokens: int = 256
-    min_tokens: int = 0  # what ends an output cannot come before so many tokens; stop strings are not looked for there
-    temperature: float = 0.0
-    top_k: int = 0  # 0: no limit
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] = field(default_factory=lambda: MappingProxyType({}))
-    seed: int = 0
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    logprobs: int | None = None  # None: none; k: the chosen token's and the k most likely ones'
-    prompt_logprobs: int | None = None  # the same of the prompt's tokens, by the model's own distribution
+    max_tokens: int = value(256, Whole(1, words="a whole number, 1 or more"), "Longest answer, in tokens.")
+    min_tokens: int = value(
+        0, Whole(0), "What ends an output cannot come before so many tokens; stop strings are not looked for there."
+    )
+    temperature: float = value(
+        0.0,
+        Number(0, 100, words="a number from 0 (greedy) to 100"),
+        "0 takes the likeliest token, higher is more varied.",
+    )
+    top_k: int = value(
+        0, Whole(0, words="a whole number, 0 (no limit) or more"), "Sample among the k likeliest tokens; 0: all."
+    )
+    top_p: float = value(
+        1.0, Number(0, 1, above=True), "Sample among the likeliest tokens that make up this probability."
+    )
+    min_p: float = value(
+        0.0, Number(0, 1, below=True), "Leave out tokens less likely than this share of the likeliest."
+    )
+    repetition_penalty: float = value(
+        1.0, Number(0, 100, above=True), "Above 1: tokens of the prompt and the answer become less likely."
+    )
+    presence_penalty: float = value(0.0, Number(-2, 2), "Subtracted from the logits of tokens that the answer has.")
+    frequency_penalty: float = value(0.0, Number(-2, 2), "The same for each time that it has them.")
+    logit_bias: Mapping[int, float] = value(
+        {}, Pairs(Whole(0), Number(-100, 100), "token ids, each with a bias from -100 to 100"), "Added to logits."
+    )
+    seed: int = value(
+        0, Whole(0, 2**63 - 1, words="a whole number from 0 to 2**63 - 1"), "The same seed gives the same text."
+    )
+    stop: tuple[str, ...] = value((), Each(Text(), "non-empty strings", single=True), "End before any of these texts.")
+    stop_token_ids: tuple[int, ...] = value((), Each(Whole(0), "token ids"), "End at any of these.")
+    ignore_eos: bool = value(False, Flag(), "Go on behind the model's own end.")
+    logprobs: int | None = value(
+        None, Whole(0, 20), "Of the chosen token and of this many likeliest ones. None: no log-probabilities."
+    )
+    prompt_logprobs: int | None = value(
+        None, Whole(0, 20), "The same of the prompt's tokens, by the model's own distribution."
+    )
 
-    json_schema: str | Mapping[str, Any] | None = None  # the output is JSON that the schema (text or object) describes
-    regex: str | None = None  # the whole output matches it
-    grammar: str | None = None  # the output is a sentence of it: Lark's or llama.cpp's (GBNF) notation
+    json_schema: str | Mapping[str, Any] | None = value(
+        None, JsonSchema(), "The output is JSON that the schema (text or object) describes."
+    )
+    regex: str | None = value(None, Text(empty=True, words="a regular expression"), "The whole output matches it.")
+    grammar: str | None = value(
+        None,
+        Text(empty=True, words="the text of a grammar"),
+        "The output is a sentence of it: Lark's or llama.cpp's (GBNF) notation.",
+    )
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
-        for name, values in (("stop", stop), ("stop_token_ids", self.stop_token_ids)):
-            if not isinstance(values, Iterable):
-                raise ParameterError(f"{name}={values!r}: it must be a list")
-            object.__setattr__(self, name, tuple(values))
-        for name, (holds, allowed) in _RANGES.items():
-            value = getattr(self, name)
-            if not holds(value):
-                raise ParameterError(f"{name}={value!r} is out of range: it must be {allowed}")
-        object.__setattr__(self, "json_schema", _schema_text(self.json_schema))
+        check(self)
         if self.min_tokens > self.max_tokens:
             raise ParameterError(f"min_tokens={self.min_tokens} is out of range: max_tokens is {self.max_tokens}")
         given = [name for name in _CONSTRAINTS if getattr(self, name) is not None]
@@ -115,85 +135,16 @@ class RequestOptions:
     Raises ParameterError for a value out of range.
     """
 
-    owner: str = ""
-    priority: int = 0
-    method: str | None = None
-    max_draft: int | None = None
-    exactness: Exactness | None = None
-    group: str | None = None
-    pooling: Pooling | None = None
+    owner: str = value("", Text(empty=True))
+    priority: int = value(0, Whole(-100, 100))
+    method: str | None = value(None, Text())
+    max_draft: int | None = value(None, Whole(0, 4096))
+    exactness: Exactness | None = value(None, Choice(get_args(Exactness)))
+    group: str | None = value(None, Text(empty=True))
+    pooling: Pooling | None = value(None, Choice(get_args(Pooling)))
 
     def __post_init__(self) -> None:
-        if not -100 <= self.priority <= 100:
-            raise ParameterError(f"priority={self.priority!r} is out of range: it must be from -100 to 100")
-        if self.max_draft is not None and not 0 <= self.max_draft <= 4096:
-            raise ParameterError(f"max_draft={self.max_draft!r} is out of range: it must be from 0 to 4096")
-        if self.exactness is not None and self.exactness not in get_args(Exactness):
-            allowed = ", ".join(get_args(Exactness))
-            raise ParameterError(f"exactness={self.exactness!r} is unknown: it must be one of {allowed}")
-        if self.pooling is not None and self.pooling not in get_args(Pooling):
-            allowed = ", ".join(get_args(Pooling))
-            raise ParameterError(f"pooling={self.pooling!r} is unknown: it must be one of {allowed}")
-
-
-def _number(low: float, high: float) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, int | float | np.number) and bool(low <= value <= high)
-
-
-def _whole(low: int, high: float = math.inf) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, int | np.integer) and bool(low <= value <= high)
-
-
-_TINY = math.ulp(0.0)  # "above 0"
-_CONSTRAINTS = ("json_schema", "regex", "grammar")
-_ids, _bias = _whole(0), _number(-100, 100)
-_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "max_tokens": (_whole(1), "a whole number, at least 1"),
-    "min_tokens": (_whole(0), "a whole number, 0 (no limit) or more"),
-    "temperature": (_number(0, 100), "from 0 (greedy) to 100"),
-    "top_k": (_whole(0), "a whole number, 0 (no limit) or more"),
-    "top_p": (_number(_TINY, 1), "above 0 and at most 1"),
-    "min_p": (_number(0, math.nextafter(1, 0)), "from 0 to below 1"),
-    "repetition_penalty": (_number(_TINY, 100), "above 0 and at most 100"),
-    "presence_penalty": (_number(-2, 2), "from -2 to 2"),
-    "frequency_penalty": (_number(-2, 2), "from -2 to 2"),
-    "logit_bias": (
-        lambda value: isinstance(value, Mapping) and all(_ids(t) and _bias(b) for t, b in value.items()),
-        "token ids, each with a bias from -100 to 100",
-    ),
-    "seed": (_whole(0, 2**63 - 1), "a whole number from 0 to 2**63 - 1"),
-    "stop": (lambda value: all(isinstance(text, str) and text for text in value), "non-empty strings"),
-    "stop_token_ids": (lambda value: all(map(_ids, value)), "token ids"),
-    "logprobs": (lambda value: value is None or _whole(0, 20)(value), "None or a whole number from 0 to 20"),
-    "prompt_logprobs": (lambda value: value is None or _whole(0, 20)(value), "None or a whole number from 0 to 20"),
-    "json_schema": (
-        lambda value: value is None or isinstance(value, str | Mapping),
-        "a schema as text or as an object",
-    ),
-    "regex": (lambda value: value is None or isinstance(value, str), "a regular expression"),
-    "grammar": (lambda value: value is None or isinstance(value, str), "the text of a grammar"),
-}
-
-
-def _schema_text(schema: str | Mapping[str, Any] | None) -> str | None:
-    """A JSON schema as text. Raises ParameterError if it is no JSON."""
-    if schema is None:
-        return None
-    try:
-        text = schema if isinstance(schema, str) else json.dumps(_plain(schema))
-        json.loads(text)
-    except json.JSONDecodeError as e:
-        raise ParameterError(f"json_schema is no JSON: {e.msg} at line {e.lineno}, column {e.colno}") from None
-    except (TypeError, ValueError, RecursionError) as e:
-        raise ParameterError(f"json_schema cannot be written as JSON: {e}") from None
-    return text
-
-
-def _plain(value: Any) -> Any:
-    """Mappings of any kind as dictionaries."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+        check(self)
 
 
 @dataclass(slots=True, eq=False)

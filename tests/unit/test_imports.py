@@ -13,7 +13,7 @@ import outpace
 
 ROOT = Path(outpace.__file__).parent
 LAYERS = [
-    {"types", "config", "errors", "fields", "paths", "registry"},
+    {"types", "config", "errors", "fields", "json_text", "paths", "registry"},
     {"ops", "parallel"},
     {"models", "cache"},
     {"decoding"},

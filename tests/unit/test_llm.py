@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 from hashing import HashDecoder, toy_loaded
 from toy import MemoryCheckpoint
@@ -247,3 +248,90 @@ def test_choices_without_effect_are_refused(llm: LLM) -> None:
         with pytest.raises(MethodError, match=why):
             LLM(llm.loaded, method="plain", **wrong)
         LLM(llm.loaded, method="plain", methods=["ngram"], kv_tokens=64, **wrong).close()  # requests may draft
+
+
+TOOL_TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}{% if m.name %}({{ m.name }}){% endif %}: {{ m.content }}"
+    "{% for call in m.tool_calls or [] %}{{ call.function.name }}{{ call.function.arguments | tojson }}{% endfor %}"
+    "{% if m.tool_call_id %} [{{ m.tool_call_id }}]{% endif %} | {% endfor %}"
+)
+
+
+def test_messages_are_what_the_template_reads() -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    messages = [
+        {"role": "developer", "content": [{"type": "text", "text": "be "}, {"type": "text", "text": "brief"}]},
+        {"role": "user", "name": "Ann", "content": "1 + 1?", "tool_calls": []},
+        {"role": "assistant", "content": "", "tool_calls": [call], "name": None},
+        {"role": "tool", "tool_call_id": "1", "content": "2"},
+    ]
+    with LLM(toy_loaded(template=TOOL_TEMPLATE), method="plain", kv_tokens=64) as llm:
+        text = 'system: be brief | user(Ann): 1 + 1? | assistant: add{"a": 1} | tool: 2 [1] | '
+        assert llm.tokenizer.decode(llm.tokens(messages), False) == llm.tokenizer.decode(llm.tokens(text), False)
+
+
+@pytest.mark.parametrize(
+    ("message", "why"),
+    [
+        ({"role": "asistant", "content": "x"}, r"messages\[1\].role='asistant' must be one of .*did you mean 'assist"),
+        ({"role": 3, "content": "x"}, "role=3 must be one of"),
+        ({"content": "x"}, "role=None must be"),
+        ({"role": "user", "contnt": "x"}, "unknown field 'contnt'; there are: .*did you mean 'content'"),
+        ({"role": "user", "content": "x", "colour": "red"}, "unknown field 'colour'"),
+        ({"role": "user", "content": "x", 5: "red"}, "unknown field 5"),
+        ({"role": "user", "content": "x", "name": "Ann"}, "chat template has no place for name: leave it out"),
+        ({"role": "user"}, "has no content"),
+        ({"role": "user", "content": b"x"}, "content=b'x' must be text"),
+        ({"role": "user", "content": 1.5}, "content=1.5 must be text"),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, "only text is understood"),
+        ("hello", "must be an object with a role and a content, not 'hello'"),
+    ],
+    ids=str,
+)
+def test_messages_that_are_none_are_refused(llm: LLM, message: object, why: str) -> None:
+    with pytest.raises(ParameterError, match=why):
+        llm.generate([[{"role": "user", "content": "hi"}, message]])  # type: ignore[list-item]
+    with pytest.raises(ParameterError):
+        llm.chat([message])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        5,
+        {"id": "1"},
+        {"function": {"name": 3}},
+        {"function": {"name": "f", "arguments": "[1]"}},
+        {"function": {"name": "f", "arguments": "{"}},
+        {"function": {"name": "f", "arguments": '{"a": 1, "a": 2}'}},
+    ],
+    ids=str,
+)
+def test_calls_that_are_none_are_refused(call: object) -> None:
+    asked = [{"role": "assistant", "content": None, "tool_calls": [call]}]
+    wrong = pytest.raises(ParameterError, match=r"messages\[0\].tool_calls\[0\]")
+    with LLM(toy_loaded(template=TOOL_TEMPLATE), method="plain", kv_tokens=64) as llm, wrong:
+        llm.tokens(asked)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [b"abc", [b"abc"], [1.5, 2.0], [[1.5, 2.0]], [[1, True]], [True, 1], [["a", 1]], [[np.int64(-1)]], 5, {1}, [None]],
+    ids=str,
+)  # fmt: skip
+def test_prompts_that_are_none_are_refused(llm: LLM, prompt: object) -> None:
+    with pytest.raises(ParameterError, match="prompt"):
+        llm.generate(prompt)  # type: ignore[arg-type]
+    with pytest.raises(ParameterError, match="prompt"):
+        llm.stream(prompt)  # type: ignore[arg-type]
+    assert llm.idle
+
+
+def test_arguments_of_other_types_are_refused(llm: LLM) -> None:
+    with pytest.raises(ParameterError, match=r"params={'max_tokens': 3} is of the wrong .* be SamplingParams"):
+        llm.generate("x", {"max_tokens": 3})  # type: ignore[arg-type]
+    with pytest.raises(ParameterError, match="prediction=b'x' is of the wrong type: it must be text or token ids"):
+        llm.stream("x", prediction=b"x")  # type: ignore[arg-type]
+    with pytest.raises(ParameterError, match="options='' is of the wrong type: it must be RequestOptions"):
+        llm.submit("x", options="")  # type: ignore[arg-type]
+    assert llm.tokens([np.int64(3), 4]) == [3, 4]

@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 from hashing import toy_loaded
 
-from outpace import LLM, EngineOptions, MethodError, ParameterError
+from outpace import LLM, EngineOptions, MethodError, ParameterError, RequestOptions, SamplingParams
 from outpace.cli.common import engine_options
 from outpace.cli.serve import serve
 from outpace.engine.load import size_of_cache
@@ -224,3 +224,74 @@ def test_values_of_the_command_line() -> None:
 def test_options_load_no_torch() -> None:
     code = "import outpace, sys; outpace.EngineOptions(max_batch=3); print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
+# -- requests ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ({"max_tokens": True}, "wrong type: it must be a whole number, 1 or more"),
+        ({"max_tokens": 2.0}, "wrong type"),
+        ({"max_tokens": None}, "wrong type"),
+        ({"ignore_eos": "no"}, "wrong type: it must be True or False"),
+        ({"ignore_eos": 0}, "wrong type"),
+        ({"temperature": math.nan}, "out of range: it must be a number from 0"),
+        ({"temperature": False}, "wrong type"),
+        ({"temperature": "0"}, "wrong type"),
+        ({"top_p": 0}, "out of range: it must be a number, above 0 and at most 1"),
+        ({"top_p": math.inf}, "out of range"),
+        ({"min_p": 1}, "out of range: it must be a number, 0 or more and below 1"),
+        ({"top_k": 1.5}, "wrong type"),
+        ({"repetition_penalty": math.nan}, "out of range"),
+        ({"logit_bias": {1: math.nan}}, "out of range: it must be token ids, each with a bias"),
+        ({"logit_bias": {True: 1.0}}, "wrong type"),
+        ({"logit_bias": [(1, 1.0)]}, "wrong type"),
+        ({"seed": 2**63}, "out of range"),
+        ({"stop": ["a", ""]}, "non-empty strings"),
+        ({"stop": b"a"}, "wrong type"),
+        ({"stop": [b"a"]}, "wrong type"),
+        ({"stop_token_ids": [1.5]}, "wrong type: it must be token ids"),
+        ({"stop_token_ids": 5}, "wrong type"),
+        ({"logprobs": True}, "wrong type: it must be a whole number from 0 to 20, or None"),
+        ({"logprobs": 21}, "out of range"),
+    ],
+    ids=str,
+)
+def test_parameters_are_held_to_their_rules(wrong: dict[str, Any], why: str) -> None:
+    (name,) = wrong
+    with pytest.raises(ParameterError, match=f"^{name}=.*{why}"):
+        SamplingParams(**wrong)
+
+
+def test_parameters_are_kept_in_their_types() -> None:
+    ids = np.array([3, 4])
+    params = SamplingParams(temperature=np.float32(0.5), stop="x", stop_token_ids=ids, logit_bias={np.int64(3): 2})
+    assert (params.temperature, params.stop, params.stop_token_ids) == (0.5, ("x",), (3, 4))
+    assert params.logit_bias == {3: 2.0} and type(params.stop_token_ids[0]) is int
+    assert SamplingParams(stop=(text for text in "ab")).stop == ("a", "b")
+    assert SamplingParams().logit_bias == {} and SamplingParams() == SamplingParams()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ({"priority": 1.5}, "wrong type"),
+        ({"priority": 101}, "out of range: it must be a whole number from -100 to 100"),
+        ({"priority": True}, "wrong type"),
+        ({"owner": 5}, "wrong type"),
+        ({"method": 5}, "wrong type"),
+        ({"max_draft": 4097}, "out of range"),
+        ({"max_draft": "3"}, "wrong type"),
+        ({"exactness": "identcal"}, "unknown: .*did you mean 'identical'"),
+        ({"exactness": True}, "wrong type"),
+        ({"group": 3}, "wrong type"),
+        ({"pooling": "max"}, "unknown: it must be one of mean, last, or None"),
+    ],
+    ids=str,
+)
+def test_options_of_a_request_are_held_to_their_rules(wrong: dict[str, Any], why: str) -> None:
+    (name,) = wrong
+    with pytest.raises(ParameterError, match=f"^{name}=.*{why}"):
+        RequestOptions(**wrong)

@@ -35,7 +35,7 @@ from .needs import (
     for_method,
 )
 from .options import EngineOptions, Model
-from .prompts import Prompt, as_prompts, token_ids
+from .prompts import Prompt, as_prompts, checked_tokens, token_ids
 from .request import StepEvent
 
 
@@ -172,7 +172,7 @@ class LLM:
         stderr. If one request is refused, or the call is interrupted, none of them goes on.
         """
         asked = as_prompts(prompts)
-        each = [params] * len(asked) if params is None or isinstance(params, SamplingParams) else list(params)
+        each = list(params) if isinstance(params, Sequence) else [params] * len(asked)
         if len(each) != len(asked):
             raise ParameterError(f"{len(asked)} prompts but {len(each)} SamplingParams: give one, or one for each")
         expected = [prediction] * len(asked) if isinstance(prediction, str) else list(prediction)
@@ -204,7 +204,7 @@ class LLM:
         """Answer a conversation, or one message."""
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        return self.generate(messages, params)[0]
+        return self.generate([messages], params)[0]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, prediction: str = "") -> Stream:
         """Answer one prompt step by step. Refusals are raised here, before the first step."""
@@ -247,11 +247,16 @@ class LLM:
         Raises what `generate` does, and QueueFull when too many wait, MethodError for a method that this LLM was not
         opened with (`methods`) or an exactness that cannot be had.
         """
+        for name, given, kind in (("params", params, SamplingParams), ("options", options, RequestOptions)):
+            if given is not None and not isinstance(given, kind):
+                raise ParameterError(f"{name}={shown(given)} is of the wrong type: it must be {kind.__name__}")
         if options is not None and options.method in ("auto", self.options.method):
             if self.options.method != "auto" and options.method == "auto":
                 raise MethodError(f"method 'auto' is not offered here, the default is {self.method!r}: name no method")
             options = replace(options, method=None)
-        expected = self.tokenizer.encode(prediction) if isinstance(prediction, str) else prediction
+        if isinstance(prediction, str):
+            prediction = self.tokenizer.encode(prediction)
+        expected = checked_tokens("prediction", prediction)
         return self._engine.add(self.tokens(prompt), params, expected, options)
 
     def prepare(self, params: SamplingParams) -> None:
