@@ -27,7 +27,7 @@ import click
 from common import RESULTS, note, public_name, save, show_spread, spread, table
 from peers import PEER, Peer
 
-from outpace.bench.audit import ask, first_difference
+from outpace.bench.audit import as_prompt, first_difference
 from outpace.bench.workloads import Prompt, load_prompts, own_prompts, select
 from outpace.engine.llm import LLM
 from outpace.models.source import resolve
@@ -51,7 +51,7 @@ class Run:
     tokens_per_s: float  # while all sequences decode
     whole_tokens_per_s: float  # until the last one ends
     outputs: list[list[int]]
-    steps: float = 0.0  # of one sequence, on average; 0: not told
+    steps: float = 0.0  # of one sequence, on average; 0: not reported
 
 
 Decode = Callable[[list[list[int]], int], Run]
@@ -176,7 +176,7 @@ def against(speeds: dict[str, list[float]], name: str) -> dict[str, Any]:
 
 def short_prompts(llm: LLM, prompts: list[Prompt], longest: int) -> list[list[int]]:
     """Token ids of those that are no longer than that."""
-    return [ids for p in prompts if len(ids := llm.tokens(ask(llm, p))) <= longest]
+    return [ids for p in prompts if len(ids := llm.tokens(as_prompt(llm, p))) <= longest]
 
 
 def one_of(pool: list[list[int]], size: int, start: int) -> list[int]:
@@ -263,10 +263,10 @@ def main(**options: Any) -> None:
         raise click.UsageError(f"{options['model']} is not a GGUF file, which is all that llama.cpp reads")
     sizes, max_tokens = list(options["sizes"]), options["max_tokens"]
     most = max(*sizes, PROMPTS)
-    room = most * (max(options["longest"] + max_tokens, PROMPT_TOKENS) // 256 * 256 + 256)
+    kv_tokens = most * (max(options["longest"] + max_tokens, PROMPT_TOKENS) // 256 * 256 + 256)
     auto = LLM(
         options["model"], draft_model=options["draft_model"], precision=options["precision"],
-        threads=options["threads"], max_batch=most, kv_tokens=room, prefix_cache=False,
+        threads=options["threads"], max_batch=most, kv_tokens=kv_tokens, prefix_cache=False,
     )  # fmt: skip
     plain = auto.with_method("plain")
     everything = own_prompts() if options["path"] is None else load_prompts(options["path"])
@@ -282,7 +282,7 @@ def main(**options: Any) -> None:
     contestants = {PLAIN: ours(plain), AUTO: ours(auto)}
     peer = None
     if options["peer_python"]:
-        peer = Peer(options["peer_python"], source.path, options["threads"], room, most, options["settings"])
+        peer = Peer(options["peer_python"], source.path, options["threads"], kv_tokens, most, options["settings"])
         contestants = {PEER: theirs(peer), **contestants}
     contest = Contest(contestants, max_tokens)
     note("warming up")

@@ -34,7 +34,7 @@ QUESTION = (
 LIMIT = 0.10
 PROMISES = ("identical", "distribution")
 Row = dict[str, Any]
-Group = tuple[str, float, int]  # model, temperature, batch; random text is with the temperature that was asked for
+Group = tuple[str, float, int]  # model, temperature, batch; random text counts with each of them
 
 
 def row_of(row: Summary) -> Row:
@@ -145,15 +145,15 @@ def overall(rows: Iterable[Row]) -> dict[str, Row]:
 
 
 def why_slower(figures: Row) -> str:
-    """Where the time of a method goes that is no faster than plain decoding."""
+    """Why a method is no faster than plain decoding: where its time goes."""
     if figures["x_plain"] >= 1.03 or not figures["tokens_per_step"]:
         return ""
     more = figures["tokens_per_step"] - 1
     if figures["draft_share"] > 0.35:
-        return f"drafting takes {figures['draft_share']:.0%} of the time for {more:.1f} tokens more a step"
+        return f"drafting takes {figures['draft_share']:.0%} of the time for {more:.1f} extra tokens per step"
     if more < 0.25:
-        return f"hardly a draft is accepted ({more + 1:.2f} tokens a step)"
-    return f"its rows cost more than the {more:.1f} tokens more a step are worth"
+        return f"hardly any draft is accepted ({more + 1:.2f} tokens per step)"
+    return f"its rows cost more time than {more:.1f} extra tokens per step save"
 
 
 def against_best(rows: Iterable[Row]) -> list[Row]:
@@ -185,11 +185,11 @@ def against_best(rows: Iterable[Row]) -> list[Row]:
 
 def claim_of(name: str) -> str:
     """What the authors report of the methods in a contestant's name."""
-    spec, _, judge = name.partition("/")
+    spec, _, verifier = name.partition("/")
     if spec in (AUTO, PLAIN):
         return ""
-    if judge:
-        return method(judge, "verifier").claim or "-"
+    if verifier:
+        return method(verifier, "verifier").claim or "-"
     parts = [method(part.split(":")[0], "drafter") for part in spec.split("+")]
     return (parts[0].claim or "-") if len(parts) == 1 else "-"
 
@@ -224,8 +224,10 @@ def section(group: Group, rows: list[Row], peers: dict[str, Any]) -> str:
     lines = []
     for name in names:
         mine = [at[name, kind] for kind in kinds if (name, kind) in at]
-        told = [row for row in mine if row["compared"] and (row["declared"] == "identical" or row["differing"])]
-        differing = f"{sum(r['differing'] for r in told)} of {sum(r['compared'] for r in told)}" if told else "-"
+        checked = [row for row in mine if row["compared"] and (row["declared"] == "identical" or row["differing"])]
+        differing = (
+            f"{sum(r['differing'] for r in checked)} of {sum(r['compared'] for r in checked)}" if checked else "-"
+        )
         figures = sums.get(name)
         why = next((row["reason"] for row in mine if row["reason"]), "")
         if figures and not why and name not in (PLAIN, AUTO, *peers):
@@ -284,7 +286,7 @@ def body(name: str, results: dict[str, Any]) -> str:
             [cell_words(f), f"{f['x_plain']:.2f}", full_words(f), f"`{f['best']}`", f"{f['of_best']:.2f}"]
             for f in found
         ]  # fmt: skip
-        head = ["`auto`", "x plain", "while all run", "fastest other method that promises as much", "auto / that"]
+        head = ["`auto`", "x plain", "while all run", "fastest other method with the same guarantee", "auto / that"]
         parts.append(f"## The planner\n\n{table(head, lines)}")
     for model, about in results["models"].items():
         if about["skipped"]:

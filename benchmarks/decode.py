@@ -22,7 +22,7 @@ import click
 import numpy as np
 from common import Tally, in_turns, note, public_name, ratios, save, show_spread, spread, table
 
-from outpace.bench.audit import ask, first_difference, split_by_room
+from outpace.bench.audit import as_prompt, first_difference, split_by_length
 from outpace.bench.machine import read_bandwidth
 from outpace.bench.workloads import Prompt, code_edits, load_prompts, own_prompts, select
 from outpace.cache.pages import PAGE_SIZE, PagedKVCache
@@ -105,7 +105,7 @@ class Race:
             if trial != self.trial:
                 self.contestants, self.trial = self.enter(), trial
             llm = self.contestants[name]
-            result: Result = llm.generate([ask(llm, prompt)], self.params)[0]
+            result: Result = llm.generate([as_prompt(llm, prompt)], self.params)[0]
             self.tallies[name].add_result(trial, result)
             categories = self.by_category.setdefault(prompt.category, {n: Tally() for n in self.contestants})
             categories[name].add_result(trial, result)
@@ -227,7 +227,7 @@ def main(**options: Any) -> None:
     llm = loaded.with_method("plain")
     source = own_prompts() if options["path"] is None else load_prompts(options["path"])
     chosen = select(source, categories=options["categories"] or None, per_category=options["per_category"])
-    prompts, too_long = split_by_room(llm, chosen, params.max_tokens)
+    prompts, too_long = split_by_length(llm, chosen, params.max_tokens)
     device = llm.decoder.device
     probes = read_bandwidth(threads, device)
 
@@ -237,7 +237,7 @@ def main(**options: Any) -> None:
 
     note("warming up")
     for contestant in enter().values():
-        contestant.generate([ask(contestant, prompts[0])], SamplingParams(max_tokens=16))
+        contestant.generate([as_prompt(contestant, prompts[0])], SamplingParams(max_tokens=16))
     race = Race(enter, params)
     race.run(prompts, options["trials"])
     results: dict[str, Any] = {"race": race.to_json()}

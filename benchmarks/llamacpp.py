@@ -18,7 +18,7 @@ import click
 from common import Tally, in_turns, note, public_name, ratios, save, show_spread, table
 from peers import PEER, Peer
 
-from outpace.bench.audit import ask, split_by_room
+from outpace.bench.audit import as_prompt, split_by_length
 from outpace.bench.workloads import Prompt, load_prompts, own_prompts, select
 from outpace.engine.llm import LLM
 from outpace.models.source import resolve
@@ -55,8 +55,8 @@ def main(**options: Any) -> None:
     llm = loaded.with_method("plain")
     everything = own_prompts() if options["path"] is None else load_prompts(options["path"])
     chosen = select(everything, categories=options["categories"] or None, per_category=options["per_category"])
-    prompts, too_long = split_by_room(llm, chosen, params.max_tokens)
-    ids = {p.id: llm.tokens(ask(llm, p)) for p in prompts}
+    prompts, too_long = split_by_length(llm, chosen, params.max_tokens)
+    ids = {p.id: llm.tokens(as_prompt(llm, p)) for p in prompts}
     peer = Peer(options["peer_python"], source.path, threads, max(map(len, ids.values())) + params.max_tokens + 8)
     stop = sorted(llm.config.eos_ids)
     ours = {"plain": llm} | {other.method: other for other in map(loaded.with_method, options["methods"])}
@@ -64,7 +64,7 @@ def main(**options: Any) -> None:
 
     def run_ours(name: str) -> Any:
         def once(trial: int, prompt: Prompt) -> None:
-            tallies[name].add_result(trial, ours[name].generate([ask(llm, prompt)], params)[0])
+            tallies[name].add_result(trial, ours[name].generate([as_prompt(llm, prompt)], params)[0])
 
         return once
 
@@ -76,7 +76,7 @@ def main(**options: Any) -> None:
     note("warming up")
     peer.generate(ids[prompts[0].id], 8, stop)
     for contestant in ours.values():
-        contestant.generate([ask(llm, prompts[0])], SamplingParams(max_tokens=8))
+        contestant.generate([as_prompt(llm, prompts[0])], SamplingParams(max_tokens=8))
     in_turns(options["trials"], prompts, {PEER: run_peer} | {name: run_ours(name) for name in ours})
     peer.close()
     base = tallies[PEER]

@@ -95,8 +95,10 @@ def document(llm: LLM, tokens: int) -> str:
     return "\n".join(lines)
 
 
-def enter(target: LoadedModel, draft: LoadedModel | None, wanted: tuple[str, ...], room: int) -> dict[str, Contestant]:
-    common: dict[str, Any] = {"max_batch": 1, "kv_tokens": room}
+def enter(
+    target: LoadedModel, draft: LoadedModel | None, wanted: tuple[str, ...], kv_tokens: int
+) -> dict[str, Contestant]:
+    common: dict[str, Any] = {"max_batch": 1, "kv_tokens": kv_tokens}
     alone = [method for method in WITHOUT_DRAFT_MODEL if not wanted or method in wanted]
     base = LLM(target, method="plain", methods=alone, **common)
     found = {"plain": Contestant(base, None), **{method: Contestant(base, method) for method in alone}}

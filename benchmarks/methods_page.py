@@ -221,8 +221,8 @@ def contestants(row: Row, by_name: dict[str, Method], names: Iterable[str]) -> l
     drafters = [m.name for m in of_row if m.kind == "drafter"]
     verifiers = [m.name for m in of_row if m.kind == "verifier"]
     planned = any(m.kind == "planner" and m.name == AUTO_PLANNER for m in of_row)
-    judged = (n.partition("/") for n in sorted(names))
-    pairs = ["".join(p) for p in judged if p[2] in verifiers and (p[0] in drafters or not drafters)]
+    pairs_of = (n.partition("/") for n in sorted(names))
+    pairs = ["".join(p) for p in pairs_of if p[2] in verifiers and (p[0] in drafters or not drafters)]
     return drafters + pairs + [AUTO] * planned
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import click
 from common import Tally, in_turns, note, public_name, ratios, save, show_spread, table
 
-from outpace.bench.audit import ask, first_difference, split_by_room
+from outpace.bench.audit import as_prompt, first_difference, split_by_length
 from outpace.bench.machine import usable_cores
 from outpace.bench.workloads import Prompt, load_prompts, own_prompts, select
 from outpace.decoding.drafters.branch import BranchDraft, Overlap
@@ -46,7 +46,7 @@ class Contestant:
     decode_s: float = 0.0
 
     def run(self, trial: int, prompt: Prompt, params: SamplingParams) -> None:
-        result = self.llm.generate([ask(self.llm, prompt)], params)[0]
+        result = self.llm.generate([as_prompt(self.llm, prompt)], params)[0]
         self.tally.add_result(trial, result)
         self.outputs[prompt.id] = result.token_ids
         self.drafted += result.stats.drafted
@@ -186,10 +186,10 @@ def main(**options: Any) -> None:
     plain = contestants["plain"]
     source = own_prompts() if options["path"] is None else load_prompts(options["path"])
     chosen = select(source, categories=options["categories"] or None, per_category=options["per_category"])
-    prompts, too_long = split_by_room(plain.llm, chosen, params.max_tokens)
+    prompts, too_long = split_by_length(plain.llm, chosen, params.max_tokens)
     note("warming up")
     for one in contestants.values():
-        one.llm.generate([ask(one.llm, prompts[0])], SamplingParams(max_tokens=16))
+        one.llm.generate([as_prompt(one.llm, prompts[0])], SamplingParams(max_tokens=16))
         if (overlap := one.overlap) is not None:
             overlap.clear()
 

@@ -89,9 +89,9 @@ def measure(ask: Ask, texts: Texts, prefix: int, question: int, trials: int, ans
         shared = texts.new(prefix)
         timed("miss", shared + texts.new(question))
         timed("hit", shared + texts.new(question))
-        told = texts.new(prefix - ANSWER)
-        told += answer(told, ANSWER)[2]
-        timed("second turn, miss", told + texts.new(question))
+        known = texts.new(prefix - ANSWER)
+        known += answer(known, ANSWER)[2]
+        timed("second turn, miss", known + texts.new(question))
         first = texts.new(prefix - ANSWER)
         ask(first, ANSWER)
         timed("second turn, hit", first + answer(first, ANSWER)[2] + texts.new(question))

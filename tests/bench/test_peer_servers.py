@@ -69,7 +69,7 @@ def drip(handler, body):
         (lambda h, b: b"data: {nonsense\n\n", "no completion"),
         (lambda h, b: b"data: 5\n\n", "no completion"),
         (lambda h, b: stream({"choices": [5]}), "no completion"),
-        (lambda h, b: stream(chunk("x" * 50, "length")), "gave 50 tokens when asked for at most 8"),
+        (lambda h, b: stream(chunk("x" * 50, "length")), "gave 50 tokens instead of at most 8"),
         (lambda h, b: stream(chunk("hello", "stop"), chunk(usage={"completion_tokens": 60})), "its text has 6"),
         (lambda h, b: stream(chunk("", "length")), "gave no token"),
         (lambda h, b: stream(chunk("a", "content_filter")), "content_filter"),

@@ -145,7 +145,7 @@ def test_a_peer_that_fails_midway_is_closed_and_can_start_again(tmp_path, at_bat
         ("answers[0]['token_ids'] = [1, 128]", "not in the vocabulary"),
         ("answers[0]['token_ids'] = [1, True]", "not in the vocabulary"),
         ("answers[0]['token_ids'] = 'abc'", "not in the vocabulary"),
-        ("answers[0]['token_ids'] = [1] * 9", "gave 9 tokens when asked for at most 8"),
+        ("answers[0]['token_ids'] = [1] * 9", "gave 9 tokens instead of at most 8"),
         ("answers[0]['token_ids'] = []", "gave no token"),
         ("answers[0]['tokens'] = 2", "says that it gave 2 tokens, and gave 3"),
         ("answers[0]['tokens'] = 'three'", "no number of tokens"),
@@ -177,7 +177,7 @@ RAW = "import json, sys\nsys.stdin.readline()\nprint(json.dumps({'about': {}}), 
         ("print('loading model...', flush=True); sys.stdin.read()", "no JSON object: 'loading model...'"),
         ("sys.stdout.buffer.write(bytes(range(128, 256)) + b'\\n'); sys.stdout.flush(); sys.stdin.read()", "no JSON"),
         ("print('[' * 100000, flush=True); sys.stdin.read()", "no JSON object"),
-        ("print('{\"id\": 9}', flush=True); sys.stdin.read()", "answered request 9 when asked for 1"),
+        ("print('{\"id\": 9}', flush=True); sys.stdin.read()", "answered request 9 instead of 1"),
         ("sys.stdout.close()\nimport os, time; os.close(1); time.sleep(60)", "closed its output without an answer"),
         ("import time\nwhile True: sys.stdout.write('x' * 100000)", "without an end of line"),
     ],
@@ -192,7 +192,7 @@ def test_garbage(tmp_path, monkeypatch, then, says):
 
 def test_more_than_it_was_asked_for(tmp_path):
     with fake(tmp_path, source="import sys\nsys.stdin.readline()\nprint('{\"about\": {}}\\n{}', flush=True)\n") as peer:
-        assert "wrote more than it was asked for" in ask(peer)[0].error
+        assert "wrote more than was requested" in ask(peer)[0].error
 
 
 def test_what_a_peer_started_ends_with_it(tmp_path):

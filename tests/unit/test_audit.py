@@ -10,7 +10,7 @@ from hashing import HashDecoder
 from toy import EOS, VOCAB, MemoryCheckpoint
 
 from outpace import LLM, MethodError, ParameterError
-from outpace.bench.audit import AuditConfig, AuditSection, audit, first_difference, split_by_room
+from outpace.bench.audit import AuditConfig, AuditSection, audit, first_difference, split_by_length
 from outpace.bench.workloads import Prompt
 from outpace.engine.load import LoadedModel
 from outpace.models.batch import ForwardBatch
@@ -121,7 +121,7 @@ def test_json_holds_everything() -> None:
 def test_prompts_that_do_not_fit_are_told_apart() -> None:
     llm = toy(max_position=64)
     long = Prompt("long", "chat", ("x" * 60,))
-    fits, too_long = split_by_room(llm, [*PROMPTS, long], 12)
+    fits, too_long = split_by_length(llm, [*PROMPTS, long], 12)
     assert fits == PROMPTS and too_long == [long]
 
 

@@ -37,7 +37,7 @@ from outpace.bench.evidence import (
     total_variation,
     wilson,
 )
-from outpace.bench.requests import Ask, run_all
+from outpace.bench.requests import TimedRequest, run_all
 from outpace.bench.settings import Setting, of_temperature, setting
 from outpace.bench.workloads import Prompt
 from outpace.decoding import sampling
@@ -253,7 +253,7 @@ def test_a_ragged_batch_that_leaks_is_found() -> None:
 
 def test_a_stream_that_does_not_add_up_is_found() -> None:
     llm = toy(method="ngram")
-    (run,) = run_all(llm, [Ask("abcabcabc", SamplingParams(max_tokens=8))])
+    (run,) = run_all(llm, [TimedRequest("abcabcabc", SamplingParams(max_tokens=8))])
     assert stream_fault(llm, run) is None and run.drafts
     last = run.events[-1]
     last.text = last.text[:-1]

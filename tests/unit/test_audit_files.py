@@ -162,11 +162,15 @@ PROMPTS = [Prompt(f"p{i}", "chat", (f"question {i}",)) for i in range(4)]
 
 def test_two_servers_that_say_the_same(servers: tuple[Server, Server]) -> None:
     plain, other = servers
-    told: list[int] = []
+    seen: list[int] = []
     checks = check_urls(
-        Endpoint(plain.url), Endpoint(other.url), PROMPTS, at_once=3, told=lambda what, done, total: told.append(done)
+        Endpoint(plain.url),
+        Endpoint(other.url),
+        PROMPTS,
+        at_once=3,
+        progress=lambda what, done, total: seen.append(done),
     )
-    assert [c.holds for c in checks] == [True, True] and told == list(range(1, 13))
+    assert [c.holds for c in checks] == [True, True] and seen == list(range(1, 13))
     assert checks[1].numbers["tokens"] == 120 and "one wrong in 40 would have been seen" in checks[1].evidence
     assert len(plain.asked) == 8 and len(other.asked) == 4
     assert all(body["temperature"] == 0 and body["model"] == "toy" for body in other.asked)

@@ -64,8 +64,8 @@ def test_auto_is_held_against_the_fastest_lossless_method(compared: ModuleType) 
     ("changes", "says"),
     [
         ({"x_plain": 1.2}, ""), ({"x_plain": 0.8, "draft_share": 0.6}, "drafting takes 60% of the time for 0.5"),
-        ({"x_plain": 0.8, "tokens_per_step": 1.1}, "hardly a draft is accepted (1.10"),
-        ({"x_plain": 0.8}, "its rows cost more than the 0.5 tokens more"),
+        ({"x_plain": 0.8, "tokens_per_step": 1.1}, "hardly any draft is accepted (1.10"),
+        ({"x_plain": 0.8}, "its rows cost more time than 0.5 extra tokens"),
         ({"x_plain": 0.8, "tokens_per_step": None}, ""),
     ],
 )  # fmt: skip

@@ -175,9 +175,9 @@ def test_figures_are_those_of_the_result_file(maker: ModuleType) -> None:
 
 
 def test_losing_and_differing_are_said(maker: ModuleType) -> None:
-    figure = maker.Figure({}, "0", 0.5, 10.0, 1.2, 3, "hardly a draft is accepted")
+    figure = maker.Figure({}, "0", 0.5, 10.0, 1.2, 3, "hardly any draft is accepted")
     assert figure.words() == (
-        "greedy **loses: 0.50 x** (10.0 tokens/s, 1.20 a step; hardly a draft is accepted), **3 differ**"
+        "greedy **loses: 0.50 x** (10.0 tokens/s, 1.20 a step; hardly any draft is accepted), **3 differ**"
     )
     page = maker.PAGE.read_text("utf-8")
     (swift,) = (cells for cells in table_rows(page) if cells[0].startswith("[SWIFT]"))

@@ -110,7 +110,7 @@ def test_this_system_is_told_apart_by_what_it_can_shut_off() -> None:
     ],
 )
 def test_answers_to_humaneval(text: str, chat: bool, right: bool) -> None:
-    assert humaneval.judge(TASK, text, chat, QUICK).passed == right
+    assert humaneval.grade(TASK, text, chat, QUICK).passed == right
 
 
 def test_task_files(tmp_path: Path) -> None:
@@ -179,5 +179,5 @@ def test_likelihood_of_answers_is_that_of_their_tokens() -> None:
 def test_suites_and_text(tmp_path: Path) -> None:
     problems = [gsm8k.Problem("g1", "2+2?", gsm8k.Decimal(4))]
     suite = gsm8k_suite(problems)
-    assert suite.judge is not None and suite.judge(0, "#### 4", True) and not suite.judge(0, "#### 5", True)
+    assert suite.grade is not None and suite.grade(0, "#### 4", True) and not suite.grade(0, "#### 5", True)
     assert len(build_text(5000)) == 5000 and build_text(5000) == build_text(5000)

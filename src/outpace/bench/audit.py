@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import MethodError, ParameterError
 from ..registry import methods
 from ..types import Exactness, Result, SamplingParams
-from .audit_engine import ask_of as ask
+from .audit_engine import as_prompt
 from .evidence import Check, seen_one_in
 from .settings import Setting, of_temperature, setting
 from .workloads import Prompt
@@ -221,10 +221,10 @@ def default_methods(llm: LLM) -> tuple[list[str], list[tuple[str, str]]]:
     return names, skipped
 
 
-def split_by_room(llm: LLM, prompts: Sequence[Prompt], max_tokens: int) -> tuple[list[Prompt], list[Prompt]]:
+def split_by_length(llm: LLM, prompts: Sequence[Prompt], max_tokens: int) -> tuple[list[Prompt], list[Prompt]]:
     """Prompts that fit the model's context together with their answer, and those that do not."""
     room = llm.config.max_position - max_tokens
-    fits = [len(llm.tokens(ask(llm, prompt))) <= room for prompt in prompts]
+    fits = [len(llm.tokens(as_prompt(llm, prompt))) <= room for prompt in prompts]
     return (
         [p for p, ok in zip(prompts, fits, strict=True) if ok],
         [p for p, ok in zip(prompts, fits, strict=True) if not ok],
@@ -289,7 +289,7 @@ def _generate(
     """Results in order. Twice the batch goes in at a time, so that sequences also join a step that is under way."""
     size = 1 if batch == 1 else 2 * batch
     for start in range(0, len(prompts), size):
-        part = [ask(llm, prompt) for prompt in prompts[start : start + size]]
+        part = [as_prompt(llm, prompt) for prompt in prompts[start : start + size]]
         yield llm.generate(part, list(params[start : start + size]))
 
 
@@ -326,8 +326,8 @@ def _explain(llm: LLM, prompt: Prompt, params: SamplingParams, expected: Result,
     if a is None or b is None:
         margin, why = None, "one output ended where the other went on: they were cut differently"
     else:
-        asked = llm.tokens(ask(llm, prompt))
-        margin, why = _margin(llm, asked, expected.token_ids[:at], params, a, b)
+        tokens = llm.tokens(as_prompt(llm, prompt))
+        margin, why = _margin(llm, tokens, expected.token_ids[:at], params, a, b)
     if got.exactness == "identical" or (got.exactness == "distribution" and params.greedy):
         why = f"BROKEN PROMISE of identical tokens, please report it. {why}"
     return Divergence(prompt.id, at, a, b, text(a), text(b), margin, why)

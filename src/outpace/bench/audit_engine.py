@@ -14,7 +14,7 @@ import numpy as np
 
 from ..types import Result, SamplingParams
 from .evidence import Check
-from .requests import Ask, Run, run_all
+from .requests import Run, TimedRequest, run_all
 from .settings import Setting
 from .workloads import Prompt
 
@@ -25,7 +25,7 @@ _LATER = 22  # steps after which the second owner comes, the first one's answer 
 _SECRET, _OWN, _TRIGGER = 40, 24, 6  # tokens of the owners' texts, and of the other's text that one repeats
 
 
-def ask_of(llm: LLM, prompt: Prompt) -> Any:
+def as_prompt(llm: LLM, prompt: Prompt) -> Any:
     """The first turn, as a chat where the model has a template."""
     return [{"role": "user", "content": prompt.text}] if llm.tokenizer.has_chat_template else prompt.text
 
@@ -41,13 +41,13 @@ def check_ragged(
 
     `llm` is the method as it is audited.
     """
-    asks, wanted = [], []
+    requests, wanted = [], []
     for i, prompt in enumerate(prompts):
         share = max(1, max_tokens * (1 + i % 4) // 4)
         params = setting.params(share, seed + i)
-        asks.append(Ask(ask_of(llm, prompt), params, after=3 * i // 2))
+        requests.append(TimedRequest(as_prompt(llm, prompt), params, after=3 * i // 2))
         wanted.append(references[i].token_ids[:share])
-    runs = run_all(llm, asks)
+    runs = run_all(llm, requests)
     llm.check_integrity()
     subject = f"{llm.options.method}, {setting.name}"
     promised = ("identical", "distribution") if setting.base.greedy else ("identical",)
@@ -104,9 +104,9 @@ def check_seeds(
 
     def outputs(first: int) -> tuple[list[list[int]], bool, bool]:
         with llm.with_method(method) as fresh:
-            asked = [ask_of(fresh, p) for p in prompts]
+            chats = [as_prompt(fresh, p) for p in prompts]
             params = [setting.params(max_tokens, first + i) for i in range(len(prompts))]
-            results = [result for a, p in zip(asked, params, strict=True) for result in fresh.generate(a, p)]
+            results = [result for a, p in zip(chats, params, strict=True) for result in fresh.generate(a, p)]
             identical = all(result.exactness == "identical" for result in results)
             return [result.token_ids for result in results], identical, fresh.planner == "goodput"
 
@@ -130,11 +130,11 @@ def check_seeds(
 def check_owners(llm: LLM, method: str, seed: int = 0) -> Iterator[Check]:
     """Two owners in one engine. What is proposed to one must not hold what only the other wrote.
 
-    The first owner's prompt is random tokens, and a bias makes its output random tokens too, so that nobody comes upon
+    The first owner's prompt is random tokens, and a bias makes its output random tokens too, so that nobody hits upon
     them by chance. The second one's prompts end in pieces of both, and a bias makes each output begin as the piece goes
     on: in the first decoding step a drafter that remembers everybody's text would go on with the first owner's.
 
-    prompts   after the first owner had a prompt read, and not a draft judged, the second one's drafts are the same as
+    prompts   after the first owner had a prompt read, and no draft verified, the second one's drafts are the same as
               alone, node for node (only what is not the same twice alone either is held to less)
     outputs   after whole answers of the first owner, no three tokens in a row that are his alone are proposed (that
               is, not made of pairs in the second one's own texts so far)
@@ -149,14 +149,14 @@ def check_owners(llm: LLM, method: str, seed: int = 0) -> Iterator[Check]:
     for piece in (*_pieces(secret), *_pieces(output)):
         mine.append([*rng.choice(speakable, _OWN).tolist(), *piece[:-1]][-room:])
         goes_on = SamplingParams(max_tokens=8, seed=seed, ignore_eos=True, logit_bias={piece[-1]: 100.0})
-        second.append(Ask(mine[-1], goes_on, "second"))
-    first = Ask(secret, biased, "first")
+        second.append(TimedRequest(mine[-1], goes_on, "second"))
+    first = TimedRequest(secret, biased, "first")
     alone, twice = _drafts(llm, method, second), _drafts(llm, method, second)
     short = SamplingParams(max_tokens=1, seed=seed)
-    behind_prompt = _drafts(llm, method, [Ask(secret, short, "first"), *second])[1:]
+    behind_prompt = _drafts(llm, method, [TimedRequest(secret, short, "first"), *second])[1:]
     behind_output = _drafts(llm, method, [first, first, *second])[2:]
     steady = _shape(alone) == _shape(twice)
-    behind_both = _drafts(llm, method, [first, *(replace(ask, after=_LATER) for ask in second)], at_once=True)[1:]
+    behind_both = _drafts(llm, method, [first, *(replace(one, after=_LATER) for one in second)], at_once=True)[1:]
     foreign = _three([*secret, *output])
     known = set().union(*(_proposed(run, tokens) for run, tokens in zip([*alone, *twice], mine * 2, strict=True)))
     for name, runs in (("prompts", behind_prompt), ("outputs", behind_output), ("together", behind_both)):
@@ -176,7 +176,7 @@ def check_owners(llm: LLM, method: str, seed: int = 0) -> Iterator[Check]:
         said += "" if steady else " (twice alone is not the same either)"
         numbers = {"nodes": nodes, "same": same, "leaked": len(leaked), "steady": steady}
         yield Check("owners", f"{method}, {name}", holds, said, numbers)
-    cached = _drafts(llm, method, [Ask(secret, short, "first"), Ask(secret, short, "second")])[1]
+    cached = _drafts(llm, method, [TimedRequest(secret, short, "first"), TimedRequest(secret, short, "second")])[1]
     found = cached.result.stats.cached_tokens
     said = f"{found} of {len(secret)} tokens of another owner's prompt were found cached"
     yield Check("owners", f"{method}, prefixes", not found, said, {"cached_tokens": found})
@@ -211,11 +211,11 @@ def _speakable(llm: LLM) -> np.ndarray:
     return np.array(good[:4096], dtype=np.int64)
 
 
-def _drafts(llm: LLM, method: str, asks: Sequence[Ask], at_once: bool = False) -> list[Run]:
+def _drafts(llm: LLM, method: str, requests: Sequence[TimedRequest], at_once: bool = False) -> list[Run]:
     """Each request after the one before it, or all `at_once`, in an engine opened anew that plans nothing by time."""
     drafting = {} if method == "plain" else {"planner": "fixed", "max_rows": 12}
-    with llm.with_method(method, max_batch=len(asks) if at_once else 2, **drafting) as fresh:
-        runs = run_all(fresh, asks) if at_once else [run_all(fresh, [ask])[0] for ask in asks]
+    with llm.with_method(method, max_batch=len(requests) if at_once else 2, **drafting) as fresh:
+        runs = run_all(fresh, requests) if at_once else [run_all(fresh, [request])[0] for request in requests]
         fresh.check_integrity()
     return runs
 

@@ -1,7 +1,7 @@
 """Result files: whole, and about the requests that they say. A file that was cut short never passes for one that is
 shorter, nor a text that is the beginning of another for equal.
 
-Three kinds are known, told apart by what they hold:
+Three kinds are known, recognised by what they hold:
     batch       lines of `outpace batch` or OpenAI's batches, each with the answer to one custom_id; whether answers are
                 missing behind the last line is known only beside the requests
     comparison  `results.jsonl` of `outpace compare`: heats are whole, and each model has come to its end
@@ -63,7 +63,7 @@ def check_file(path: Path, requests: Path | None = None) -> list[Check]:
     """What is wrong with a file, or that nothing is. `requests`: the input of a batch file, each line of which must
     have its answer. Raises ParameterError if a file cannot be read at all."""
     raw = _read(path)
-    asked = None if requests is None else _custom_ids(requests)
+    wanted = None if requests is None else _custom_ids(requests)
     faults: list[str] = []
     if not raw.strip():
         faults, said = ["it is empty"], ""
@@ -75,7 +75,7 @@ def check_file(path: Path, requests: Path | None = None) -> list[Check]:
     elif raw.startswith(b'{"kind": "comparison"'):
         faults, said = _comparison_faults(raw)
     else:
-        faults, said = _line_faults(raw, asked)
+        faults, said = _line_faults(raw, wanted)
     shown = "; ".join(faults[:_SHOWN]) + (f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else "")
     return [Check("file", path.name, not faults, shown or said, {"faults": len(faults), "bytes": len(raw)})]
 
@@ -92,7 +92,7 @@ def text_difference(expected: str, got: str) -> str | None:
     return f"from character {at} on: {expected[at : at + 24]!r} became {got[at : at + 24]!r}"
 
 
-def _line_faults(raw: bytes, asked: Sequence[str] | None) -> tuple[list[str], str]:
+def _line_faults(raw: bytes, wanted: Sequence[str] | None) -> tuple[list[str], str]:
     """Faults of a file of lines, and what it is if it has none."""
     faults, seen, errors = [], list[str](), 0
     lines = raw.split(b"\n")
@@ -115,15 +115,15 @@ def _line_faults(raw: bytes, asked: Sequence[str] | None) -> tuple[list[str], st
             errors += item.get("error") is not None
             if fault := _answer_fault(item):
                 faults.append(f"line {number}, {item['custom_id']!r}: {fault}")
-    if asked is not None:
-        missing = [name for name in asked if name not in set(seen)]
-        strange = [name for name in seen if name not in set(asked)]
+    if wanted is not None:
+        missing = [name for name in wanted if name not in set(seen)]
+        strange = [name for name in seen if name not in set(wanted)]
         if missing:
-            faults.append(f"{len(missing)} of {len(asked)} requests have no answer, the first is {missing[0]!r}")
+            faults.append(f"{len(missing)} of {len(wanted)} requests have no answer, the first is {missing[0]!r}")
         if strange:
             faults.append(f"{len(strange)} answers are to nobody's request, the first is {strange[0]!r}")
     whole = f"{len(seen)} answers, {errors} of them errors" if seen else f"{len([x for x in lines if x])} lines"
-    if asked is not None:
+    if wanted is not None:
         return faults, f"{whole}, one for each request"
     unseen = "; lines that are missing at its end cannot be seen" + " without --requests" * bool(seen)
     return faults, whole + unseen

@@ -17,7 +17,7 @@ import numpy as np
 from ..decoding.sampling import History, distribution
 from ..errors import ParameterError
 from ..types import SamplingParams
-from .audit_engine import ask_of
+from .audit_engine import as_prompt
 from .evidence import ALARM, Check, chi_square, seen_variation, total_variation
 from .settings import Setting
 from .teacher import last_logits
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _LEAST = 5.0  # expected times that a cell needs for chi-square to be what it says
 _CANDIDATES = 8  # prompts that are looked at for one
-_REST = -1  # stands for all tokens that are not told apart
+_REST = -1  # stands for all tokens that are counted together
 
 Cell = tuple[int, ...]
 
@@ -36,7 +36,7 @@ Cell = tuple[int, ...]
 def expected_cells(
     llm: LLM, prompt: Sequence[int], params: SamplingParams, depth: int, texts: int
 ) -> dict[Cell, float]:
-    """Probabilities of the beginnings of an answer that are told apart among so many `texts`; they add up to 1.
+    """Probabilities of the beginnings of an answer that are counted among so many `texts`; they add up to 1.
 
     A cell is a text of `depth` tokens, or a shorter one and _REST: whatever else follows it.
     """
@@ -77,7 +77,7 @@ def undecided(llm: LLM, prompts: Sequence[Prompt], how: Setting) -> Prompt:
     nearly certain, counting texts shows nothing."""
 
     def certainty(prompt: Prompt) -> float:
-        tokens = _twice(llm, llm.tokens(ask_of(llm, prompt)))
+        tokens = _twice(llm, llm.tokens(as_prompt(llm, prompt)))
         return float(distribution(last_logits(llm.decoder, tokens), how.base, History(tokens, len(tokens))).max())
 
     return min(prompts[:_CANDIDATES], key=lambda prompt: abs(certainty(prompt) - 0.5))
@@ -100,13 +100,13 @@ def check_frequencies(
     between, so that drafters have what to draft from the first token on. Raises ParameterError for a greedy setting."""
     if setting.base.greedy:
         raise ParameterError("frequencies need a setting that samples: greedy output is one text")
-    tokens = _twice(llm, llm.tokens(ask_of(llm, prompt)))
+    tokens = _twice(llm, llm.tokens(as_prompt(llm, prompt)))
     # as many more tokens as a draft may hold: a step near the end of the answer would be cut short
     params = replace(setting.base, max_tokens=depth + 4, seed=seed)
     cells = expected_cells(llm, tokens, params, depth, texts)
     with llm.with_method(method, **({} if verifier is None else {"verifier": verifier})) as runner:
         results = runner.generate([tokens] * texts, [replace(params, seed=seed + i) for i in range(texts)])
-        judged_by = runner.verifier
+        verifier = runner.verifier
     counts = Counter(cell_of(result.token_ids[:depth], cells) for result in results)
     names: list[Cell] = [*cells, *(c for c in counts if c not in cells)]
     expected = [texts * cells.get(name, 0.0) for name in names]
@@ -128,7 +128,7 @@ def check_frequencies(
         "seen_variation": seen, "texts": texts, "cells": len(merged_e), "accepted": accepted, "claimed": claimed,
     }  # fmt: skip
     holds = p > limit or claimed == "approximate"
-    return Check("frequencies", f"{method}, {judged_by}, {setting.name}, {prompt.id}", holds, said, numbers)
+    return Check("frequencies", f"{method}, {verifier}, {setting.name}, {prompt.id}", holds, said, numbers)
 
 
 def _twice(llm: LLM, prompt: list[int]) -> list[int]:

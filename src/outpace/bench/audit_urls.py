@@ -1,6 +1,6 @@
 """Two servers with OpenAI's API asked the same, greedily: is the text with speculation the text without? No torch.
 
-A server that differs from itself when it is asked twice is told apart from one that differs from the other.
+A server that differs from itself when it is asked twice is distinguished from one that differs from the other.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def check_urls(
     *,
     max_tokens: int = 64,
     at_once: int = 1,
-    told: Callable[[str, int, int], None] = lambda what, done, total: None,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> list[Check]:
     """Greedy texts of `other` against those of `plain`, and both against themselves. `at_once`: requests under way.
 
@@ -106,10 +106,10 @@ def check_urls(
         model = endpoint.named()
         with ThreadPoolExecutor(at_once if n else 1) as pool:
             got: list[Answer] = []
-            asked = pool.map(lambda p, e=endpoint, m=model: answer(e, m, p.text, max_tokens), prompts)  # type: ignore[misc]
-            for one in asked:
+            answers = pool.map(lambda p, e=endpoint, m=model: answer(e, m, p.text, max_tokens), prompts)  # type: ignore[misc]
+            for one in answers:
                 got.append(one)
-                told(endpoint.url, n * len(prompts) + len(got), total)
+                progress(endpoint.url, n * len(prompts) + len(got), total)
             texts.append(got)
     first, again, others = texts
     alone = _compare(f"{plain.url} asked twice", prompts, first, again)

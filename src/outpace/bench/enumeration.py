@@ -58,7 +58,7 @@ class Enumeration:
 
 
 class Comparable:
-    """A uniform number in [0, 1) that nobody has looked at yet. Anything but a comparison is a TypeError."""
+    """A uniform number in [0, 1) that has not been read yet. Anything but a comparison is a TypeError."""
 
     def __init__(self, enumeration: Enumeration) -> None:
         self._enumeration = enumeration

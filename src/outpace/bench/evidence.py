@@ -47,7 +47,7 @@ def chi_square(observed: Sequence[float], expected: Sequence[float]) -> tuple[fl
 
 
 def seen_one_in(looks: int) -> int:
-    """The rarest fault that so many looks without a find leave no room for: were one look in so many at fault, or more
+    """The rarest fault that so many looks without a find exclude: were one look in so many at fault, or more
     of them, a fault would have been found with probability SURE. 0 for no looks, about looks / 3 for many."""
     return int(1 / (1 - (1 - SURE) ** (1 / looks))) if looks else 0
 

@@ -1,4 +1,4 @@
-"""Requests sent through an open LLM one by one, with all that its steps told of them."""
+"""Requests sent through an open LLM one by one, with the events of every step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class TimedRequest:
     """`prompt` as LLM.submit takes it. `after`: steps that others run before it arrives."""
 
     prompt: Any
@@ -36,18 +36,18 @@ class Run:
         return [(e.draft.tokens.tolist(), e.draft.parents.tolist()) for e in self.events if e.draft is not None]
 
 
-def run_all(llm: LLM, asks: Sequence[Ask]) -> list[Run]:
-    """Answer all of them; results in the order of the asks. Raises what a request failed with."""
-    waiting = sorted(range(len(asks)), key=lambda i: asks[i].after)
+def run_all(llm: LLM, requests: Sequence[TimedRequest]) -> list[Run]:
+    """Answer all of them; results in the order of the requests. Raises what a request failed with."""
+    waiting = sorted(range(len(requests)), key=lambda i: requests[i].after)
     ids: dict[int, int] = {}
     events: dict[int, list[StepEvent]] = {}
     runs: dict[int, Run] = {}
     steps = 0
     while waiting or ids:
-        while waiting and (asks[waiting[0]].after <= steps or not ids):
+        while waiting and (requests[waiting[0]].after <= steps or not ids):
             place = waiting.pop(0)
-            ask = asks[place]
-            ids[llm.submit(ask.prompt, ask.params, options=RequestOptions(owner=ask.owner))] = place
+            request = requests[place]
+            ids[llm.submit(request.prompt, request.params, options=RequestOptions(owner=request.owner))] = place
             events[place] = []
         for event in llm.step():
             place = ids[event.id]
@@ -58,4 +58,4 @@ def run_all(llm: LLM, asks: Sequence[Ask]) -> list[Run]:
                 runs[place] = Run(event.result, events[place])
                 del ids[event.id]
         steps += 1
-    return [runs[i] for i in range(len(asks))]
+    return [runs[i] for i in range(len(requests))]

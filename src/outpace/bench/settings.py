@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import ParameterError
 from ..types import SamplingParams
 
-#: name -> fields of SamplingParams. "mixed" has everything at once that a request may ask for beside a grammar
+#: name -> fields of SamplingParams. "mixed" has everything at once that a request may set, but a grammar
 SAMPLERS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
     "temperature": {"temperature": 0.8},

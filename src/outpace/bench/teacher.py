@@ -22,7 +22,7 @@ CHUNK = 512
 
 
 def forced_logits(decoder: Decoder, tokens: Sequence[int], chunk: int = CHUNK) -> Iterator[torch.Tensor]:
-    """Raw logits after every token, in pieces f32[<= chunk, V]; each is valid until the next is asked for.
+    """Raw logits after every token, in pieces f32[<= chunk, V]; each is valid until the next is requested.
 
     Raises ParameterError for an empty sequence, CapacityError for one longer than the model's context.
     """

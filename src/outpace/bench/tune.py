@@ -196,14 +196,14 @@ def _prefill(llm: LLM) -> tuple[int, float]:
 
 def _drafter(llm: LLM, name: str, prompts: Sequence[Prompt], max_tokens: int) -> DrafterCost:
     """Over all prompts, one at a time, with the rows that the method is given by itself. Raises MethodError."""
-    from .audit_engine import ask_of
+    from .audit_engine import as_prompt
 
     steps = tokens = drafted = accepted = 0
     draft_s = spent = 0.0
     with llm.with_method(name, planner="auto" if name == "plain" else "fixed", max_batch=1) as runner:
         for i, prompt in enumerate(prompts):
             params = SamplingParams(max_tokens=max_tokens, seed=i, ignore_eos=True)
-            (result,) = runner.generate(ask_of(runner, prompt), params)
+            (result,) = runner.generate(as_prompt(runner, prompt), params)
             s = result.stats
             if i == 0 and len(prompts) > 1:
                 continue  # it warms up

@@ -1,6 +1,6 @@
 """Prompt sets: the project's own (`bench/prompts/*.jsonl`) and files given by path. No torch.
 
-Three line formats are read, told apart by their keys:
+Three line formats are read, recognised by their keys:
     own          {"id", "category", "turns": [...]}
     spec_bench   {"question_id", "category", "turns": [...]}
     humaneval    {"task_id", "prompt", "canonical_solution", ...}: one turn, category "code"

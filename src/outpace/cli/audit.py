@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 QUICK_PROMPTS, QUICK_TOKENS = 8, 24
 FILE = click.Path(path_type=Path, dir_okay=False)
-WANTED = 500  # one wrong token in so many is to be seen; less is told
+WANTED = 500  # one wrong token in so many is to be seen; what shows less is noted
 SHOWN = 10  # divergences printed for one row; --json has all of them
 
 
@@ -92,7 +92,7 @@ SHOWN = 10  # divergences printed for one row; --json has all of them
 @click.option(
     "--quick",
     is_flag=True,
-    help=f"{QUICK_PROMPTS} prompts of {QUICK_TOKENS} tokens, two settings, and verifiers, unless told otherwise.",
+    help=f"{QUICK_PROMPTS} prompts of {QUICK_TOKENS} tokens, two settings, and verifiers, unless given otherwise.",
 )
 @click.option("--save-reference", type=FILE, metavar="FILE", help="Keep the outputs of plain decoding.")
 @click.option("--reference", type=FILE, metavar="FILE", help="Compare plain decoding with what was kept.")
@@ -127,10 +127,10 @@ def audit(**options: Any) -> None:
       outpace audit --url http://localhost:8000/v1 --against-url http://localhost:8001/v1
       outpace audit --check-file answers.jsonl --requests questions.jsonl
 
-    Tokens are compared with plain decoding, one sequence at a time; a table then tells how rare a fault this would have
+    Tokens are compared with plain decoding, one sequence at a time; a table then shows how rare a fault this would have
     seen. The sampler is held against its definition and verifiers are enumerated on a small vocabulary; ragged batches,
     streams, seeds and owners are tried out; texts of many seeds are counted against the model's own distribution. For
-    approximate methods --humaneval, --gsm8k and --perplexity tell the quality lost. docs/audit.md explains how to read
+    approximate methods --humaneval, --gsm8k and --perplexity show the quality lost. docs/audit.md explains how to read
     it.
 
     Exit code 0: everything is what it claims to be. 1: something is not. 2: the audit could not be made.
@@ -177,18 +177,18 @@ def audit_model(options: dict[str, Any]) -> None:
     check_quality_options(options, quality)
     sections: list[AuditSection] = []
     with ExitStack() as stack:
-        judge: LLM | None = None
+        reader: LLM | None = None
         for precision in dict.fromkeys(options["precisions"]):
             opening = {**options, "method": "auto", "methods": (), "precision": precision}
             llm = stack.enter_context(open_llm(opening, max_batch=max(config.batch_sizes)))
-            judge = judge or llm  # of quality: it stays open
+            reader = reader or llm  # of quality: it stays open
             if not options["quality_only"]:
                 sections.append(audit_section(llm, options, config, chosen))
                 show(sections[-1], config)
                 show_checks(sections[-1].checks)
             if quality.suites:
                 with progress_bar() as progress:
-                    quality.measure(llm, judge, progress)
+                    quality.measure(llm, reader, progress)
     quality.show()
     holds = all(section.holds for section in sections)
     if options["json_path"] is not None:
@@ -210,11 +210,11 @@ def audit_model(options: dict[str, Any]) -> None:
 
 def audit_section(llm: LLM, options: dict[str, Any], config: AuditConfig, chosen: list[Prompt]) -> AuditSection:
     """One precision: tokens, then the other checks, then the reference that was kept or is to be."""
-    from ..bench.audit import audit, split_by_room
+    from ..bench.audit import audit, split_by_length
     from ..bench.audit_checks import KINDS, prove
     from ..bench.audit_files import Reference, save_reference
 
-    prompts, too_long = split_by_room(llm, chosen, config.max_tokens)
+    prompts, too_long = split_by_length(llm, chosen, config.max_tokens)
     if too_long:
         names = ", ".join(p.id for p in too_long)
         say(f"left out, longer than the context of {llm.config.max_position} tokens: {names}")
@@ -302,7 +302,7 @@ def show(section: AuditSection, config: AuditConfig) -> None:
 
 
 def show_coverage(section: AuditSection, console: Any) -> None:
-    """What equality over so many tokens is worth."""
+    """What equality over so many tokens shows."""
     from rich.table import Table
 
     covered = section.coverage

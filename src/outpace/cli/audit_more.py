@@ -45,7 +45,7 @@ def check_servers(options: dict[str, Any], prompts: Sequence[Prompt], progress: 
     key = os.environ.get("OPENAI_API_KEY")
     other, plain = (Endpoint(options[name], options["url_model"], key) for name in ("url", "against_url"))
     tokens = options["max_tokens"] or 64
-    return check_urls(plain, other, prompts, max_tokens=tokens, at_once=max(options["batches"]), told=progress)
+    return check_urls(plain, other, prompts, max_tokens=tokens, at_once=max(options["batches"]), progress=progress)
 
 
 def suites(options: dict[str, Any], prompts: Sequence[Prompt], notes: list[str]) -> list[Suite]:
@@ -82,8 +82,8 @@ class Quality:
         self.perplexities: dict[str, float] = {}
         self._plain: dict[str, Any] = {}
 
-    def measure(self, llm: LLM, judge: LLM, progress: Progress) -> None:
-        """One precision. `judge` is the LLM of the first."""
+    def measure(self, llm: LLM, reader: LLM, progress: Progress) -> None:
+        """One precision. `reader` is the LLM of the first."""
         from ..bench.quality.likelihood import build_text, of_text
         from ..bench.quality.run import PLAIN, answer, score
 
@@ -93,12 +93,12 @@ class Quality:
         temperature = self.options["quality_temperature"]
         for suite in self.suites:
             ways = [(PLAIN, "auto")]
-            if llm is judge:
+            if llm is reader:
                 ways += [(self._method(llm), verifier) for verifier in self.options["quality_verifiers"]]
             for method, verifier in ways:
                 found = answer(llm, suite, method, verifier, temperature, progress)
                 plain = self._plain.setdefault(suite.name, found)
-                self.scores.append(score(llm, judge, suite, method, verifier, found, plain))
+                self.scores.append(score(llm, reader, suite, method, verifier, found, plain))
 
     def _method(self, llm: LLM) -> str:
         """The first that was named; else what drafts most."""

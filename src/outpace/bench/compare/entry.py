@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ...errors import OutpaceError
-from ..audit import ask, default_methods
+from ..audit import as_prompt, default_methods
 from ..peers.peer import Peer
 from . import ceilings
 from .contestant import Clock, Contestant, Engine, Method
@@ -67,7 +67,7 @@ class Entry:
         """Into units of prompts that fit the context."""
         llm, context = self.llm, self.llm.config.max_position
         ids, texts = [p.id for p in workload.prompts], [code_in(p) for p in workload.prompts]
-        tokens = [tuple(llm.tokens(ask(llm, prompt))) for prompt in workload.prompts]
+        tokens = [tuple(llm.tokens(as_prompt(llm, prompt))) for prompt in workload.prompts]
         if workload.name == RANDOM and workload.error is None:
             tokens = random_prompts(llm.config.vocab_size)
             ids, texts = [f"random-{i}" for i in range(len(tokens))], [""] * len(tokens)

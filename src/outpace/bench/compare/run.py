@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import OutpaceError
 from ...types import SamplingParams
-from ..audit import ask
+from ..audit import as_prompt
 from ..workloads import own_prompts
 from .contestant import Clock, Engine, Failed, Run
 from .entry import Entry, OpenPeer
@@ -119,7 +119,7 @@ class Comparison:
         batch."""
         llm, found = entry.llm, {}
         room = llm.config.max_position - WARM_TOKENS
-        tokens = [tuple(llm.tokens(ask(llm, prompt)))[:room] for prompt in own_prompts(["chat"])]
+        tokens = [tuple(llm.tokens(as_prompt(llm, prompt)))[:room] for prompt in own_prompts(["chat"])]
         params = replace(self.config.params(self.config.temperatures[0], 0), max_tokens=WARM_TOKENS)
         for name, contestant in entry.contestants.items():
             for batch in self.config.batch_sizes:

@@ -22,7 +22,7 @@ class Fault(Exception):
 
 
 class Child:
-    """Raises Fault when the program cannot be run. `ask` and `end` are for one thread."""
+    """Raises Fault when the program cannot be run. `exchange` and `end` are for one thread."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
         try:
@@ -51,10 +51,10 @@ class Child:
     def pid(self) -> int:
         return self._process.pid
 
-    def ask(self, line: bytes, timeout_s: float) -> bytes:
+    def exchange(self, line: bytes, timeout_s: float) -> bytes:
         """Write a line, read a line. Raises Fault; then the child can only be ended."""
         if self._read:
-            raise Fault(f"wrote more than it was asked for: {_shown(self._read)}")
+            raise Fault(f"wrote more than was requested: {_shown(self._read)}")
         deadline = monotonic() + timeout_s
         unsent = memoryview(line + b"\n")
         with selectors.DefaultSelector() as pipes:

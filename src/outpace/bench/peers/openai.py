@@ -248,7 +248,7 @@ class _Answer:
             raise Refusal("gave no token")
         slack = 8 + max_tokens // 4
         if tokens > max_tokens + slack:
-            raise Refusal(f"gave {tokens} tokens when asked for at most {max_tokens}")
+            raise Refusal(f"gave {tokens} tokens instead of at most {max_tokens}")
         if self._reported is not None and abs(self._reported - tokens) > slack:
             raise Refusal(f"says that it gave {self._reported} tokens, and its text has {tokens}")
         at_first = min(max(len(words.encode(self._pieces[0])), 1), tokens) if self._pieces else 1

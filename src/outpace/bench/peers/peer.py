@@ -76,10 +76,10 @@ class PeerAnswer:
     text: str = ""
     token_ids: tuple[int, ...] | None = None
     tokens: int = 0
-    first_token_s: float | None = None  # None: the peer does not tell
+    first_token_s: float | None = None  # None: not reported by the peer
     total_s: float = 0.0
     error: str | None = None
-    steps: int | None = None  # target forwards that decoded, the one over the prompt apart; None: it does not tell
+    steps: int | None = None  # target forwards that decoded, the one over the prompt apart; None: not reported
     reported_tokens: int | None = None  # by the peer's own count
     first_tokens: int = 1  # that came at `first_token_s`: a first step that verifies a draft gives more than one
 

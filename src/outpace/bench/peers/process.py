@@ -49,7 +49,7 @@ class ScriptPeer(Peer):
         self.name = name or (self.engine if config.mode == "plain" else f"{self.engine}:{config.mode}")
         self._child: Child | None = None
         self._about: dict[str, Any] = {}
-        self._asked = 0
+        self._sent = 0
         self._closed = "was not started"
 
     def command(self) -> list[str]:
@@ -74,7 +74,7 @@ class ScriptPeer(Peer):
         try:
             self._closed = "was not started"
             self._child = Child(self.command(), self._environment())
-            reply = _object(self._child.ask(json.dumps(hello).encode(), config.start_timeout_s))
+            reply = _object(self._child.exchange(json.dumps(hello).encode(), config.start_timeout_s))
             if reply.get("missing"):
                 python = config.python or "this Python"
                 raise Fault(
@@ -82,7 +82,7 @@ class ScriptPeer(Peer):
                     "that has it with --peer-python"
                 )
             if "error" in reply:
-                raise Fault(f"does not start: {self._told(reply['error'])}")
+                raise Fault(f"does not start: {self._public(reply['error'])}")
             if not isinstance(reply.get("about"), dict):
                 raise Fault("did not say what it is")
         except Fault as e:
@@ -93,7 +93,7 @@ class ScriptPeer(Peer):
             raise
         self._about = reply["about"]
 
-    def _told(self, error: object) -> str:
+    def _public(self, error: object) -> str:
         """What went wrong, in a line, with files by their names alone: reports are passed on."""
         text = _line(error)
         for path in filter(None, (self.config.model, self.config.draft)):
@@ -128,21 +128,21 @@ class ScriptPeer(Peer):
         return [answer for answer in answers if answer is not None]
 
     def _too_long(self, prompt: list[int], max_tokens: int) -> PeerAnswer | None:
-        asked, most = len(prompt) + max_tokens, self.config.context
-        return PeerAnswer(error=f"{asked} tokens do not fit its context of {most}") if asked > most else None
+        needed, most = len(prompt) + max_tokens, self.config.context
+        return PeerAnswer(error=f"{needed} tokens do not fit its context of {most}") if needed > most else None
 
     def _exchange(self, request: dict[str, Any], count: int, timeout_s: float) -> list[PeerAnswer]:
         if self._child is None:
             return [PeerAnswer(error=f"{self.name} {self._closed}")] * count
-        self._asked += 1
+        self._sent += 1
         began = perf_counter()
         try:
-            reply = _object(self._child.ask(json.dumps({"id": self._asked, **request}).encode(), timeout_s))
+            reply = _object(self._child.exchange(json.dumps({"id": self._sent, **request}).encode(), timeout_s))
             elapsed = perf_counter() - began
-            if reply.get("id") != self._asked:
-                raise Fault(f"answered request {reply.get('id')!r} when asked for {self._asked}")
+            if reply.get("id") != self._sent:
+                raise Fault(f"answered request {reply.get('id')!r} instead of {self._sent}")
             if "error" in reply:
-                return [PeerAnswer(error=f"{self.name}: {self._told(reply['error'])}")] * count
+                return [PeerAnswer(error=f"{self.name}: {self._public(reply['error'])}")] * count
             raw = reply.get("answers")
             if not isinstance(raw, list) or len(raw) != count:
                 raise Fault(f"did not answer {count} prompts with a list of {count} answers")
@@ -187,8 +187,10 @@ class ScriptPeer(Peer):
             return PeerAnswer(error=f"{self.name}: {wrong}")
         if type(at_first) is not int or not 1 <= at_first <= tokens:
             return PeerAnswer(error=f"{self.name}: says that {at_first!r} of {tokens} tokens came first")
-        told = raw.get("tokens")
-        return PeerAnswer(text, None if ids is None else tuple(ids), tokens, first, total, None, steps, told, at_first)
+        counted = raw.get("tokens")
+        return PeerAnswer(
+            text, None if ids is None else tuple(ids), tokens, first, total, None, steps, counted, at_first
+        )
 
     def _drop(self, why: str) -> None:
         child, self._child = self._child, None
@@ -197,7 +199,7 @@ class ScriptPeer(Peer):
             child.end()
 
     def _environment(self) -> dict[str, str]:
-        """Another Python gets none of our path; nobody fetches anything; thread pools have the size asked for."""
+        """Another Python gets none of our path; nothing is fetched; thread pools have the configured size."""
         kept = dict(os.environ)
         if self.config.python is not None:
             for name in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"):
@@ -214,13 +216,13 @@ class ScriptPeer(Peer):
 
 def _wrong_count(raw: dict[str, Any], tokens: int, exact: bool, max_tokens: int) -> str | None:
     """Text that is encoded anew may have a few tokens more or fewer than were generated; ids may not."""
-    told = raw.get("tokens")
-    if not (told is None or type(told) is int):
-        return f"{told!r} is no number of tokens"
-    if exact and told is not None and told != tokens:
-        return f"says that it gave {told} tokens, and gave {tokens}"
+    counted = raw.get("tokens")
+    if not (counted is None or type(counted) is int):
+        return f"{counted!r} is no number of tokens"
+    if exact and counted is not None and counted != tokens:
+        return f"says that it gave {counted} tokens, and gave {tokens}"
     if tokens > (max_tokens if exact else max_tokens + 8 + max_tokens // 8):
-        return f"gave {tokens} tokens when asked for at most {max_tokens}"
+        return f"gave {tokens} tokens instead of at most {max_tokens}"
     if tokens == 0:
         return "gave no token"
     return None

@@ -75,6 +75,6 @@ def _first_block(text: str) -> str:
     return text
 
 
-def judge(task: Task, answer: str, chat: bool, limits: Limits | None = None) -> Verdict:
+def grade(task: Task, answer: str, chat: bool, limits: Limits | None = None) -> Verdict:
     """Run one answer. Raises ParameterError where there is no sandbox."""
     return run_program(program(task, answer, chat), limits)

@@ -21,14 +21,14 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Suite:
-    """Questions of one kind. `judge(place, text, chat)` says whether an answer is right; None: nobody says, and only
-    likelihoods are compared."""
+    """Questions of one kind. `grade(place, text, chat)` says whether an answer is right; None: no answer is graded, and
+    only likelihoods are compared."""
 
     name: str
     questions: tuple[str, ...]  # as a chat asks them
     continued: tuple[str, ...]  # as a text to go on with, for models without a chat template
     max_tokens: int
-    judge: Callable[[int, str, bool], bool] | None
+    grade: Callable[[int, str, bool], bool] | None
 
 
 @dataclass(slots=True)
@@ -60,15 +60,15 @@ class Score:
 def humaneval_suite(tasks: Sequence[humaneval.Task], limits: Limits, notes: list[str], max_tokens: int = 256) -> Suite:
     """`notes` gets what the sandbox could not hold back."""
 
-    def judge(place: int, text: str, chat: bool) -> bool:
-        verdict = humaneval.judge(tasks[place], text, chat, limits)
+    def grade(place: int, text: str, chat: bool) -> bool:
+        verdict = humaneval.grade(tasks[place], text, chat, limits)
         note = f"this system cannot shut off {', '.join(verdict.open)}: the code that was run could use them"
         if verdict.open and note not in notes:
             notes.append(note)
         return verdict.passed
 
     questions, continued = tuple(t.question for t in tasks), tuple(t.prompt for t in tasks)
-    return Suite("humaneval", questions, continued, max_tokens, judge)
+    return Suite("humaneval", questions, continued, max_tokens, grade)
 
 
 def gsm8k_suite(problems: Sequence[gsm8k.Problem], max_tokens: int = 256) -> Suite:
@@ -85,8 +85,8 @@ class Answers:
     right: list[bool] | None
 
 
-def answer(llm: LLM, suite: Suite, method: str, verifier: str, temperature: float, told: Progress) -> Answers:
-    """Ask all questions and judge the answers."""
+def answer(llm: LLM, suite: Suite, method: str, verifier: str, temperature: float, progress: Progress) -> Answers:
+    """Ask all questions and grade the answers."""
     chat = llm.tokenizer.has_chat_template
     params = [
         SamplingParams(max_tokens=suite.max_tokens, temperature=temperature, seed=i)
@@ -95,27 +95,27 @@ def answer(llm: LLM, suite: Suite, method: str, verifier: str, temperature: floa
     results: list[Result] = []
     with llm.with_method(method, verifier=verifier) as runner:
         for start in range(0, len(params), 16):
-            asked = _asked(suite, chat)[start : start + 16]
-            results += runner.generate(asked, params[start : start + 16])
-            told(f"{suite.name} {method} {verifier} {llm.precision}", len(results), len(params))
-    judge = suite.judge
-    right = None if judge is None else [judge(i, result.text, chat) for i, result in enumerate(results)]
+            questions = _prompts(suite, chat)[start : start + 16]
+            results += runner.generate(questions, params[start : start + 16])
+            progress(f"{suite.name} {method} {verifier} {llm.precision}", len(results), len(params))
+    grade = suite.grade
+    right = None if grade is None else [grade(i, result.text, chat) for i, result in enumerate(results)]
     return Answers(results, right)
 
 
-def _asked(suite: Suite, chat: bool) -> list[Any]:
+def _prompts(suite: Suite, chat: bool) -> list[Any]:
     if chat:
         return [[{"role": "user", "content": question}] for question in suite.questions]
     return list(suite.continued)
 
 
-def score(llm: LLM, judge: LLM, suite: Suite, method: str, verifier: str, found: Answers, plain: Answers) -> Score:
-    """`found` of `llm` against `plain`; `judge` is the target that reads the answers."""
+def score(llm: LLM, reader: LLM, suite: Suite, method: str, verifier: str, found: Answers, plain: Answers) -> Score:
+    """`found` of `llm` against `plain`; `reader` is the target that reads the answers."""
     results, pairs = found.results, list(zip(found.right or [], plain.right or [], strict=True))
-    prompts = [judge.tokens(asked) for asked in _asked(suite, llm.tokenizer.has_chat_template)]
+    prompts = [reader.tokens(prompt) for prompt in _prompts(suite, llm.tokenizer.has_chat_template)]
     steps, tokens = sum(r.stats.steps for r in results), sum(r.stats.tokens for r in results)
     lost, won = sum(b and not a for a, b in pairs), sum(a and not b for a, b in pairs)
-    read = of_answers(judge, prompts, results)
+    read = of_answers(reader, prompts, results)
     right = None if found.right is None else sum(found.right)
     return Score(
         suite=suite.name,
