@@ -21,8 +21,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "serving.md"
 HELLO: Any = [{"role": "user", "content": "Hello"}]
 READING = (
     "{% if enable_thinking %}Think. {% endif %}{{ reasoning_effort }}{{ style }}|{% for message in messages %}"
-    "{{ message.role }}{% if message.name %} {{ message.name }}{% endif %}: {{ message.content | trim }}</s>{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}"
+    "{{ message.role }}{% if message.name %} {{ message.name }}{% endif %}: {{ message.content | trim }}</s>"
+    "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 )
 TABLES: list[tuple[dict[str, vendor.Rule], list[type[protocol.Body]]]] = [
     (vendor.REQUEST, [protocol.ChatRequest, protocol.CompletionRequest]),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ParameterError
+from ..json_text import check_schema
 from ..models.tokenizer import Tokenizer
 from .calls import CLOSE, OPEN
 from .protocol import AllowedToolChoice, NamedTool, Tool
@@ -128,6 +129,7 @@ def schema_of_call(tools: Sequence[Tool], form: Form = TAGGED) -> dict[str, Any]
 
 def _arguments(tool: Tool, place: int) -> dict[str, Any]:
     """The schema of a tool's arguments, which are an object."""
+    check_schema(tool.function.parameters, f"tools[{place}].function.parameters")
     schema = {key: value for key, value in (tool.function.parameters or {}).items() if key not in ("$schema", "$id")}
     kind = schema.get("type", None if any(key in schema for key in _COMBINED) else "object")
     if kind is None:
