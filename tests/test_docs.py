@@ -67,7 +67,7 @@ def check(words: list[str]) -> None:
         values, rest, order = command.make_parser(inner).parse_args(args=args[:-1])
     for param in dict.fromkeys(order):
         value = values.get(param.name or "")
-        if value is not None and not isinstance(param.type, click.Path | click.File):
+        if isinstance(value, str | list | tuple) and not isinstance(param.type, click.Path | click.File):
             param.type_cast_value(inner, value)
     if rest and not any(isinstance(param, click.Argument) for param in command.params):
         raise click.UsageError(f"{name} takes no arguments: {rest}")
