@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any
 
 from outpace.server.app import create_app
+from outpace.server.connections import Patience
 from outpace.server.run import bind, make_server
 from outpace.server.service import EngineService
 
@@ -15,13 +16,13 @@ from outpace.server.service import EngineService
 class Live:
     """Serves an engine while the `with` block runs. `url` is its address."""
 
-    def __init__(self, engine: Any, grace: float = 5.0, **options: Any) -> None:
+    def __init__(self, engine: Any, grace: float = 5.0, patience: Patience | None = None, **options: Any) -> None:
         self.engine, self.service = engine, EngineService(engine)
         self._socket = bind("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
         self._up = threading.Event()
         self.app = create_app(self.service, **options)
-        self.server = make_server(self.app, self.service, grace=grace, ready=self._up.set)
+        self.server = make_server(self.app, self.service, grace=grace, patience=patience, ready=self._up.set)
         self._thread = threading.Thread(target=self._run)
 
     def _run(self) -> None:

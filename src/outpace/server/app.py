@@ -15,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
@@ -255,6 +256,7 @@ class Api:
             OutpaceError: self._failed,
             ServiceError: self._failed,
             Gone: self._gone,
+            ClientDisconnect: self._gone,
         }
 
     async def _malformed(self, request: Request, error: RequestValidationError) -> Response:
@@ -273,7 +275,7 @@ class Api:
     async def _failed(self, request: Request, error: Exception) -> Response:
         return refused(refusal_of(error))
 
-    async def _gone(self, request: Request, error: Gone) -> Response:
+    async def _gone(self, request: Request, error: Exception) -> Response:
         return Response(status_code=CLIENT_LEFT)
 
 

@@ -8,14 +8,18 @@ import logging
 import socket
 import time
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
 from ..errors import ParameterError
+from .connections import Connections, Patience, PatientProtocol
 from .service import EngineService
 
+OTHER_FILES = 64  # that a process has open beside its connections
 LAST_WORDS_S = 5.0  # for streams to be told that they end
 
 
@@ -54,19 +58,42 @@ class GracefulServer(uvicorn.Server):
 
 
 def make_server(
-    app: FastAPI, service: EngineService, *, grace: float = 30.0, ready: Callable[[], None] = lambda: None
+    app: FastAPI,
+    service: EngineService,
+    *,
+    grace: float = 30.0,
+    patience: Patience | None = None,
+    ready: Callable[[], None] = lambda: None,
 ) -> GracefulServer:
+    patience = patience if patience is not None else Patience()
+    app.state.connections = Connections()
+    protocol: Any = partial(PatientProtocol, patience, app.state.connections)
     config = uvicorn.Config(
         app,
+        http=protocol,
         log_config=None,
         access_log=False,
         server_header=False,
         lifespan="on",
         ws="none",
-        timeout_keep_alive=30,
+        timeout_keep_alive=patience.idle_s,  # type: ignore[arg-type]  # it is a delay of the event loop
         timeout_graceful_shutdown=int(LAST_WORDS_S),
     )
     return GracefulServer(config, service, grace, ready)
+
+
+def files_for(connections: int) -> int:
+    """Let the process open so many connections, beside its files, as far as the system allows. How many it may."""
+    try:
+        import resource
+    except ImportError:  # not on Windows, where there is no such limit
+        return connections
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections + OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return connections if soft == resource.RLIM_INFINITY else max(1, min(connections, soft - OTHER_FILES))
 
 
 def bind(host: str, port: int) -> socket.socket:
