@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -24,6 +25,11 @@ SERVED = (  # of EngineOptions, beside those of every command
 NEEDED = ("fastapi", "uvicorn", "pydantic", "prometheus_client")  # the extra `serve`
 
 
+def _seconds(flag: str, default: float, help: str) -> Any:
+    kind = click.FloatRange(min=0, min_open=True)
+    return click.option(flag, type=kind, default=default, show_default=True, metavar="SECONDS", help=help)
+
+
 @click.command(short_help="Serve a model over HTTP, as OpenAI's API.")
 @model_options
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0: all.")
@@ -36,7 +42,7 @@ NEEDED = ("fastapi", "uvicorn", "pydantic", "prometheus_client")  # the extra `s
     "else any]",
 )
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any that is free.")
-@engine_options(*SERVED, max_batch=16, max_queue=256)
+@engine_options(*SERVED, max_batch=16, max_queue=256, max_step_s=250)
 @click.option(
     "--api-key-file",
     type=click.Path(path_type=Path),
@@ -58,6 +64,17 @@ NEEDED = ("fastapi", "uvicorn", "pydantic", "prometheus_client")  # the extra `s
     show_default=True,
     help="Longest answer of a chat that names no max_tokens.",
 )
+@click.option(
+    "--max-connections",
+    type=click.IntRange(min=1),
+    default=1000,
+    show_default=True,
+    help="Connections at once; one more closes the one that has been idle longest.",
+)
+@_seconds("--header-timeout", 10.0, "For the header of a request to arrive.")
+@_seconds("--body-timeout", 30.0, "For a body to arrive, and a second more for each 10 kB that came.")
+@_seconds("--idle-timeout", 30.0, "Between two requests of a connection.")
+@_seconds("--write-timeout", 60.0, "For a client that does not read what it is sent.")
 @click.option("--log-prompts", is_flag=True, help="Write prompts and answers into the log.")
 def serve(**options: Any) -> None:
     """Serve a model over HTTP, as OpenAI's API does: /v1/chat/completions, /v1/completions, /v1/models, and /health and
@@ -81,7 +98,8 @@ def serve(**options: Any) -> None:
 def _serve(llm: LLM, keys: Any, listener: Any, options: dict[str, Any]) -> None:
     from ..server.app import create_app
     from ..server.asks import Limits
-    from ..server.run import log_to_stderr, make_server
+    from ..server.connections import Patience
+    from ..server.run import files_for, log_to_stderr, make_server
     from ..server.service import EngineService
 
     limits = Limits(
@@ -101,7 +119,25 @@ def _serve(llm: LLM, keys: Any, listener: Any, options: dict[str, Any]) -> None:
     address = listener.getsockname()
     url = f"http://{_shown(options['host'])}:{address[1]}"
     log_to_stderr()
-    server = make_server(app, service, grace=options["grace"], ready=lambda: welcome(llm, url, keys.needed, options))
+    patience = Patience(
+        header_s=options["header_timeout"],
+        body_s=options["body_timeout"],
+        idle_s=options["idle_timeout"],
+        write_s=options["write_timeout"],
+        most=files_for(options["max_connections"]),
+    )
+    if patience.most < options["max_connections"]:
+        say(
+            f"outpace: the system allows {patience.most} connections, --max-connections wants more: raise the limit on "
+            "open files (ulimit -n)"
+        )
+
+    def ready() -> None:
+        gc.collect()
+        gc.freeze()  # what is there now stays: a full collection need not look at a million objects each time
+        welcome(llm, url, keys.needed, options)
+
+    server = make_server(app, service, grace=options["grace"], patience=patience, ready=ready)
     server.run(sockets=[listener])
     if not server.started:
         sys.exit(1)

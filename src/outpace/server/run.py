@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import socket
 import time
 from collections.abc import Callable
@@ -65,6 +66,7 @@ def make_server(
     patience: Patience | None = None,
     ready: Callable[[], None] = lambda: None,
 ) -> GracefulServer:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the library's threads do not give way, the intake's do
     patience = patience if patience is not None else Patience()
     app.state.connections = Connections()
     protocol: Any = partial(PatientProtocol, patience, app.state.connections)
