@@ -20,6 +20,7 @@ from test_service import until
 
 from outpace.errors import ParameterError
 from outpace.models.tokenizer import Tokenizer
+from outpace.server import shape
 from outpace.server.asks import Limits
 from outpace.server.intake import LIGHT, Intake, Lease
 from outpace.server.service import ServiceError
@@ -66,10 +67,12 @@ values = st.recursive(
 
 
 @settings(max_examples=200, deadline=None)
-@given(value=values, escaped=st.booleans())
-def test_the_shape_of_a_body_is_what_walking_it_finds(value: Any, escaped: bool) -> None:
+@given(value=values, escaped=st.booleans(), size=st.integers(1, 40))
+def test_the_shape_of_a_body_is_what_walking_it_finds(value: Any, escaped: bool, size: int) -> None:
     strings, inner, depth = counted(value)
-    assert shape_of(json.dumps(value, ensure_ascii=escaped).encode()) == Shape(strings, inner + 1, depth)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shape, "_SLICE", size)
+        assert shape_of(json.dumps(value, ensure_ascii=escaped).encode()) == Shape(strings, inner + 1, depth)
 
 
 @settings(max_examples=200, deadline=None)

@@ -24,14 +24,16 @@ from .. import __version__
 from ..errors import OutpaceError
 from .asks import Call, Limits, chat_call, completion_call, dumped
 from .bodies import chat_body, completion_body
+from .connections import Connections
 from .intake import BodyRoute, Intake
 from .keys import Keys
 from .metrics import CONTENT_TYPE, Follower, Metrics
 from .middleware import KEY, RECORD, Around
+from .numbers import Figures
 from .protocol import ChatRequest, CompletionRequest, Generate
 from .refusals import Refusal, refusal_of, refusal_of_body
 from .responses import ERRORS, STREAM, ChatCompletion, Completion, Health, Model, ModelList
-from .service import EngineService, Gone, ServiceError, Ticket
+from .service import EngineService, Gone, ServiceError, ServingEngine, Ticket
 from .stream import ChatChunks, Chunks, CompletionChunks, EventStream, chunks_of, sse, watch
 
 log = logging.getLogger("outpace.server")
@@ -57,7 +59,8 @@ def create_app(
     hosts: frozenset[str] | None = None,
 ) -> FastAPI:
     """The application starts and stops the service with itself. `hosts`: names by which it may be called; None: any."""
-    keys, limits, metrics = keys or Keys(), limits or Limits(), Metrics()
+    keys, limits, metrics = keys or Keys(), limits or Limits(), Metrics(_build(service.engine))
+    service.on_lost = lambda result: metrics.ended(result, None)
     api = Api(service, keys, limits, metrics, log_prompts)
 
     @asynccontextmanager
@@ -100,6 +103,11 @@ def create_app(
     app.add_middleware(Around, metrics=metrics, keys=keys, body_bytes=limits.body_bytes, routes=names, hosts=hosts)
     app.openapi = lambda: _described(app)  # type: ignore[method-assign]
     return app
+
+
+def _build(engine: ServingEngine) -> dict[str, str]:
+    """What `/metrics` says of what runs here."""
+    return {"version": __version__, "model": engine.name, "method": engine.method, "precision": engine.precision}
 
 
 def _described(app: FastAPI) -> dict[str, Any]:
@@ -209,7 +217,7 @@ class Api:
         left = ticket.closed
         ticket.close()
         results = [result for result in ticket.results if result is not None]
-        record["completion_tokens"] = sum(len(r.token_ids) for r in results)
+        record["completion_tokens"] = follow.tokens
         record["finish"] = "left" if left else ",".join(r.finish_reason for r in results) or "error"
         record["first_token_s"] = None if follow.first_s is None else round(follow.first_s, 4)
         if results:
@@ -243,9 +251,16 @@ class Api:
         body = {"status": status, "model": self.service.engine.name, "open_calls": self.service.open_calls}
         return json_response(body, 200 if status == "ready" else 503)
 
-    async def figures(self) -> Response:
-        own = {"open_calls": self.service.open_calls, "failed_steps": self.service.steps_failed}
-        return Response(self.metrics.text(await self.service.metrics(), own), media_type=CONTENT_TYPE)
+    async def figures(self, request: Request) -> Response:
+        own: dict[str, float | Mapping[str, float]] = {
+            "open_calls": self.service.open_calls,
+            "failed_steps": self.service.steps_failed,
+            "large_body_bytes": self.intake.bytes_held,
+        }
+        connections: Connections | None = getattr(request.app.state, "connections", None)
+        if connections is not None:
+            own |= {"open_connections": connections.open, "closed_connections": connections.closed}
+        return Response(self.metrics.text(Figures(await self.service.metrics(), own)), media_type=CONTENT_TYPE)
 
     # -- errors -------------------------------------------------------------------------------------------------
 

@@ -31,7 +31,7 @@ from .shape import SMALL, Shape, check_shape, parse
 T = TypeVar("T")
 LEASE = "outpace.lease"  # where a scope keeps what its request holds of the intake
 LIGHT = 1 << 16  # bytes: what is no larger needs no lease
-_LIGHT_THREADS, _HEAVY_THREADS = 4, 2
+_LIGHT_THREADS, _HEAVY_THREADS = 2, 2
 _NICE = 5  # these threads give way to those that decode
 _RETRY_S = 2.0
 

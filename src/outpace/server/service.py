@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 from ..engine.request import StepEvent
 from ..models.tokenizer import Tokenizer
-from ..types import RequestOptions, Result, SamplingParams
+from ..types import FinishReason, RequestOptions, Result, SamplingParams
 
 T = TypeVar("T")
 log = logging.getLogger("outpace.server")
@@ -136,6 +136,8 @@ class Ticket:
 
     def _happened(self, index: int, event: StepEvent) -> None:
         if event.error is not None:  # of this request alone
+            if event.result is not None:
+                self._service.on_lost(event.result)
             self._failed(event.error)
             self._service._cancel(self)
             return
@@ -167,6 +169,7 @@ class EngineService:
         self.draining = False
         self.broken: str | None = None
         self.steps_failed = 0
+        self.on_lost: Callable[[Result], None] = lambda result: None  # of a choice that did not come to its end
         self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._live: dict[int, tuple[Ticket, int]] = {}  # engine's id -> ticket and index; the engine's thread alone
         self._tickets: set[Ticket] = set()  # unfinished; the event loop alone
@@ -333,7 +336,7 @@ class EngineService:
         if not tickets:  # nobody is left whose end could mend it
             self._break(f"a step without requests failed ({type(error).__name__}: {error})", error)
         for ticket in tickets:
-            self._drop(ticket)
+            self._drop(ticket, "error")
         shown = ServiceError("the step that held this request failed; it may be sent again", 500, "step_failed")
         self._tell(self._fail, tickets, shown)
 
@@ -346,12 +349,15 @@ class EngineService:
             self._drop(ticket)
             raise
 
-    def _drop(self, ticket: Ticket) -> None:
+    def _drop(self, ticket: Ticket, reason: FinishReason = "cancelled") -> None:
         """Cancel what the engine still has of a call."""
         for id in [id for id, (owner, _) in self._live.items() if owner is ticket]:
             del self._live[id]
             try:
-                self.engine.cancel(id)
+                result = self.engine.cancel(id)
+                if result is not None:
+                    result.finish_reason = reason
+                    self._tell(self.on_lost, result)
             except Exception as error:
                 self._break(f"cancelling a request failed ({type(error).__name__}: {error})", error)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,8 @@ from ..errors import ParameterError
 _QUOTE, _BACKSLASH, _COMMA = b'"\\,'
 _OPEN, _CLOSE = 0x7B, 0x7D  # braces; brackets differ from them in one bit
 _CASE = 0x20
+_BACKSLASHES = re.compile(rb"\\*")
+_SLICE = 1 << 18  # bytes that are looked at at once: what is made of them stays in the processor's cache
 SMALL = 1 << 13  # bytes of a body in which there cannot be too much, but for its depth
 
 
@@ -28,17 +31,29 @@ class Shape:
 
 def shape_of(data: bytes) -> Shape:
     """Of a text that is JSON in UTF-8; of one that is not, something. Numpy lets other threads run meanwhile."""
-    found = np.frombuffer(data, np.uint8)
-    quotes = found == _QUOTE
-    if b"\\" in data:
-        quotes[_escaped(found, np.flatnonzero(quotes))] = False
-    outside = np.cumsum(quotes, dtype=np.uint8) & 1 == 0  # the sum wraps, its parity does not
-    bare = found | _CASE
-    steps = ((bare == _OPEN) & outside).astype(np.int8)
-    values = int(np.count_nonzero((found == _COMMA) & outside)) + int(steps.sum(dtype=np.int64)) + 1
-    steps -= (bare == _CLOSE) & outside
-    depth = int(np.cumsum(steps, dtype=np.int32).max(initial=0))
-    return Shape(int(np.count_nonzero(quotes)) // 2, values, depth)
+    whole = np.frombuffer(data, np.uint8)
+    at = quotes = depth = deepest = 0
+    values = 1
+    while at < len(data):
+        end = min(at + _SLICE, len(data))
+        if data[end - 1] == _BACKSLASH:  # what it escapes belongs to the same slice
+            run = _BACKSLASHES.match(data, end)
+            end = min((run.end() if run else end) + 1, len(data))
+        found = whole[at:end]
+        quoted = found == _QUOTE
+        if _BACKSLASH in found:
+            quoted[_escaped(found, np.flatnonzero(quoted))] = False
+        outside = (np.cumsum(quoted, dtype=np.uint8) & 1) == quotes & 1  # the sum wraps, its parity does not
+        bare = found | _CASE
+        steps = ((bare == _OPEN) & outside).astype(np.int8)
+        values += int(np.count_nonzero((found == _COMMA) & outside)) + int(np.count_nonzero(steps))
+        steps -= (bare == _CLOSE) & outside
+        levels = np.cumsum(steps, dtype=np.int32)
+        deepest = max(deepest, depth + int(levels.max()))
+        depth += int(levels[-1])
+        quotes += int(np.count_nonzero(quoted))
+        at = end
+    return Shape(quotes // 2, values, deepest)
 
 
 def _escaped(found: NDArray[np.uint8], quotes: NDArray[np.int64]) -> NDArray[np.int64]:
