@@ -34,6 +34,23 @@ def reading(id: int, unread: int) -> Job:
     return job
 
 
+def test_what_steps_really_take_corrects_the_table() -> None:
+    """The table says that rows cost nothing; 20 ms each is what they take."""
+    limits = SchedulerLimits(1000, 16, 10_000, max_batch=16, max_step_s=0.25, prefill_rows=512, least_chunk=1)
+    rows = Rows(limits, lambda rows, context: 0.001 + 0.0001 * rows)
+    writer, reader = decoding(0, 100, 0), reading(1, 5000)
+    chunks = []
+    for _ in range(12):
+        chunk, _ = rows.share([writer, reader], [writer])
+        chunks.append(chunk)
+        rows.took([writer, reader], 1 + chunk, 0.02 * (1 + chunk))
+    assert chunks[0] == 512 and all(0.12 <= 0.02 * (1 + chunk) <= 0.3 for chunk in chunks[4:]), chunks
+    for _ in range(12):  # and back, when they take less
+        chunk, _ = rows.share([writer, reader], [writer])
+        rows.took([writer, reader], 1 + chunk, 0.0002 * (1 + chunk))
+    assert chunk > 400
+
+
 @given(
     st.lists(st.tuples(st.integers(1, 30), st.none() | st.integers(0, 20)), max_size=12),
     st.lists(st.integers(1, 900), max_size=4),

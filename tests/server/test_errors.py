@@ -214,7 +214,7 @@ def test_a_step_that_fails_fails_its_requests_only(serve: Callable[..., Live]) -
         engine.hold.clear()
         assert told[-1]["error"]["code"] == "step_failed" and "[DONE]" not in told
         assert http.post("/v1/chat/completions", json=HELLO).status_code == 200
-        assert "outpace_failed_steps 2.0" in http.get("/metrics").text
+        assert "outpace_failed_steps_total 2.0" in http.get("/metrics").text
 
 
 def test_an_engine_that_cannot_cancel_is_out_of_order(serve: Callable[..., Live]) -> None:

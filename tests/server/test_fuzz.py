@@ -136,4 +136,4 @@ def test_many_completions(http: httpx.Client, body: dict[str, Any]) -> None:
 def test_the_server_still_answers(http: httpx.Client) -> None:
     assert http.post("/v1/chat/completions", json=GOOD_CHAT).status_code == 200
     assert http.get("/health").json()["open_calls"] == 0
-    assert "outpace_failed_steps 0.0" in http.get("/metrics").text
+    assert "outpace_failed_steps_total 0.0" in http.get("/metrics").text

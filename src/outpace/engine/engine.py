@@ -235,10 +235,14 @@ class Engine:
             plan.draft_rows,
             [len(r.sequence.tokens) for r in decoding],
         )
+        began = perf_counter()
         verified = self._runner.forward(decoding, budget, chunks)
+        rows = len(decoding) + sum(len(v.draft) for v in verified if v.draft is not None)
+        rows += sum(n for _, n in chunks)
+        if decoding and chunks:
+            self.scheduler.took(rows, perf_counter() - began)
         self.steps += 1
-        self.rows += len(decoding) + sum(len(v.draft) for v in verified if v.draft is not None)
-        self.rows += sum(rows for _, rows in chunks)
+        self.rows += rows
         for request, rows in chunks:
             self.scheduler.prefilled(request.id, rows)
             if self.prefixes is not None and request.decoding and request.fresh and request.shares:

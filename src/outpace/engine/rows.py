@@ -14,6 +14,9 @@ from .jobs import Job, SchedulerLimits
 StepSeconds = Callable[[int, float], float]  # of so many rows behind so many cached tokens; more rows never take less
 
 
+_TINY_S, _MOST_SLOWER = 1e-9, 1000.0
+
+
 def largest(most: int, holds: Callable[[int], bool]) -> int:
     """The largest of 1 to `most` for which `holds`, which does for all below one for which it does; 0 if for none."""
     if most > 0 and holds(most):  # nearly always
@@ -26,12 +29,22 @@ def largest(most: int, holds: Callable[[int], bool]) -> int:
 
 
 class Rows:
-    """Shares the rows of one step after the other; keeps nothing."""
+    """Shares the rows of one step after the other. Keeps how much longer steps with a chunk of a prompt take than the
+    table says, which was measured with fewer rows, behind fewer tokens, and perhaps beside other programs."""
 
     def __init__(self, limits: SchedulerLimits, step_seconds: StepSeconds | None) -> None:
         if limits.max_step_s is not None and step_seconds is None:
             raise ParameterError("max_step_s needs measured step times: give `step_seconds`, or leave max_step_s out")
         self._limits, self._step_seconds = limits, step_seconds
+        self._slower = 1.0  # measured seconds for each of the table's
+
+    def took(self, running: Collection[Job], rows: int, seconds: float) -> None:
+        """A step of so many rows, chunks among them, has been measured."""
+        if self._step_seconds is None:
+            return
+        expected = max(self._step_seconds(rows, _context(running)), _TINY_S)
+        ratio = min(max(seconds / expected, 1 / _MOST_SLOWER), _MOST_SLOWER)
+        self._slower += (ratio - self._slower) / 2
 
     def cap(self, job: Job) -> int:
         """Most draft rows of a decoding job: no more than could still be emitted."""
@@ -47,8 +60,8 @@ class Rows:
             return unread, 0
         spare = min(drafts + unread, max(drafts, limits.prefill_rows))
         if limits.max_step_s is not None:
-            context = sum(job.context for job in running) / len(running)
-            spare = max(self._within(limits.max_step_s, own + spare, context) - own, 0)
+            seconds = limits.max_step_s / self._slower
+            spare = max(self._within(seconds, own + spare, _context(running)) - own, 0)
         drafts = min(drafts, max(int(limits.draft_share * spare), spare - unread))
         return min(unread, max(spare - drafts, limits.least_chunk)), drafts
 
@@ -57,3 +70,7 @@ class Rows:
         step_seconds = self._step_seconds
         assert step_seconds is not None
         return largest(most, lambda rows: step_seconds(rows, context) <= seconds)
+
+
+def _context(running: Collection[Job]) -> float:
+    return sum(job.context for job in running) / max(len(running), 1)

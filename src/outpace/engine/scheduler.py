@@ -333,6 +333,10 @@ class Scheduler:
 
     # -- reports -----------------------------------------------------------------------------------------------
 
+    def took(self, rows: int, seconds: float) -> None:
+        """The step that was planned last had so many rows, a chunk of a prompt among them, and took so long."""
+        self._rows.took(self._running.values(), rows, seconds)
+
     def prefilled(self, id: int, rows: int) -> None:
         """`rows` prompt rows of the job were computed."""
         job = self._running[id]
