@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,21 +13,25 @@ import pytest
 from hashing import toy_loaded
 
 from outpace.bench.compare import ceilings, contestant, sets, store, summary
+from outpace.bench.compare.advice import advice
 from outpace.bench.compare.contestant import digest, run_of_answers
-from outpace.bench.compare.findings import Report, overall
+from outpace.bench.compare.findings import Report, headline, overall
 from outpace.bench.compare.plan import (
     PLAIN,
     Cell,
     CompareConfig,
+    Plan,
+    by_standing,
     cells,
     cells_of_a_pass,
+    fit,
     heats,
     names_of,
     peer_names,
     rounds_in_a_pass,
     units_that_fit,
 )
-from outpace.bench.compare.run import Comparison
+from outpace.bench.compare.run import CUT, OVERTIME, OVERTIME_S, Comparison
 from outpace.bench.compare.sets import Unit, Workload, load_workloads
 from outpace.bench.compare.store import Store, read, whole_lines
 from outpace.bench.peers.peer import Peer, PeerAnswer, PeerError
@@ -39,11 +44,11 @@ TICK = 0.001
 class Clock:
     """Every look at it takes a millisecond."""
 
-    def __init__(self) -> None:
-        self.now = 0.0
+    def __init__(self, tick: float = TICK) -> None:
+        self.now, self.tick = 0.0, tick
 
     def __call__(self) -> float:
-        self.now += TICK
+        self.now += self.tick
         return self.now
 
 
@@ -51,15 +56,20 @@ class FakePeer(Peer):
     """Answers with ones; `fails` says what goes wrong at which call (None: at the start)."""
 
     def __init__(
-        self, clock: Clock, fails: Callable[[int], str | None] = lambda call: None, starts: bool = True
+        self,
+        clock: Clock,
+        fails: Callable[[int], str | None] = lambda call: None,
+        starts: bool = True,
+        starting_s: float = 0.0,
     ) -> None:
-        self.name, self.clock, self.fails, self.starts = "fake", clock, fails, starts
+        self.name, self.clock, self.fails, self.starts, self.starting_s = "fake", clock, fails, starts, starting_s
         self.calls = self.started = self.closed = 0
 
     def start(self) -> None:
         if not self.starts:
             raise PeerError("fake is not installed: pip install fake")
         self.started += 1
+        self.clock.now += self.starting_s
 
     def close(self) -> None:
         self.closed += 1
@@ -89,14 +99,22 @@ def config(**changes: Any) -> CompareConfig:
     return CompareConfig(**usual | changes)
 
 
-def run(out: Path, config: CompareConfig, peers: dict[str, FakePeer] | None = None, clock: Clock | None = None) -> list:
-    made = Store(out, {"identity": config.identity(), "environment": {}, "command": "outpace compare"})
+def run(
+    out: Path,
+    config: CompareConfig,
+    peers: dict[str, FakePeer] | None = None,
+    clock: Clock | None = None,
+    loading_s: float = 0.0,
+) -> list:
+    made = Store(out, {"identity": config.identity(), "environment": {}, "command": "outpace compare --out x"})
+    clock = clock or Clock()
 
     def open_model(name: str, batch: int) -> LLM:
+        clock.now += loading_s
         return LLM(toy_loaded(name), max_batch=batch, kv_tokens=256, prefix_cache=False)
 
     try:
-        Comparison(config, made, open_model, lambda spec, *_: (peers or {})[spec], clock or Clock()).run()
+        Comparison(config, made, open_model, lambda spec, *_: (peers or {})[spec], clock).run()
     finally:
         made.close()
     return made.lines
@@ -277,6 +295,70 @@ def test_one_round_has_no_interval_and_a_lost_plain_run_no_ratio() -> None:
     a, b = summary.summarise(lines, [("m", Cell("w", 1, 0.0), name) for name in "ab"], {})
     assert a.ratio is not None and a.ratio.low is None and a.ratio.value == 2
     assert b.ratio is None and b.speed is not None and b.state == "ok"
+
+
+def ratio_of(*ratios: float, units: int = 1) -> summary.Figure:
+    lines = []
+    for round, ratio in enumerate(ratios):
+        lines += [measurement(PLAIN, round % units, round, ratio), measurement("a", round % units, round, 1.0)]
+    (row,) = summary.summarise(lines, [("m", Cell("w", 1, 0.0), "a")], {})
+    assert row.ratio is not None
+    return row.ratio
+
+
+def test_few_pairs_have_students_interval_and_fewer_none() -> None:
+    assert ratio_of(1.0).low is None and ratio_of(1.0, 1.1).high is None
+    assert ratio_of(1.0, 1.1, 1.2, units=3).low is None  # a pair of each unit: nothing shows the noise
+    three = ratio_of(1.0, math.exp(0.1), math.exp(0.2))
+    half = 4.303 * 0.1 / math.sqrt(3)
+    assert three.low is not None and three.high is not None
+    assert math.log(three.low) == pytest.approx(0.1 - half) and math.log(three.high) == pytest.approx(0.1 + half)
+    two_units = ratio_of(1.0, 2.0, 1.1, 2.2, units=2)  # the units differ, and that is no noise
+    half = 4.303 * math.log(1.1) / math.sqrt(2) / 2 * math.sqrt(2 / 2)
+    assert two_units.high is not None and math.log(two_units.high / two_units.value) == pytest.approx(half, rel=1e-3)
+
+
+def report_of(**ratios: Sequence[float]) -> Report:
+    """One workload; the ratios of methods to plain, round by round."""
+    cell = {"workload": "w", "batch": 1, "temperature": 0.0}
+    model = {"kind": "model", "model": "m", "cells": [cell], "methods": [PLAIN, *ratios], "peers": [], "skipped": [],
+             "ceilings": ceilings.Ceilings(0, 0, 0).to_json(), "left_out": [], "budget_s": 60.0}  # fmt: skip
+    head = {"kind": "comparison", "identity": {"options": {"precision": "int8", "threads": 1}},
+            "command": "outpace compare --budget 60s --threads 1 --fresh"}  # fmt: skip
+    lines: list[dict[str, Any]] = [head, model]
+    for round in range(max(map(len, ratios.values()))):
+        lines.append(measurement(PLAIN, 0, round, 1.0))
+        lines += [measurement(name, 0, round, 1 / own[round]) for name, own in ratios.items() if round < len(own)]
+    return Report.of(lines)
+
+
+@pytest.mark.parametrize(
+    ("ratios", "says", "text", "command"),
+    [
+        ({"auto": [2.0], "a": [0.9]}, "not enough pairs to tell (1 of", "cannot be said yet",
+         "outpace compare --threads 1 --budget 300s --fresh"),
+        ({"auto": [0.8, 0.8]}, "not enough pairs to tell (2 of", "cannot be said yet", "--budget 300s"),
+        ({"auto": [2.0, 2.1, 2.0]}, "auto is the fastest", "Use the default method", "--threads 1 'Name"),
+        ({"auto": [1.5, 1.5, 1.5], "a": [2.0, 2.0, 2.0]}, "a is the fastest, 2.00", "Use a: 2.00", "--method a"),
+        ({"auto": [1.9, 2.1, 2.0], "a": [2.0, 2.2, 1.9]}, "is the fastest", "Use the default method", "-m m"),
+        ({"auto": [0.9, 1.2, 1.0]}, "nothing is surely faster", "No method is surely faster", "outpace run -m m"),
+        ({"a": [0.8, 0.8, 0.81]}, "nothing is faster", "No method is surely faster", "--method plain"),
+    ],
+)  # fmt: skip
+def test_the_finding_and_the_advice_follow_from_the_pairs(
+    ratios: dict[str, list[float]], says: str, text: str, command: str
+) -> None:
+    report = report_of(**ratios)
+    (sentence,), (found,) = headline(report), advice(report)
+    assert says in sentence and text in found.text and command in found.command
+    if "not enough" in says:
+        assert "faster" not in sentence and "fastest" not in sentence
+
+
+def test_nobody_is_advised_to_use_what_gives_another_text() -> None:
+    report = report_of(a=[3.0, 3.0, 3.0], b=[2.0, 2.0, 2.0])
+    lines = [{**x, "exactness": "approximate"} if x.get("method") == "a" else x for x in report.lines]
+    assert advice(Report.of(lines))[0].text.startswith("Use b:")
 
 
 def test_ceilings_are_shares_of_what_was_measured() -> None:
@@ -460,8 +542,87 @@ def test_what_the_budget_does_not_reach_is_said(tmp_path: Path) -> None:
     clock, half = Clock(), all_of_it[len(all_of_it) // 2]["t"]
     report = Report.of(run(tmp_path / "half", config(**wide, rounds=None, budget_s=half), clock=clock))
     states = {r.state for r in report.rows}
-    assert states == {"ok", "not reached"} and clock.now < all_of_it[-1]["t"]
-    assert any("not reached within the budget: plain, ngram, suffix" in why for _, why in report.lost)
+    assert states == {"ok", "not measured"} and clock.now < all_of_it[-1]["t"]
+    assert ("toy", "less than asked for: 2 answers at once (no time within the budget)") in report.lost
+
+
+@pytest.mark.parametrize("tick", [0.002, 0.01, 0.04])
+def test_a_budget_is_kept_on_a_machine_of_any_speed(tmp_path: Path, tick: float) -> None:
+    """A slow one measures less, says what it left out, and nothing has failed."""
+    clock = Clock(tick)
+    asked = config(
+        methods=("auto", "ngram", "suffix", "recycling", "lookahead", "jacobi"), workloads=("code", "writing", "chat"),
+        batch_sizes=(1, 2, 8), max_tokens=64, rounds=None, budget_s=5.0,
+    )  # fmt: skip
+    report = Report.of(run(tmp_path, asked, clock=clock))
+    ends = [line["t"] for line in report.lines if line["kind"] == "measurement"]
+    assert ends[-1] < 5.0 + OVERTIME_S + OVERTIME * 5.0 + 5 * tick
+    assert {r.state for r in report.rows} <= {"ok", "not measured"}
+    assert not [line for line in report.lines if line["kind"] == "failure"]
+    assert report.models[0]["left_out"] and any(r.state != "ok" for r in report.rows)
+    if tick < 0.04:  # there the smallest plan does not fit
+        assert {r.state for r in report.rows if r.method in (PLAIN, "auto") and r.cell.batch == 1} >= {"ok"}
+        pairs = [r.ratio.rounds for r in report.rows if r.ratio is not None]
+        assert min(pairs) >= summary.LEAST_PAIRS
+
+
+def test_loading_is_said_and_takes_nothing_off_the_budget(tmp_path: Path) -> None:
+    clock = Clock()
+    asked = config(peers=("good",), batch_sizes=(1,), rounds=None, budget_s=3.0)
+    peer = FakePeer(clock, starting_s=50.0)
+    report = Report.of(run(tmp_path, asked, {"good": peer}, clock, loading_s=100.0))
+    assert report.loading_s == pytest.approx(100.0, abs=0.1) and 152 < clock.now < 153.3
+    assert {r.state for r in report.rows} == {"ok"} and not report.models[0]["left_out"]
+
+
+def test_who_is_cut_off_by_the_end_of_the_budget_has_not_failed(tmp_path: Path) -> None:
+    clock = Clock()
+    hangs = FakePeer(clock, lambda call: "no answer within its time" if call > 1 else None)
+    lines = run(tmp_path, config(peers=("hangs",), batch_sizes=(1,), budget_s=10.0), {"hangs": hangs}, clock)
+    (row,) = (r for r in Report.of(lines).rows if r.method == "hangs")
+    assert row.state == "not measured" and not any(line["kind"] == "failure" for line in lines)
+    assert [x["error"] for x in lines if x.get("method") == "hangs"] == [CUT]
+    assert clock.now < 10 + OVERTIME_S + OVERTIME * 10 + 0.5
+
+
+def test_a_plan_shrinks_in_the_order_that_is_stated() -> None:
+    """Contestants to one heat, shorter answers, smaller batches, contestants, kinds of text."""
+    many = tuple(Cell(w, b, 0.0) for b in (1, 8) for w in ("code", "writing"))
+    whole = Plan(tuple("abcdef"), many, 64)
+    seen: list[Plan] = []
+    assert fit(whole, lambda plan: seen.append(plan) or 2.0, 1.0) == seen[-1]  # type: ignore[func-returns-value]
+    sizes = [(len(p.others), p.max_tokens, len(p.cells)) for p in seen]
+    assert sizes == [
+        (6, 64, 4), (5, 64, 4), (4, 64, 4), (4, 32, 4), (4, 16, 4), (4, 16, 2), (3, 16, 2), (2, 16, 2), (1, 16, 2),
+        (1, 16, 1),
+    ]  # fmt: skip
+    assert seen[-1] == Plan(("a",), (Cell("code", 1, 0.0),), 16)
+    assert (
+        fit(whole, lambda plan: len(plan.others), 5.0).others == tuple("abcde") and fit(whole, lambda p: 0, 1) == whole
+    )
+    short = Plan(("a",), (many[0],), 20)
+    assert fit(short, lambda plan: 2.0, 1.0) == short  # never shorter than SHORTEST
+
+
+def test_who_stays_when_nobody_was_named() -> None:
+    names = ["aded", "draft", "ngram", "suffix+recycling", "auto"]
+    assert by_standing(names, ["llama.cpp"]) == ["auto", "llama.cpp", "suffix+recycling", "ngram", "draft", "aded"]
+
+
+def test_a_plan_is_kept_when_a_comparison_goes_on(tmp_path: Path) -> None:
+    asked = config(methods=("ngram", "suffix", "recycling"), max_tokens=64, rounds=None, budget_s=1.0)
+    lines = run(tmp_path / "whole", asked, clock=Clock(0.004))
+    (model,) = (x for x in lines if x["kind"] == "model")
+    assert model["left_out"] and {x["tokens"] for x in lines if x["kind"] == "measurement"} == {
+        model["plan"]["max_tokens"]
+    }
+    raw = (tmp_path / "whole" / store.NAME).read_bytes()
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / store.NAME).write_bytes(raw[: raw.index(b'"place": 1')])
+    again = run(tmp_path / "cut", asked, clock=Clock(0.0001))  # quicker now: the plan stays
+    assert [x["plan"] for x in again if x["kind"] == "model"] == [model["plan"]]
+    shared = keys(lines)
+    assert keys(again)[: len(shared)] == shared
 
 
 def test_rounds_fill_the_budget_and_no_more(tmp_path: Path) -> None:

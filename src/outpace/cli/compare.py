@@ -15,9 +15,12 @@ from ..errors import ParameterError
 from .common import DEFAULT_MODEL, engine_options, open_llm, progress_bar, say
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from ..bench.compare.findings import Report
     from ..bench.compare.plan import CompareConfig
     from ..bench.compare.store import Store
+    from ..bench.compare.summary import Summary
     from ..bench.peers.peer import Peer
     from ..engine.llm import LLM
 
@@ -65,7 +68,7 @@ def many(*names: str, help: str, **more: Any) -> Callable[[Any], Any]:
     "--peer-python", "pythons", metavar="[ENGINE=]PATH",
     help="The Python that has the peers, or that one.  [default: ours]",
 )  # fmt: skip
-@click.option("--budget", type=Budget(), default="14m", show_default=True, help="Time for everything.")
+@click.option("--budget", type=Budget(), default="14m", show_default=True, help="Time for everything but loading.")
 @click.option(
     "--rounds",
     type=click.IntRange(1),
@@ -117,7 +120,7 @@ def compare(ctx: click.Context, **options: Any) -> None:
     click.echo(f"report: {out / 'report.html'}")
     measured = any(line["kind"] == "measurement" and not line["error"] for line in report.lines)
     if not measured:
-        say("outpace: error: nothing could be measured")
+        say("outpace: error: nothing could be measured; what has no figure, and why, is above")
     if report.broken or not measured:
         sys.exit(1)
 
@@ -227,44 +230,59 @@ def finish(store: Store, out: Path, html: Callable[[Report], str]) -> Report:
 
 
 def show(report: Report) -> None:
-    """Tables in the terminal, then the findings."""
+    """Tables in the terminal, then the findings, then what to type."""
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
 
-    from ..bench.compare.findings import cell_text, headline, identity, number, output_text, overall, share
+    from ..bench.compare.advice import advice
+    from ..bench.compare.findings import headline, identity, shown
 
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     keys = dict.fromkeys((r.model, r.cell.temperature, r.cell.batch) for r in report.rows)
     for model, temperature, batch in keys:
         rows = [r for r in report.rows if (r.model, r.cell.temperature, r.cell.batch) == (model, temperature, batch)]
-        groups, ranked = list(dict.fromkeys(r.cell.workload for r in rows)), overall(rows)
-        title = f"{model}, temperature {temperature:g}, batch {batch}: times plain decoding (95 % interval)"
-        table = Table(title=title, title_justify="left")
-        table.add_column("method")
-        for name in ("mean", *groups, "tokens/step", "draft", "KV MB"):
-            table.add_column(name, justify="right")
-        table.add_column("output")
-        names = sorted(dict.fromkeys(r.method for r in rows), key=lambda n: (n != "plain", -ranked.get(n, 0.0)))
-        for name in names:
-            mine = {r.cell.workload: r for r in rows if r.method == name}
-            taus = [r.tau for r in mine.values() if r.tau]
-            parts = [r.per_token_ms for r in mine.values() if r.per_token_ms]
-            total = sum(sum(p.values()) for p in parts)
-            most = max((r.kv_bytes or 0 for r in mine.values()), default=0)
-            table.add_row(
-                escape(name),
-                f"{ranked[name]:.2f}" if name in ranked else "1" if name == "plain" else "-",
-                *(cell_text(mine.get(g)).replace(" to ", "-") for g in groups),
-                number(sum(taus) / len(taus) if taus else None, 2),
-                share(sum(p["draft"] for p in parts) / total if total else None),
-                number(most / 1e6 if most else None),
-                output_text(list(mine.values())),
-                style=None if all(r.holds and r.state == "ok" for r in mine.values()) else "bold red",
-            )
-        console.print(table)
+        if some := shown(rows):
+            title = f"{model}, temperature {temperature:g}, batch {batch}: times plain decoding (95 % interval)"
+            console.print(_table(title, some))
     for what, why in report.lost:
         console.print(escape(f"no figure: {what}: {why}"))
     for line in headline(report):
         console.print(escape(line))
     console.print(escape(identity(report)), style="bold red" if report.broken else None)
+    if report.loading_s:
+        console.print(f"Loading took {report.loading_s:.1f} s beside the budget.")
+    for found in advice(report):
+        console.print(escape(f"What to use ({found.model}): {found.text}"), style="bold")
+        console.print(escape(f"  {found.command}"), soft_wrap=True)
+
+
+def _table(title: str, rows: Sequence[Summary]) -> Table:
+    """One line for each method, one column for each workload."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from ..bench.compare.findings import cell_text, number, output_text, overall, share
+
+    groups, ranked = list(dict.fromkeys(r.cell.workload for r in rows)), overall(rows)
+    table = Table(title=title, title_justify="left")
+    table.add_column("method")
+    for name in ("mean", *groups, "tokens/step", "draft", "KV MB"):
+        table.add_column(name, justify="right")
+    table.add_column("output")
+    for name in sorted(dict.fromkeys(r.method for r in rows), key=lambda n: (n != "plain", -ranked.get(n, 0.0))):
+        mine = {r.cell.workload: r for r in rows if r.method == name}
+        taus = [r.tau for r in mine.values() if r.tau]
+        parts = [r.per_token_ms for r in mine.values() if r.per_token_ms]
+        total = sum(sum(p.values()) for p in parts)
+        most = max((r.kv_bytes or 0 for r in mine.values()), default=0)
+        table.add_row(
+            escape(name),
+            f"{ranked[name]:.2f}" if name in ranked else "1" if name == "plain" else "-",
+            *(cell_text(mine.get(g)).replace(" to ", "-") for g in groups),
+            number(sum(taus) / len(taus) if taus else None, 2),
+            share(sum(p["draft"] for p in parts) / total if total else None),
+            number(most / 1e6 if most else None),
+            output_text(list(mine.values())),
+            style="bold red" if any(r.state == "failed" or not r.holds for r in mine.values()) else None,
+        )
+    return table

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 SIZE = 2048  # rows and columns of the matrices that are multiplied
 BATCH_ROWS = 512  # of a prompt that the engine reads at once
+_SHORT_S = 10.0  # a limit below which less memory is read
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,19 +60,22 @@ class Ceilings:
         return batch * self.bandwidth / size if self.bandwidth and self.weight_bytes else None
 
 
-def measure(llm: LLM) -> Ceilings:
-    """Takes some seconds."""
-    decoder = llm.decoder
+def measure(llm: LLM, limit_s: float = float("inf"), clock: Callable[[], float] = perf_counter) -> Ceilings:
+    """Takes some seconds; what would begin after `limit_s` is left out."""
+    decoder, began = llm.decoder, clock()
     threads = int(getattr(decoder, "threads", 0)) or 1
     sizes = (decoder.weight_bytes, decoder.new_storage(1).bytes_per_page // PAGE_SIZE, operations(decoder.config))
     if not decoder.weight_bytes:  # a decoder that reads none has no such ceiling
         return Ceilings(*sizes)
-    bandwidth = max(read_bandwidth(threads, decoder.device, size=1 << 29, repeats=3))
-    rates = {
-        "torch's matrix product": product_rate(decoder.device, decoder.precision, threads),
-        f"a prompt of {BATCH_ROWS} rows": prompt_rate(decoder),
+    bandwidth = max(read_bandwidth(threads, decoder.device, size=1 << 28 if limit_s < _SHORT_S else 1 << 29, repeats=3))
+    probes: dict[str, Callable[[], float | None]] = {
+        f"a prompt of {BATCH_ROWS} rows": lambda: prompt_rate(decoder),
+        "torch's matrix product": lambda: product_rate(decoder.device, decoder.precision, threads),
     }
-    known = {what: rate for what, rate in rates.items() if rate is not None}
+    known: dict[str, float] = {}
+    for what, probe in probes.items():
+        if clock() - began < limit_s and (rate := probe()) is not None:
+            known[what] = rate
     best = max(known, key=lambda what: known[what], default="")
     return Ceilings(*sizes, bandwidth, known.get(best), best)
 

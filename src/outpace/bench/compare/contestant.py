@@ -227,12 +227,16 @@ class Engine(Contestant):
             self.peer.start()
             self._started = True
 
-    def answer(self, unit: Unit, params: Sequence[SamplingParams], owner: str, limit_s: float) -> Run:
+    def begin(self) -> None:
+        """Start it if it is not running. Raises Failed, which is then fatal."""
         try:
             self.start()
         except Exception as error:
             self.close()
             raise Failed(one_line(error), fatal=True) from error
+
+    def answer(self, unit: Unit, params: Sequence[SamplingParams], owner: str, limit_s: float) -> Run:
+        self.begin()
         prompts = [PeerPrompt(token_ids=tokens) for tokens in unit.tokens]
         try:
             answers = self.peer.generate(prompts, params[0].max_tokens, params[0].temperature, params[0].seed, limit_s)

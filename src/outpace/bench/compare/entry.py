@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ...errors import OutpaceError
+from ...types import SamplingParams
 from ..audit import as_prompt, default_methods
 from ..peers.peer import Peer
 from . import ceilings
 from .contestant import Clock, Contestant, Engine, Method
-from .plan import PLAIN, Cell, CompareConfig, cells, peer_names
+from .plan import PLAIN, Cell, CompareConfig, Plan, by_standing, cells, peer_names
 from .sets import RANDOM, Unit, Workload, code_in, load_workloads, random_prompts, units
 from .store import Line
 
@@ -42,9 +43,12 @@ class Entry:
     seconds: dict[tuple[str, Cell], float] = field(default_factory=dict)
     failed: set[tuple[str, Cell]] = field(default_factory=set)
     strikes: dict[str, int] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)  # what the budget has no time for, in words
+    max_tokens: int = field(init=False)  # of an answer
 
     def __post_init__(self) -> None:
         self.described = {"kind": "model", "model": self.name, "workloads": [], "skipped": []}
+        self.max_tokens = self.config.max_tokens
 
     @property
     def others(self) -> list[str]:
@@ -91,7 +95,7 @@ class Entry:
         self.described["workloads"].append(told)
 
     def _line_up(self, open_peer: OpenPeer, clock: Clock) -> None:
-        """Plain, the methods and the peers."""
+        """Plain first, then the methods and the peers in the order in which they are kept if not all can be."""
         llm, config = self.llm, self.config
         if self.known is not None:
             names, self.described["skipped"] = self.known["methods"], self.known["skipped"]
@@ -109,18 +113,43 @@ class Entry:
             judged = {"verifier": verifier} if verifier else {}
             return lambda: llm.with_method(spec, max_batch=largest, kv_tokens=kv_tokens, **judged)
 
-        for name in names:
-            self.contestants[name] = Method(name, maker(name), clock)
+        made: dict[str, Contestant] = {name: Method(name, maker(name), clock) for name in names}
         called = peer_names(config.peers, names)
         for spec, name in called.items():
             try:
-                self.contestants[name] = Engine(name, open_peer(spec, self.source, llm, largest))
+                made[name] = Engine(name, open_peer(spec, self.source, llm, largest))
             except OutpaceError as error:
                 self.failures.append((str(error), {"method": name}))
-        self.described |= {"methods": names, "peers": list(called.values())}
+        peers = [name for name in called.values() if name in made]
+        others = names[1:] + peers if config.methods is not None else by_standing(names[1:], peers)
+        self.contestants = {name: made[name] for name in (PLAIN, *others)}
+        self.described |= {"methods": [n for n in self.contestants if n in names], "peers": list(called.values())}
 
-    def describe(self) -> None:
-        """What the report says of the model beside its figures; measures the machine."""
+    def narrow(self, plan: Plan, why: str = "no time within the budget") -> None:
+        """Run this plan alone, and say what it leaves out."""
+        others = [name for name in self.others if name not in plan.others]
+        if others:
+            self.left_out.append(f"{', '.join(others)} ({why})")
+        for name in others:
+            self.contestants.pop(name).close()
+        batches = {cell.batch for cell in plan.cells}
+        for batch in sorted({cell.batch for cell in self.cells} - batches):
+            self.left_out.append(f"{batch} answers at once ({why})")
+        for cell in self.cells:
+            if cell not in plan.cells and cell.batch in batches:
+                self.left_out.append(f"{cell} ({why})")
+        self.cells = [cell for cell in self.cells if cell in plan.cells]
+        self.rounds = {cell: count for cell, count in self.rounds.items() if cell in plan.cells}
+        if plan.max_tokens < self.max_tokens:
+            self.left_out.append(f"{plan.max_tokens} tokens of an answer instead of {self.max_tokens} ({why})")
+            self.max_tokens = plan.max_tokens
+
+    def answers(self, temperature: float, number: int) -> SamplingParams:
+        """Of prompt number `number` of its workload, in the length of the plan."""
+        return replace(self.config.params(temperature, number), max_tokens=self.max_tokens)
+
+    def describe(self, limit_s: float, clock: Clock) -> None:
+        """What the report says of the model beside its figures; measures the machine, for about `limit_s`."""
         llm, draft = self.llm, self.llm.draft_loaded
         self.described |= {
             "precision": llm.precision,
@@ -128,7 +157,7 @@ class Entry:
             "threads": getattr(llm.decoder, "threads", None),
             "device": str(llm.decoder.device),
             "draft_model": draft.name if draft is not None else None,
-            "ceilings": ceilings.measure(llm).to_json(),
+            "ceilings": ceilings.measure(llm, limit_s, clock).to_json(),
         }
 
     def about_peers(self) -> dict[str, Any]:

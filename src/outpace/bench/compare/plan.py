@@ -13,8 +13,8 @@ goes first, and who shares a heat with whom, changes from round to round. Each h
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,10 @@ from ...types import SamplingParams
 PLAIN, AUTO = "plain", "auto"
 HEAT = 4  # contestants beside plain in one heat
 MOST_ROUNDS = 4  # of a cell in one pass
+LEAST_ROUNDS = 3  # a plan leaves time for: fewer pairs tell nothing
+SHORTEST = 16  # tokens of an answer that is made shorter to fit the budget
+#: Of the methods that nobody asked for by name: who stays when the budget has no time for all; then the others
+ORDER = (AUTO, "suffix+recycling", "suffix", "recycling", "ngram", "draft-tree", "draft", "branch")
 #: Of the project's own sets: text made up, code written, text shortened, code repeated with small changes
 WORKLOADS = ("writing", "code", "summarization", "code-edit")
 
@@ -32,7 +36,7 @@ WORKLOADS = ("writing", "code", "summarization", "code-edit")
 class CompareConfig:
     """`methods` None: every lossless one whose needs are met. `prompts`: units of each cell, at most; fewer if two
     sweeps over them would not fit the budget. `rounds`: of each cell; None as many as the budget allows, more of
-    those that are short.
+    those that are short. `budget_s`: seconds of comparing; loading models and starting other engines is not in it.
 
     Raises ParameterError for an empty list or a value out of range.
     """
@@ -136,6 +140,58 @@ def cells(config: CompareConfig, fixed: dict[str, float | None]) -> list[Cell]:
         for name, own in fixed.items()
     ]
     return list(dict.fromkeys(found))
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is run of what was asked for. `others`: contestants beside plain; `max_tokens` of an answer."""
+
+    others: tuple[str, ...]
+    cells: tuple[Cell, ...]
+    max_tokens: int
+
+
+def fit(whole: Plan, cost_s: Callable[[Plan], float], left_s: float) -> Plan:
+    """What the budget has time for, by `cost_s` of a plan: the first that fits of ever smaller ones, or the smallest.
+    In this order: fewer contestants, from the end, down to one heat; answers of half the length, twice; without the
+    larger batches; fewer contestants, down to one; fewer cells, from the end, down to one."""
+    plan = whole
+    for plan in _smaller(whole):
+        if cost_s(plan) <= left_s:
+            break
+    return plan
+
+
+def _smaller(plan: Plan) -> Iterator[Plan]:
+    yield plan
+    while len(plan.others) > HEAT:
+        plan = replace(plan, others=plan.others[:-1])
+        yield plan
+    for _ in range(2):
+        if plan.max_tokens // 2 >= SHORTEST:
+            plan = replace(plan, max_tokens=plan.max_tokens // 2)
+            yield plan
+    while len(batches := sorted({cell.batch for cell in plan.cells})) > 1:
+        plan = replace(plan, cells=tuple(cell for cell in plan.cells if cell.batch < batches[-1]))
+        yield plan
+    while len(plan.others) > 1:
+        plan = replace(plan, others=plan.others[:-1])
+        yield plan
+    while len(plan.cells) > 1:
+        plan = replace(plan, cells=plan.cells[:-1])
+        yield plan
+
+
+def by_standing(defaults: Sequence[str], peers: Sequence[str]) -> list[str]:
+    """Contestants when no method was named, in the order in which they are kept if not all can be: the default method,
+    other engines (somebody named those), then the methods that usually gain most.
+
+    >>> by_standing(["draft", "jacobi", "suffix", "auto"], ["llama.cpp"])
+    ['auto', 'llama.cpp', 'suffix', 'draft', 'jacobi']
+    """
+    ranked = sorted(defaults, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
+    first = [name for name in ranked if name == AUTO]
+    return [*first, *peers, *(name for name in ranked if name != AUTO)]
 
 
 def heats(others: Sequence[str], turn: int) -> list[list[str]]:

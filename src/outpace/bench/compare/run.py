@@ -1,13 +1,19 @@
-"""The run: for each model warm-up, then rounds of heats until the budget or the rounds are over.
+"""The run: for each model a plan that fits the budget, warm-up, then rounds of heats until the budget or the rounds are
+over.
+
+The budget is that of comparing: loading a model, compiling, and starting other engines is not in it and is said apart.
+How long plain decoding's warm-up took says what the budget has time for (`plan.fit`); what it has none for is left out
+and said. Warming up may take a third of the budget: whoever is not ready by then is left out as well.
 
 A contestant that fails in a cell has failed there, with its reason, and is not asked again; the others go on. One that
-hangs, or another engine that dies, twice is out. A heat starts only if it should end within the budget; in the first
-round it starts as long as there is any left, so that every cell has a figure, or was not reached.
+hangs, or another engine that dies, twice is out. One that is cut off by the end of the budget has not failed: it is not
+measured. A heat starts only if it should end within the budget.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -18,7 +24,19 @@ from ..audit import as_prompt
 from ..workloads import own_prompts
 from .contestant import Clock, Engine, Failed, Run
 from .entry import Entry, OpenPeer
-from .plan import PLAIN, Cell, CompareConfig, cells_of_a_pass, heats, names_of, rounds_in_a_pass, units_that_fit
+from .plan import (
+    LEAST_ROUNDS,
+    PLAIN,
+    Cell,
+    CompareConfig,
+    Plan,
+    cells_of_a_pass,
+    fit,
+    heats,
+    names_of,
+    rounds_in_a_pass,
+    units_that_fit,
+)
 from .sets import Unit
 from .store import Line, Store
 
@@ -31,6 +49,10 @@ Warm = dict[tuple[str, int], tuple[float, float]]
 WARM_TOKENS = 8
 STRIKES = 2
 PATIENCE_S, PATIENCE = 30.0, 20.0  # an answer may take that many seconds, and so many times plain's
+PROBES, WARMING = 0.05, 1 / 3  # shares of the time left that measuring the machine and warming up may take
+MARGIN = 1.2  # of a plan: what a few steps of warming up said is not exact
+OVERTIME_S, OVERTIME = 1.0, 0.05  # an answer is cut off so long after the end: seconds, and a share of the budget
+CUT = "cut off at the end of the budget"
 
 
 class Comparison:
@@ -51,11 +73,22 @@ class Comparison:
         self._spent: float = times[-1] if times else 0.0  # by earlier runs
         # What a second start takes until it is where the first one was does not count
         self._began: float | None = None if times else clock()
+        self._apart = 0.0  # seconds since then that do not count: loading models, starting engines
 
     @property
     def elapsed(self) -> float:
         """Seconds of the budget that are gone."""
-        return self._spent if self._began is None else self._spent + self.clock() - self._began
+        return self._spent if self._began is None else self._spent + self.clock() - self._began - self._apart
+
+    @contextmanager
+    def _not_counted(self) -> Iterator[Callable[[], float]]:
+        """What runs here takes nothing off the budget; the call that is given says how long it took so far."""
+        began = self.clock()
+        try:
+            yield lambda: self.clock() - began
+        finally:
+            if self._began is not None:
+                self._apart += self.clock() - began
 
     def run(self) -> None:
         """Raises the model's own error when there is one model and it cannot be had."""
@@ -70,8 +103,13 @@ class Comparison:
                 until = known["until"]
             self._tell(f"loading {name}")
             try:
-                with self._open_model(source, max(self.config.batch_sizes)) as llm:
-                    self._compare(Entry(name, source, llm, self.config, until, known))
+                with self._not_counted() as took:
+                    llm = self._open_model(source, max(self.config.batch_sizes))
+                    loading_s = took()
+                with llm:
+                    entry = Entry(name, source, llm, self.config, until, known)
+                    entry.described["loading_s"] = round(loading_s, 3)
+                    self._compare(entry)
             except OutpaceError as error:
                 if len(models) == 1:
                     raise
@@ -95,72 +133,148 @@ class Comparison:
             entry.prepare(self._open_peer, self.clock)
             for reason, of in entry.failures:
                 self._failure(entry.name, reason, **of)
-            if entry.known is None:
+            if entry.known is not None:
+                entry.narrow(_stored_plan(entry.known))
+            else:
                 self._tell(f"{entry.name}, measuring the machine")
-                entry.describe()
-            warm = self._warm_up(entry)
-            count = self._plan(entry, warm) if entry.known is None else entry.known["units"]
+                entry.describe(PROBES * self._left(entry), self.clock)
+            warm = self._warm_up(entry, [PLAIN], entry.until)
+            if entry.known is None:
+                entry.narrow(self._what_fits(entry, warm))
+            limit = float("inf") if entry.known is not None else self.elapsed + WARMING * self._left(entry)
+            warm |= self._warm_up(entry, entry.others, limit)
+            if entry.known is None:
+                entry.narrow(self._what_fits(entry, warm))
+            self._estimate(entry, warm)
+            count = self._units(entry) if entry.known is None else entry.known["units"]
             for key in entry.units:
                 entry.units[key] = entry.units[key][:count]
             self._remember(entry)
             if entry.known is None:
-                more = {"units": count, "until": entry.until, "budget_s": self.config.budget_s, "t": self.elapsed}
-                more["rounds_in_a_pass"] = {str(cell): count for cell, count in entry.rounds.items()}
-                more["peers_about"] = entry.about_peers()
-                self.store.append([{**entry.described, **more}])
+                self.store.append([self._described(entry, count)])
             if self._began is None:
-                self._began = self.clock()
+                self._began, self._apart = self.clock(), 0.0
             self._rounds(entry)
         finally:
             entry.close()
 
-    def _warm_up(self, entry: Entry) -> Warm:
+    def _left(self, entry: Entry) -> float:
+        return max(entry.until - self.elapsed, 0.0)
+
+    def _described(self, entry: Entry, count: int) -> Line:
+        """The line of the model: what is run, and what of the budget is gone."""
+        plan = {"others": entry.others, "cells": [asdict(c) for c in entry.cells], "max_tokens": entry.max_tokens}
+        asked = min(self.config.prompts, max((len(made) for made in entry.units.values()), default=0))
+        if count < asked:
+            entry.left_out.append(
+                f"{count} instead of {self.config.prompts} prompts of each kind of text (no time for two)"
+            )
+        return {
+            **entry.described,
+            "plan": plan,
+            "left_out": entry.left_out,
+            "units": count,
+            "until": entry.until,
+            "budget_s": self.config.budget_s,
+            "rounds_in_a_pass": {str(cell): rounds for cell, rounds in entry.rounds.items()},
+            "peers_about": entry.about_peers(),
+            "t": self.elapsed,
+        }
+
+    def _warm_up(self, entry: Entry, names: Sequence[str], until: float) -> Warm:
         """Compile, fill caches, start peers. Seconds for each prompt token and each further step, by contestant and
-        batch."""
+        batch. Who is not ready at `until` is left out."""
         llm, found = entry.llm, {}
-        room = llm.config.max_position - WARM_TOKENS
-        tokens = [tuple(llm.tokens(as_prompt(llm, prompt)))[:room] for prompt in own_prompts(["chat"])]
+        most = llm.config.max_position - WARM_TOKENS
+        tokens = [tuple(llm.tokens(as_prompt(llm, prompt)))[:most] for prompt in own_prompts(["chat"])]
         params = replace(self.config.params(self.config.temperatures[0], 0), max_tokens=WARM_TOKENS)
-        for name, contestant in entry.contestants.items():
-            for batch in self.config.batch_sizes:
+        late: list[str] = []
+        for name in names:
+            for batch in sorted({cell.batch for cell in entry.cells}):
+                if name != PLAIN and self.elapsed >= until:
+                    late.append(name)
+                    break
                 self._tell(f"{entry.name}, warming up {name}, batch {batch}")
                 chosen = tuple(tokens[i % len(tokens)] for i in range(batch))
                 unit = Unit(("warm-up",) * batch, chosen, ("",) * batch, tuple(range(batch)))
-                limit = max(PATIENCE_S, min(4 * PATIENCE_S, entry.until - self.elapsed))
+                usual = max(PATIENCE_S, min(4 * PATIENCE_S, self._left(entry)))
+                limit = min(usual, self._last_moment(entry))
+                began = self.elapsed
                 try:
+                    contestant = entry.contestants[name]
+                    if isinstance(contestant, Engine):
+                        with self._not_counted():
+                            contestant.begin()
+                        began = self.elapsed
                     run = contestant.answer(unit, _seeds(params, batch), "warm-up", limit)
                 except Failed as failed:
                     entry.failed |= {(name, cell) for cell in entry.cells if cell.batch == batch}
+                    if limit < usual and self.elapsed - began >= limit:
+                        late.append(name)
+                        break
                     if self._strike(entry, name, str(failed), failed.fatal, batch):
                         break
                     continue
                 first = run.first_s if run.first_s is not None else run.total_s / 2
                 found[name, batch] = first / sum(map(len, chosen)), (run.total_s - first) / (WARM_TOKENS - 1)
+        if PLAIN in late:
+            self._failure(entry.name, "it was not warm when the budget ended: give a longer --budget", method=PLAIN)
+        elif late and entry.known is None:
+            kept = tuple(name for name in entry.others if name not in late)
+            plan = Plan(kept, tuple(entry.cells), entry.max_tokens)
+            entry.narrow(plan, "not warmed up within a third of the budget")
         return found
 
-    def _plan(self, entry: Entry, warm: Warm) -> int:
-        """Estimates from the warm-up: the rounds of each cell in a pass. Returns the number of units of each."""
+    def _what_fits(self, entry: Entry, warm: Warm) -> Plan:
+        """By what the warm-up took; whoever has not warmed up yet is taken to be as slow as plain decoding."""
+        whole = Plan(tuple(entry.others), tuple(entry.cells), entry.max_tokens)
+        rounds = LEAST_ROUNDS if self.config.rounds is None else min(LEAST_ROUNDS, self.config.rounds)
+
+        def cost_s(plan: Plan) -> float:
+            seconds = 0.0
+            plains = [PLAIN] * len(heats(plan.others, 0))
+            for name in (*plains, *plan.others):
+                for cell in plan.cells:
+                    reading, step = warm.get((name, cell.batch)) or warm.get((PLAIN, cell.batch), (0.0, 0.0))
+                    unit_s = _prompt_tokens(entry, cell) * reading + (plan.max_tokens - 1) * step
+                    seconds += rounds * unit_s
+                for batch in {cell.batch for cell in plan.cells}:
+                    seconds += 0.0 if (name, batch) in warm else WARM_TOKENS * warm.get((PLAIN, batch), (0.0, 0.0))[1]
+            return MARGIN * seconds
+
+        return fit(whole, cost_s, self._left(entry))
+
+    def _estimate(self, entry: Entry, warm: Warm) -> None:
+        """What a unit of each cell takes each contestant, from the warm-up, and the rounds of each cell in a pass."""
         for cell in entry.cells:
-            made = entry.units[cell.workload, cell.batch]
-            size = sum(len(t) for unit in made for t in unit.tokens) / len(made)
             for name in entry.contestants:
                 if (name, cell.batch) in warm:
                     reading, step = warm[name, cell.batch]
-                    entry.seconds[name, cell] = size * reading + (self.config.max_tokens - 1) * step
+                    entry.seconds[name, cell] = _prompt_tokens(entry, cell) * reading + (entry.max_tokens - 1) * step
+        if self.config.rounds is None and entry.known is None:
+            once = self._round_s(entry)
+            more = rounds_in_a_pass(once)
+            if LEAST_ROUNDS * sum(once[cell] * more.get(cell, 1) for cell in entry.cells) <= self._left(entry):
+                entry.rounds |= more  # else each cell gets as many pairs as the others
+
+    def _round_s(self, entry: Entry) -> dict[Cell, float]:
+        """What a round of each cell takes."""
         plains = len(heats(entry.others, 0))
         once = dict.fromkeys(entry.cells, 0.0)
         for (name, cell), seconds in entry.seconds.items():
             once[cell] += seconds * (plains if name == PLAIN else 1)
-        if self.config.rounds is None:
-            entry.rounds |= rounds_in_a_pass(once)
-        return units_that_fit(self.config.prompts, sum(once.values()), entry.until - self.elapsed)
+        return once
+
+    def _units(self, entry: Entry) -> int:
+        """How many units of each cell the budget has time for."""
+        return units_that_fit(self.config.prompts, sum(self._round_s(entry).values()), self._left(entry))
 
     def _remember(self, entry: Entry) -> None:
         """What earlier runs measured of this model: times and failures."""
         for line in self.store.of("measurement", entry.name):
             key = (line["method"], Cell(line["workload"], line["batch"], line["temperature"]))
             if line["error"]:
-                entry.failed.add(key)
+                entry.failed |= set() if line.get("cut") else {key}
             else:
                 entry.seconds[key] = line["total_s"]
         for line in self.store.of("failure", entry.name):
@@ -191,21 +305,23 @@ class Comparison:
                     some = True
                     continue
                 names = [n for n in names if (n, cell) not in entry.failed]
-                if not names or (names == [PLAIN] and heat) or not self._time_for(entry, cell, names, nth):
+                if not names or (names == [PLAIN] and heat) or not self._time_for(entry, cell, names):
                     continue
                 self._heat(entry, cell, nth, heat, names)
                 some = True
         return some
 
-    def _time_for(self, entry: Entry, cell: Cell, names: Sequence[str], nth: int) -> bool:
-        expected = sum(entry.seconds.get((name, cell), 0.0) for name in names) if nth else 0.0
-        return self.elapsed + expected < entry.until
+    def _time_for(self, entry: Entry, cell: Cell, names: Sequence[str]) -> bool:
+        """Whether a heat should end within the budget. The very first one begins whatever it should take."""
+        expected = sum(entry.seconds.get((name, cell), 0.0) for name in names)
+        first = not self.store.of("measurement", entry.name)
+        return self.elapsed + (0.0 if first else expected) < entry.until
 
     def _heat(self, entry: Entry, cell: Cell, nth: int, heat: int, names: Sequence[str]) -> None:
         """Everybody in turn on one unit; then the lines are written, all together."""
         made = entry.units[cell.workload, cell.batch]
         which, sweep = nth % len(made), nth // len(made)
-        params = [self.config.params(cell.temperature, n) for n in made[which].numbers]
+        params = [entry.answers(cell.temperature, n) for n in made[which].numbers]
         common = {"kind": "measurement", "model": entry.name, **asdict(cell), "round": nth, "unit": which}
         common |= {"heat": heat, "heat_size": len(names), "prompts": list(made[which].ids), "error": None}
         lines: list[Line] = []
@@ -215,26 +331,32 @@ class Comparison:
                 f"{entry.name}, pass {nth // entry.rounds[cell] + 1}: {cell.workload}, batch {cell.batch}: {name}"
             )
             line = {**common, "place": place, "method": name}
-            limit = self._patience(entry, cell)
+            usual = PATIENCE_S + PATIENCE * entry.seconds.get((PLAIN, cell), 0.0)
+            limit = min(usual, self._last_moment(entry))
             began = self.elapsed
+            if began >= entry.until:  # nothing begins after the end
+                lines.append(line | {"error": CUT, "cut": True, "t": round(began, 3)})
+                continue
             try:
                 run = entry.contestants[name].answer(made[which], params, f"{cell}, sweep {sweep}", limit)
                 entry.seconds[name, cell] = run.total_s
                 line |= _figures(run)
             except Failed as failed:
-                line["error"] = str(failed)
-                entry.failed.add((name, cell))
-                if isinstance(entry.contestants[name], Engine) or self.elapsed - began >= limit:
-                    struck.append((name, failed))
+                if limit < usual and self.elapsed - began >= limit:
+                    line |= {"error": CUT, "cut": True}
+                else:
+                    line["error"] = str(failed)
+                    entry.failed.add((name, cell))
+                    if isinstance(entry.contestants[name], Engine) or self.elapsed - began >= limit:
+                        struck.append((name, failed))
             lines.append(line | {"t": round(self.elapsed, 3)})
         self.store.append(lines)
         for name, why in struck:
             self._strike(entry, name, str(why), why.fatal)
 
-    def _patience(self, entry: Entry, cell: Cell) -> float:
-        """Seconds that one answer may take."""
-        usual = PATIENCE_S + PATIENCE * entry.seconds.get((PLAIN, cell), 0.0)
-        return min(usual, max(entry.until - self.elapsed, 0.0) + PATIENCE_S)
+    def _last_moment(self, entry: Entry) -> float:
+        """Seconds until an answer is cut off."""
+        return max(entry.until - self.elapsed + OVERTIME_S + OVERTIME * self.config.budget_s, 0.1)
 
     # -- failures ------------------------------------------------------------------------------------------------
 
@@ -259,6 +381,18 @@ class Comparison:
 
     def _tell(self, what: str) -> None:
         self._progress(what, self.elapsed, self.config.budget_s)
+
+
+def _stored_plan(line: Line) -> Plan:
+    """What an earlier run of the same comparison made up its mind to run."""
+    plan = line["plan"]
+    return Plan(tuple(plan["others"]), tuple(Cell(**cell) for cell in plan["cells"]), plan["max_tokens"])
+
+
+def _prompt_tokens(entry: Entry, cell: Cell) -> float:
+    """Of a unit, on average."""
+    made = entry.units[cell.workload, cell.batch]
+    return sum(len(t) for unit in made for t in unit.tokens) / len(made)
 
 
 def _seeds(params: SamplingParams, batch: int) -> list[SamplingParams]:

@@ -2,9 +2,11 @@
 
 A ratio is made of two runs of one heat: the same prompts, seconds apart, each at the machine's usual pace as far as its
 forwards tell (see pace). A cell's ratio is the geometric mean over its
-units of the median over the rounds. Its interval says how far noise of the machine could move it: rounds are drawn
-again with replacement, each unit's among themselves, and the middle 95 % of 1,000 such draws are shown. How much the
-figure depends on the prompt is another question: the lowest and highest median of a unit are told beside it.
+units of the median over the rounds. Its interval says how far noise of the machine could move it. With five rounds of
+each unit or more they are drawn again with replacement, each unit's among themselves, and the middle 95 % of 1,000 such
+draws are shown; with fewer it is Student's interval of the logarithms, which knows how little a few pairs tell; with
+less than LEAST_PAIRS there is none. How much the figure depends on the prompt is another question: the lowest and
+highest median of a unit are told beside it.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .ceilings import Ceilings
 from .pace import paces
@@ -23,12 +26,18 @@ from .plan import PLAIN, Cell
 from .store import Line
 
 DRAWS, SEED = 1000, 20
+DRAWN_FROM = 5  # rounds of each unit, at least, that are drawn again
+LEAST_PAIRS = 3  # of a figure that anything is concluded from
+#: 97.5th percentile of Student's distribution by degrees of freedom; from the last one on nearly the normal one
+_STUDENT = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+_NORMAL = 1.96
 Groups = dict[int, list[float]]  # figures of the rounds, by unit
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A median with its 95 % interval (None: too few rounds to tell) and the extremes over the units."""
+    """A median with its 95 % interval (None: too few rounds to tell) and the extremes over the units. `rounds`: of all
+    units together; of a ratio, its pairs."""
 
     value: float
     low: float | None
@@ -43,14 +52,29 @@ def figure(groups: Groups, over_units: Callable[[Sequence[float]], float]) -> Fi
     kept = [np.asarray(values) for values in groups.values() if values]
     if not kept:
         return None
+    value = over_units([float(np.median(values)) for values in kept])
+    low, high = _interval(kept, value, over_units)
     medians = [float(np.median(values)) for values in kept]
-    low = high = None
-    if min(map(len, kept)) > 1:
+    return Figure(value, low, high, min(medians), max(medians), sum(map(len, kept)))
+
+
+def _interval(
+    units: list[NDArray[np.float64]], value: float, over_units: Callable[[Sequence[float]], float]
+) -> tuple[float | None, float | None]:
+    """95 %, see the module's docstring; None if there are too few rounds, or one of them stood still."""
+    if min(map(len, units)) >= DRAWN_FROM:
         rng = np.random.default_rng(SEED)
-        drawn = np.array([np.median(rng.choice(v, (DRAWS, len(v))), axis=1) for v in kept])  # [units, DRAWS]
-        values = [over_units(column.tolist()) for column in drawn.T]
-        low, high = (float(x) for x in np.percentile(values, (2.5, 97.5)))
-    return Figure(over_units(medians), low, high, min(medians), max(medians), sum(map(len, kept)))
+        drawn = np.array([np.median(rng.choice(v, (DRAWS, len(v))), axis=1) for v in units])  # [units, DRAWS]
+        low, high = np.percentile([over_units(column.tolist()) for column in drawn.T], (2.5, 97.5))
+        return float(low), float(high)
+    count = sum(map(len, units))
+    free = count - len(units)
+    if count < LEAST_PAIRS or free < 1 or min(map(np.min, units)) <= 0 or value <= 0:
+        return None, None
+    spread = np.sqrt(sum(float(((np.log(v) - np.log(v).mean()) ** 2).sum()) for v in units) / free)
+    error = spread * np.sqrt(sum(1 / len(v) for v in units)) / len(units)
+    half = float((_STUDENT[free - 1] if free <= len(_STUDENT) else _NORMAL) * error)
+    return value * float(np.exp(-half)), value * float(np.exp(half))
 
 
 def geometric(values: Sequence[float]) -> float:
@@ -66,8 +90,9 @@ def harmonic(values: Sequence[float]) -> float:
 class Summary:
     """One contestant in one cell. Shares are of the decoding time; None: not known.
 
-    `state`: "ok", "failed" (there is a `reason`), or "not reached". `differing`: answers, of `compared`, with tokens
-    other than plain's. `holds` is False when identity was declared and something differs.
+    `state`: "ok", "failed", or "not measured" because of the budget; of the latter two there is a `reason`.
+    `differing`: answers, of `compared`, with tokens other than plain's. `holds` is False when identity was declared and
+    something differs.
     """
 
     model: str
@@ -115,7 +140,7 @@ def summarise(
         row = Summary(model, cell, method)
         own = found.get((model, cell, method), [])
         good = [line for line in own if not line.get("error")]
-        wrong = next((line["error"] for line in own if line.get("error")), None)
+        wrong = next((line["error"] for line in own if line.get("error") and not line.get("cut")), None)
         outside = why_not(failures, model, cell, method)
         if good:
             fill(row, good, pairs, answers, ceilings.get(model))
@@ -124,7 +149,7 @@ def summarise(
         elif outside:
             row.notes.append(f"out after {len(good)} measurements: {outside}")
         elif not good:
-            row.state, row.reason = "not reached", "the budget was spent before its turn"
+            row.state, row.reason = "not measured", "the budget had no time for it"
         rows.append(row)
     return rows
 
