@@ -1,4 +1,4 @@
-"""The paged KV cache: which page holds which place of which sequence.
+"""The paged KV cache: which page holds which position of which sequence.
 
 Paging after PagedAttention (Kwon et al., 2023, https://arxiv.org/abs/2309.06180); reserve / commit(path) /
 rollback makes one step provisional, so that a draft tree costs nothing when it is rejected.
@@ -9,8 +9,8 @@ rollback makes one step provisional, so that a draft tree costs nothing when it 
 
 Committed places are contiguous. A page may belong to several sequences after `fork` or `adopt`, and to the prefix tree
 (`prefix.py`) or to swapped-out sequences (`swap.py`); only the one that holds the place `length` is ever written, so
-only that one is copied, when a reservation first needs it. Who holds a page is counted in `allocator.py`, the places of
-one sequence are in `places.py`, and numbers are moved by the storage alone.
+only that one is copied, when a reservation first needs it. The holders of a page are counted in `allocator.py`, the
+places of one sequence are in `places.py`, and numbers are moved by the storage alone.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = ["PAGE_SIZE", "PagedKVCache", "Reclaimer"]
 
 
 class Reclaimer(Protocol):
-    """Who retains pages that no sequence uses, until they are needed: the prefix tree."""
+    """Retains pages that no sequence uses, until they are needed: the prefix tree."""
 
     def evict(self, pages: int) -> int:
         """Drop so many pages that only it holds, or all there are; returns how many are free now."""

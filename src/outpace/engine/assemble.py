@@ -1,4 +1,4 @@
-"""From models and names to an engine: the cache, the drafters, the planner, and how they know of each other."""
+"""From models and names to an engine: the cache, the drafters, the planner, and what each is given of the others."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def assemble(
     costs: Callable[[], StepCosts],
 ) -> tuple[Engine, Drafter]:
     """The engine, and the drafter of its default method. `options` name a method and a planner, where the user left
-    them to the engine. `costs` is asked where step times are needed, as measuring them takes a while.
+    them to the engine. `costs` is called only where step times are needed, as measuring them takes a while.
     """
     decoder, tokenizer = loaded.decoder, loaded.tokenizer
     cache = new_cache(decoder, options)

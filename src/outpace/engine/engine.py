@@ -268,7 +268,7 @@ class Engine:
         self.scheduler.started(request.id, self.cache.length(request.kv))
 
     def _preempt(self, preempt: Preempt) -> None:
-        """Give a request's pages back. What it drafted from is made anew from its text when it comes back."""
+        """Give a request's pages back. Its drafter's state is made anew from its text when it comes back."""
         request = self._requests[preempt.id]
         request.stats.preemptions += 1
         self._runner.drafter.end(request.sequence)
@@ -280,13 +280,13 @@ class Engine:
         request.sequence.kv = NOT_CACHED
 
     def _share(self, request: Request) -> None:
-        """What a request leaves in the cache is for others of its owner, until its pages are wanted."""
+        """Keep what a request leaves in the cache for others of its owner, until its pages are needed."""
         if self.prefixes is not None and request.cached and request.shares:
             length = self.cache.length(request.kv)
             self.prefixes.insert(request.sequence.owner, request.sequence.tokens[:length], request.kv, final=True)
 
     def _end(self, request: Request) -> None:
-        """It is over, however it ended. Safe at any moment outside a forward."""
+        """The request is over, however it ended. Safe at any moment outside a forward."""
         del self._requests[request.id]
         self.scheduler.finished(request.id)
         if request.swapped is not None:
@@ -298,12 +298,12 @@ class Engine:
         self._runner.end(request)
 
     def _advance(self, verified: Verified) -> StepEvent:
-        """Cut at what ends the request, commit, count, and tell. An error here is this request's own."""
+        """Cut at what ends the request, commit, count, and make the event. An error here is this request's own."""
         request = verified.request
         try:
             if verified.error is not None:
                 raise verified.error
-            return self._told(verified)
+            return self._commit(verified)
         except Exception as error:
             return self._failed(request, error)
 
@@ -313,7 +313,7 @@ class Engine:
         request.finish = "error"
         return StepEvent(request.id, [], [], "", None, self._result(request), error)
 
-    def _told(self, verified: Verified) -> StepEvent:
+    def _commit(self, verified: Verified) -> StepEvent:
         request, draft = verified.request, verified.draft
         kept_count, text = request.keep(verified.accepted)
         kept = truncate(verified.accepted, kept_count)
@@ -336,7 +336,7 @@ class Engine:
             event.prompt = request.reader.result()
         return event
 
-    # -- truth -------------------------------------------------------------------------------------------------
+    # -- results -----------------------------------------------------------------------------------------------
 
     def _result(self, request: Request) -> Result:
         exactness, notes = self.exactness(request.sequence.params, request.method, request.alone)
@@ -345,10 +345,10 @@ class Engine:
     def exactness(
         self, params: SamplingParams, method: str | None = None, alone: bool = True
     ) -> tuple[Exactness, list[str]]:
-        """What a result is worth, and why it is not more. `alone`: no step held another sequence's rows.
+        """What a result guarantees, and why it is not more. `alone`: no step held another sequence's rows.
 
         `identical` rests on a decoder whose rows do not depend on each other. Without that, greedy output may
-        part from plain decoding where two logits nearly tie; sampled output keeps its distribution, as far as
+        differ from plain decoding where two logits nearly tie; sampled output keeps its distribution, as far as
         the rounding of the logits goes.
         """
         method = self.method if method is None else method
@@ -366,7 +366,7 @@ class Engine:
         return ("approximate" if params.greedy else "distribution"), [note]
 
     def check_integrity(self) -> None:
-        """Compare the books of cache, prefix tree and scheduler with the requests; AssertionError if they differ."""
+        """Compare the counters of cache, prefix tree and scheduler with the requests; AssertionError if they differ."""
         self.cache.check_integrity()
         self.scheduler.check_integrity()
         for request in self._requests.values():

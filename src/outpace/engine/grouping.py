@@ -1,13 +1,13 @@
-"""In which order a batch of known prompts is read best: what shares a beginning runs together.
+"""The best order to read a batch of known prompts: those that share a prefix run together.
 
 BatchLLM (arXiv 2412.03594: global prefixes, groups by them, their order by decoding). A cache that evicts what was
-used least recently cannot know which beginnings come again; a batch file can. So the prompts are sorted into a tree of
-common beginnings, every prompt is given one beginning that it shares with a group, such that the tokens saved are the
-most, and the groups run one after another: a beginning is read once, and its pages are free again when its group is
-done. Groups whose answers are long beside their prompts start first, so that the prompts of later ones are read in the
-steps in which earlier ones decode.
+used least recently cannot know which prefixes come again; a batch file can. So the prompts are sorted into a tree of
+common prefixes, every prompt is given one prefix that it shares with a group, such that the tokens saved are the most,
+and the groups run one after another: a prefix is read once, and its pages are free again when its group is done. Groups
+whose answers are long beside their prompts start first, so that the prompts of later ones are read in the steps in
+which earlier ones decode.
 
-Where this differs from the paper: which beginning a prompt shares is an exact optimum over the whole tree instead of
+Where this differs from the paper: which prefix a prompt shares is an exact optimum over the whole tree instead of
 merging a node with its grandchildren while that gains.
 """
 
@@ -30,7 +30,7 @@ NONE = -1
 @dataclass(frozen=True, slots=True, eq=False)
 class Grouping:
     """`order`: the prompts as they should be submitted. `groups[i]`: a number that prompt i shares with those of its
-    group, or -1. `shared[i]`: tokens of the beginning that prompt i has in common with its group."""
+    group, or -1. `shared[i]`: tokens of the prefix that prompt i has in common with its group."""
 
     order: list[int]
     groups: list[int]
@@ -38,26 +38,26 @@ class Grouping:
 
     @property
     def saved_tokens(self) -> int:
-        """Prompt tokens that need not be read if each group's beginning is read once."""
+        """Prompt tokens that need not be read if each group's prefix is read once."""
         first: dict[int, int] = {g: n for g, n in zip(self.groups, self.shared, strict=True) if g != NONE}
         return sum(self.shared) - sum(first.values())
 
 
 @dataclass(slots=True, eq=False)
 class _Tree:
-    """Common beginnings of two and more prompts. Node 0 is the root, of no page. [N] nodes."""
+    """Common prefixes of two and more prompts. Node 0 is the root, of no page. [N] nodes."""
 
     depth: list[int]  # pages from the root
     parent: list[int]
-    node_of: list[int]  # per prompt: the longest beginning that it shares with any other
+    node_of: list[int]  # per prompt: the longest prefix that it shares with any other
     ranks: list[int]  # per prompt: its place in sorted order, in which every node's prompts are contiguous
 
 
 def group(prompts: Sequence[Tokens], outputs: Sequence[int], page_size: int) -> Grouping:
     """Groups and order for prompts of token ids; `outputs` are the lengths that their answers may have.
 
-    Beginnings are compared in whole pages, as the cache shares them; the last token of a prompt is never shared,
-    because its logits are wanted. Takes time and memory in proportion to the tokens (and sorting).
+    Prefixes are compared in whole pages, as the cache shares them; the last token of a prompt is never shared,
+    because its logits are needed. Takes time and memory in proportion to the tokens (and sorting).
     """
     assert len(prompts) == len(outputs)
     ids = [np.asarray(p, dtype=np.int64) for p in prompts]
@@ -111,11 +111,11 @@ def _common_pages(a: IntArray, b: IntArray, page_size: int) -> int:
 
 
 def _best_groups(tree: _Tree) -> list[int]:
-    """Per node: the node whose beginning its own prompts share as a group, or -1.
+    """Per node: the node whose prefix its own prompts share as a group, or -1.
 
-    The most that can be saved by groups that each share one beginning: a group of m prompts with a beginning of d pages
+    The most that can be saved by groups that each share one prefix: a group of m prompts with a prefix of d pages
     saves (m - 1) d. `value[v][j]` is the most that v's prompts can save if those that form no group of their own
-    join the group of v's j-th ancestor. Either v opens a group, which costs reading its beginning once, or it does not.
+    join the group of v's j-th ancestor. Either v opens a group, which costs reading its prefix once, or it does not.
     """
     nodes = len(tree.depth)
     depth = np.array(tree.depth, dtype=np.int64)
@@ -145,11 +145,11 @@ def _best_groups(tree: _Tree) -> list[int]:
 
 def _order(tree: _Tree, groups: list[int], shared: list[int], lengths: list[int], outputs: Sequence[int]) -> list[int]:
     """Families (all that has its first page in common) by tokens to write per token to read, the most first; of equals
-    the one that shares more. Inside a family group by group, and there by beginnings."""
+    the one that shares more. Inside a family group by group, and there by prefix."""
     family = [NONE] * len(tree.depth)
     for v in sorted(range(1, len(tree.depth)), key=tree.depth.__getitem__):
         family[v] = v if tree.parent[v] == ROOT else family[tree.parent[v]]
-    # what stands alone is a family of one, numbered behind the nodes
+    # a prompt without a common page is a family of one, numbered behind the nodes
     families = [family[v] if v != ROOT else len(tree.depth) + i for i, v in enumerate(tree.node_of)]
     places: dict[int, int] = {}  # group -> first place of its prompts
     read: dict[int, int] = {}

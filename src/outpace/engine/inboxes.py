@@ -1,4 +1,4 @@
-"""Who waits for which events. Several streams may be open at once: whoever steps fills everyone's inbox."""
+"""Events by request. Several streams may be open at once: a step of one of them fills the inboxes of all."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .request import StepEvent
 
 
 class Inboxes:
-    """Steps an engine and sorts its events: into the inbox of a request that has one, else they are for the caller of
+    """Steps an engine and sorts its events: into the inbox of a request that has one, else they are returned by
     `step`. One thread at a time.
     """
 
@@ -32,18 +32,18 @@ class Inboxes:
         self._inboxes[id] = []
 
     def step(self) -> list[StepEvent]:
-        """One step of everybody; the events of requests without an inbox, since the last call."""
+        """One step of all requests; returns the events of those without an inbox, since the last call."""
         for event in self.engine.step():
             self._inboxes.get(event.id, self._others).append(event)
         events, self._others = self._others, []
         return events
 
     def pump(self) -> None:
-        """One step of everybody, by someone who has an inbox."""
+        """One step of all requests, by the reader of an inbox."""
         self._others = self.step()
 
     def take(self, id: int) -> list[StepEvent]:
-        """What is in an inbox, which is empty then."""
+        """The events of an inbox, which is empty afterwards."""
         events, self._inboxes[id] = self._inboxes[id], []
         return events
 
@@ -52,7 +52,7 @@ class Inboxes:
         return None if self._engine is None else self._engine.cancel(id)
 
     def leave(self, id: int) -> None:
-        """Nobody waits for this request any more. Safe to call twice."""
+        """No events of this request are wanted any more. Safe to call twice."""
         self._inboxes.pop(id, None)
 
     def close(self) -> None:

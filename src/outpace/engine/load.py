@@ -1,4 +1,4 @@
-"""From a model's name to something that runs: which device, which arithmetic, how much KV cache."""
+"""From a model's name to a loaded decoder: which device, which arithmetic, how much KV cache."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def _packing(progress: Progress | None) -> Callable[[int, int], None] | None:
 
 
 def size_of_cache(decoder: Decoder, wanted: int | None, max_batch: int) -> int:
-    """Tokens of the KV cache: what was asked for, or `max_batch` whole contexts as far as memory goes. Raises
+    """Tokens of the KV cache: as requested, or `max_batch` whole contexts as far as memory goes. Raises
     ParameterError for more than the memory could ever hold."""
     page = decoder.new_storage(1).bytes_per_page
     if wanted is not None:
@@ -182,7 +182,7 @@ def size_of_cache(decoder: Decoder, wanted: int | None, max_batch: int) -> int:
 
 
 def _memory_bytes(device: torch.device) -> int:
-    """All that there is, used or not."""
+    """Of the device in all, used or not."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[1])
     try:

@@ -21,7 +21,7 @@ class KVMemory:
         return self._cache.available_pages
 
     def shared_pages(self, id: int) -> int:
-        """Of what a waiting request will find in the prefix cache: whole pages that somebody who runs uses as well."""
+        """Of what a waiting request will find in the prefix cache: whole pages that a running request uses as well."""
         if self._prefixes is None:
             return 0
         sequence = self._requests[id].sequence

@@ -1,4 +1,4 @@
-"""One request from arrival to result: what it has, when it ends, what it cost. No tensors."""
+"""One request from arrival to result: its state, when it ends, its statistics. No tensors."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from .prediction import common_tokens
 from .reading import PromptReader
 from .text import TextStream
 
-TARGET = "target"  # the source of tokens that nobody drafted
+TARGET = "target"  # the source of tokens that were not drafted
 
 
 @dataclass(slots=True, eq=False)
 class DraftTrace:
-    """A step's draft and what became of it, for people who want to look."""
+    """A step's draft and which of it was accepted, to be shown."""
 
     tokens: IntArray  # [n]
     parents: IntArray  # [n]
@@ -45,22 +45,22 @@ class StepEvent:
 
     id: int
     token_ids: list[int]
-    sources: list[str]  # per token: who drafted it, or "target"
+    sources: list[str]  # per token: the drafter that proposed it, or "target"
     text: str
     draft: DraftTrace | None  # None for the token that prefill gives
     result: Result | None  # set by the last event of a request
     error: Exception | None = None
-    logprobs: list[float] | None = None  # per token, if they were asked for
+    logprobs: list[float] | None = None  # per token, if they were requested
     top_logprobs: list[list[tuple[int, float]]] | None = None
-    prompt: PromptReading | None = None  # with the first token, if it was asked for
+    prompt: PromptReading | None = None  # with the first token, if it was requested
 
 
 @dataclass(slots=True, eq=False)
 class Request:
     """State of one request inside the engine.
 
-    `prefilled` counts tokens that were read, of the `to_read` that must be before it decodes: the prompt, or all it has
-    when it lost its pages to others and begins again. The last of them gives a token.
+    `prefilled` counts tokens that were read, of the `to_read` that must be before it decodes: the prompt, or all its
+    tokens when it was preempted and begins again. The last of them gives a token.
     """
 
     sequence: Sequence
@@ -68,7 +68,7 @@ class Request:
     stop_ids: frozenset[int]
     method: str
     options: RequestOptions = field(default_factory=RequestOptions)
-    reader: PromptReader | None = None  # gathers what its prompt is asked for
+    reader: PromptReader | None = None  # gathers what is requested of its prompt
     prefilled: int = 0
     to_read: int = field(init=False)
     swapped: Swapped | None = None  # its keys and values, while they are out of the cache
@@ -119,11 +119,11 @@ class Request:
 
     @property
     def reading(self) -> PromptReader | None:
-        """Who gathers what its prompt gives, while that is read for the first time."""
+        """What gathers the prompt's results, while it is read for the first time."""
         return self.reader if self.fresh else None
 
     def begin_again(self, cached: int) -> None:
-        """It has `cached` tokens in the KV cache, and must read the rest of what it has."""
+        """It has `cached` tokens in the KV cache, and must read the rest of its tokens."""
         self.prefilled, self.to_read = cached, len(self.sequence.tokens)
         if self.reading is not None:
             self.reading.restart()
@@ -160,7 +160,7 @@ class Request:
             stats.prefill_s = now - self.prefill_began
             stats.time_to_first_token_s = now - self.arrived
             sources = [TARGET]
-        elif draft is None:  # read again, after it had made room for others
+        elif draft is None:  # read again, after it was preempted
             stats.steps += 1
             stats.decode_s = now - self.first_token
             sources = [TARGET]

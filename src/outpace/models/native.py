@@ -1,4 +1,4 @@
-"""The fast CPU decoder: packed weights, one compiled step on all threads, results that do not depend on company.
+"""The fast CPU decoder: packed weights, one compiled step on all threads, each row's result independent of the others.
 
 Shapes: `B` sequences, `T` packed rows, `R` rows of logits, `D` width, `Hq`/`Hkv` heads, `C` head width.
 """

@@ -42,7 +42,7 @@ class Tokenizer:
             self._rust = Rust.from_str(files.tokenizer_json)
             self._named = {name: _content(files.tokenizer_config.get(name)) for name in _NAMED}
             ends = [self._rust.token_to_id(t) for t in (*_END_TOKENS, self._named["eos_token"] or "")]
-            # One object for each setting: to switch it, one would wait for whoever is encoding
+            # One object for each setting: to switch it, one would wait for those that are encoding
             self._plain = _twin(self._rust, files.tokenizer_json)
             self._plain.encode_special_tokens, self._rust.encode_special_tokens = True, False
         added = self._rust.get_added_tokens_decoder()

@@ -289,7 +289,7 @@ def _mask(batch: ForwardBatch, b: int, places: int, window: int | None) -> NDArr
 
 
 class _RopeTable:
-    """Cosines and sines of one layer type, for as many positions as have been asked for."""
+    """Cosines and sines of one layer type, for as many positions as were needed so far."""
 
     def __init__(self, config: ModelConfig, kind: LayerType, device: torch.device) -> None:
         self._inv_freq, self._device = rope_inv_freq(config, kind), device

@@ -10,7 +10,7 @@ from .checkpoint import Checkpoint
 
 
 class WeightReader:
-    """Hands out tensors by name; `finish` complains about tensors that nobody asked for."""
+    """Hands out tensors by name; `finish` refuses tensors that were not used."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint

@@ -138,7 +138,7 @@ def _all_values(level, weights, w_stride, n, pages, first, last, values, page_st
 def _softmax(s, low, end, first, last):
     """Scores low..end-1 to bf16 exponentials in place, zeros elsewhere in pages first..last-1; returns 1 / their sum.
 
-    Sixteen bf16 take half the room of the sixteen scores they come from, so nothing is overwritten before it is read.
+    Sixteen bf16 take half the space of the sixteen scores they come from, so nothing is overwritten before it is read.
     """
     begin, stop = low // 16, (end + 15) // 16
     for i in range(begin * 16, low):
@@ -204,7 +204,7 @@ def attend_pairs(
     level, group, width, queries, q_stride, row, rows, offsets, positions, causal, visible_start, visible, committed,
     window, pages, keys, values, page_stride, out, out_stride, q, s, s_stride, acc, spare, tiles, page_tiles,
 ):  # fmt: skip
-    """As attention.attend, on bf16 pages; `q` and `acc` have room for sixteen queries more than rows * group.
+    """As attention.attend, on bf16 pages; `q` and `acc` have space for sixteen queries more than rows * group.
 
     `spare`: 100 * width bytes whose last four are zero. `tiles`, `page_tiles`: the two tile configurations; the first
     is in force at entry and at exit.

@@ -98,7 +98,7 @@ def fma(b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
 
 
 def prefetch(b: ir.IRBuilder, address: ir.Value) -> None:
-    """Ask for the cache line at an address."""
+    """Prefetch the cache line at an address."""
     pointer = b.inttoptr(address, I8.as_pointer())
     call(b, "llvm.prefetch.p0", ir.VoidType(), pointer, const(0, I32), const(3, I32), const(1, I32))
 
@@ -110,7 +110,7 @@ def page_address(b: ir.IRBuilder, pages: ir.Value, p: ir.Value, base: ir.Value, 
 
 
 def prefetch_page(b: ir.IRBuilder, pages: Any, p: Any, last: Any, base: Any, page_stride: Any, size: Any) -> None:
-    """Ask for the page after the p-th; pages are too short for the hardware to see a stream."""
+    """Prefetch the page after the p-th; pages are too short for the hardware to see a stream."""
     after = b.add(p, const(1))
     following = b.select(b.icmp_signed("<", after, last), after, p)
     address = page_address(b, pages, following, base, page_stride)

@@ -73,7 +73,7 @@ from .simd import (
     vsub,
 )
 
-_SPARE = 2 * LANES * SCRATCH_ROW  # where int4's room lies behind the results
+_SPARE = 2 * LANES * SCRATCH_ROW  # where int4's scratch lies behind the results
 SCRATCH_BYTES = _SPARE + INT4_SPARE
 
 KIND_F32, KIND_BF16, KIND_INT8, KIND_INT4 = 0, 1, 2, 3
@@ -101,7 +101,7 @@ def _amx_tiles(kind, panels, x, stride, w, steps, scratch):
 def _vnni_rows(left, panels, x, stride, w, steps, scratch):
     """The first of `left` rows: returns how many. A kernel may compute rows of the padding.
 
-    Few rows wait for the weights, so they ask for four panels at once; with more, what counts is that sixteen or more
+    Few rows wait for the weights, so they use four panels at once; with more, what counts is that sixteen or more
     sums are in registers and a panel is read for as many rows as possible.
     """
     if left <= 4:

@@ -1,4 +1,4 @@
-"""Makes the kernels ready before the first step asks for them: loaded from the cache, or compiled with a word about it.
+"""Makes the kernels ready before the first step needs them: loaded from the cache, or compiled with a word about it.
 
 The first token then waits for the model alone, and loading runs beside the reading of the weights.
 """

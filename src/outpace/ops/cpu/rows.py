@@ -121,9 +121,9 @@ def pack_row(kind, x, width, spare, out, scale_out):
     int8 with a scale for each 32 elements. `scale_out`, of int8 alone: float32 scale and int32 sum of the row.
 
     int8 rows are first rotated by a Walsh-Hadamard matrix in blocks of 64, which spreads outliers over their block; the
-    weights are rotated back when they are packed, so the product is unchanged. `spare`: room for the row, rounded up to
-    64. For float32 and bf16, what lies between `width` and the product's padded depth meets weights of zero, so it only
-    has to be finite.
+    weights are rotated back when they are packed, so the product is unchanged. `spare`: space for the row, rounded up
+    to 64. For float32 and bf16, what lies between `width` and the product's padded depth meets weights of zero, so it
+    only has to be finite.
     """
     if kind == KIND_INT8:
         _pack_int8(x, width, spare, out, scale_out)
@@ -167,7 +167,7 @@ def rotate_head(x, cos, sin, half, norm, padded, head_dim, eps, scale):
 def write_key(x, page, lane, padded, is_bf16, spare):
     """Keys of a page and head: [padded / 2][16 places][2] bf16, or [padded][16 places] float32.
 
-    `spare`: room for the head as bf16.
+    `spare`: space for the head as bf16.
     """
     if is_bf16:
         for c in range(0, padded, 16):

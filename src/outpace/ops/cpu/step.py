@@ -330,7 +330,7 @@ def serve(mailbox, me, seen, patience):
     """A worker's life between parkings: wait for the next job number, run it, wait again.
 
     `mailbox`: int64 [job number, control block's address, stop]. Returns the last job number seen when nothing came
-    for `patience` spins, or -1 when told to stop.
+    for `patience` spins, or -1 when it is to stop.
     """
     spins = 0
     while spins < patience:
