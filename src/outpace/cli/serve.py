@@ -41,6 +41,21 @@ def _seconds(flag: str, default: float, help: str) -> Any:
     help="A name by which it may be called.  Repeatable.  [default: on this machine alone and without keys localhost, "
     "else any]",
 )
+@click.option(
+    "--served-model-name",
+    "--alias",
+    "aliases",
+    multiple=True,
+    metavar="NAME",
+    help="A name of the model.  Repeatable: requests may have any, responses have the first.  [default: its own]",
+)
+@click.option(
+    "--cors-origin",
+    "origins",
+    multiple=True,
+    metavar="ORIGIN",
+    help="A web page's origin whose scripts may call, as in https://chat.example; * is any.  Repeatable.",
+)
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any that is free.")
 @engine_options(*SERVED, max_batch=16, max_queue=256, max_step_s=250)
 @click.option(
@@ -86,7 +101,10 @@ def serve(**options: Any) -> None:
     if missing:
         raise ParameterError(f'serving needs {", ".join(missing)}: python -m pip install "outpace[serve]"')
     from ..server.keys import Keys, read_keys
+    from ..server.names import model_names, origins
     from ..server.run import bind
+
+    options |= {"aliases": model_names(options["aliases"]), "origins": origins(options["origins"])}
 
     keys = Keys(read_keys(options["api_key_file"]), options["share_prefixes"])
     listener = bind(options["host"], options["port"])
@@ -107,6 +125,8 @@ def _serve(llm: LLM, keys: Any, listener: Any, options: dict[str, Any]) -> None:
         prompt_tokens=options["max_prompt_tokens"],
         answer_tokens=options["answer_tokens"],
     )
+    if options["aliases"]:
+        llm.name = options["aliases"][0]
     service = EngineService(llm)
     app = create_app(
         service,
@@ -115,6 +135,8 @@ def _serve(llm: LLM, keys: Any, listener: Any, options: dict[str, Any]) -> None:
         playground=options["playground"],
         log_prompts=options["log_prompts"],
         hosts=allowed_hosts(options["host"], options["names"], keys.needed),
+        aliases=options["aliases"],
+        origins=options["origins"],
     )
     address = listener.getsockname()
     url = f"http://{_shown(options['host'])}:{address[1]}"
@@ -171,4 +193,6 @@ def welcome(llm: LLM, url: str, keyed: bool, options: dict[str, Any]) -> None:
         say(f"  Playground: {url}/playground/")
     if not keyed and options["host"] not in LOOPBACK:
         say("  Everybody who reaches this address may use it: --api-key-file sets keys.")
+    if "*" in options["origins"] and not keyed:
+        say("  Every web page that you open may use it (--cors-origin '*'): --api-key-file sets keys.")
     say(f"  Ctrl-C stops it, within {options['grace']:g} s.\n")

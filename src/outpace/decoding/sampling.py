@@ -3,7 +3,7 @@
     logits --process--> penalties and bias --weights--> temperature, top-k, top-p, min-p --draw--> token
 
 `process` edits raw logits: repetition penalty over prompt and output, then frequency and presence penalties over the
-output, then the logit bias; then what a grammar forbids becomes -inf, and what would end the output before `min_tokens`.
+output, then the logit bias; then what a grammar forbids becomes -inf, and what ends the output before `min_tokens`.
 Filters apply in the order temperature, top-k, top-p, min-p; tokens that tie with the last one kept stay, so no filter
 depends on how a sort breaks ties. Greedy is the argmax of the processed logits, the smaller id winning a tie.
 

@@ -83,6 +83,7 @@ class LLM:
                 threads=options.threads,
                 progress=progress,
             )
+        self.name = self.loaded.name  # by which responses call it; may be changed
         self.draft_loaded = self._open_draft()
         self.method = self._best_lossless() if options.method == "auto" else options.method
         self.planner = "fixed" if self.method == "plain" else options.chosen_planner
@@ -122,10 +123,6 @@ class LLM:
         return [f"planner {self.planner}, method {self.method}", *planner.explain(), *self._drafter.explain()]
 
     # -- what it is --------------------------------------------------------------------------------------------
-
-    @property
-    def name(self) -> str:
-        return self.loaded.name
 
     @property
     def tokenizer(self) -> Tokenizer:

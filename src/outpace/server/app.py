@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.staticfiles import StaticFiles
@@ -57,11 +58,18 @@ def create_app(
     playground: bool = False,
     log_prompts: bool = False,
     hosts: frozenset[str] | None = None,
+    aliases: Sequence[str] = (),
+    origins: Sequence[str] = (),
 ) -> FastAPI:
-    """The application starts and stops the service with itself. `hosts`: names by which it may be called; None: any."""
+    """The application starts and stops the service with itself.
+
+    hosts    names by which it may be called; None: any
+    aliases  of the model, beside its name
+    origins  of web pages whose scripts may call; "*": any
+    """
     keys, limits, metrics = keys or Keys(), limits or Limits(), Metrics(_build(service.engine))
     service.on_lost = lambda result: metrics.ended(result, None)
-    api = Api(service, keys, limits, metrics, log_prompts)
+    api = Api(service, keys, limits, metrics, log_prompts, aliases)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -94,6 +102,8 @@ def create_app(
             summary=description,
             dependencies=guard,
         )
+        if verb == "GET":  # as HTTP wants it, and load balancers
+            app.add_api_route(path, route, methods=["HEAD"], include_in_schema=False)
     for kind, handler in api.handlers().items():
         app.add_exception_handler(kind, handler)
     if playground:
@@ -101,6 +111,14 @@ def create_app(
         app.add_route("/", lambda request: RedirectResponse("/playground/"), include_in_schema=False)
     names = frozenset(path for path, *_ in api.routes())
     app.add_middleware(Around, metrics=metrics, keys=keys, body_bytes=limits.body_bytes, routes=names, hosts=hosts)
+    if origins:  # outermost: what is refused must be readable to pages too
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
     app.openapi = lambda: _described(app)  # type: ignore[method-assign]
     return app
 
@@ -136,10 +154,17 @@ class Api:
     """What the routes do."""
 
     def __init__(
-        self, service: EngineService, keys: Keys, limits: Limits, metrics: Metrics, log_prompts: bool = False
+        self,
+        service: EngineService,
+        keys: Keys,
+        limits: Limits,
+        metrics: Metrics,
+        log_prompts: bool = False,
+        aliases: Sequence[str] = (),
     ) -> None:
         self.service, self.keys, self.limits, self.metrics = service, keys, limits, metrics
         self.log_prompts = log_prompts
+        self.names = list(dict.fromkeys([service.engine.name, *aliases]))  # of the model
         self.intake = Intake(limits.shape, 4 * limits.body_bytes)
         self.started = int(time.time())
 
@@ -228,23 +253,23 @@ class Api:
             record["outputs"] = [r.text for r in results]
 
     def _check_model(self, name: str | None) -> None:
-        served = self.service.engine.name
-        if name is not None and name != served:
-            raise HTTPException(404, f"no model {name[:200]!r} here; served is {served!r}")
+        if name is not None and name not in self.names:
+            served = " or ".join(map(repr, self.names))
+            raise HTTPException(404, f"no model {name[:200]!r} here; served is {served}")
 
     # -- about the server ---------------------------------------------------------------------------------------
 
     async def models(self) -> Response:
-        return json_response({"object": "list", "data": [self._model()]})
+        return json_response({"object": "list", "data": [self._model(name) for name in self.names]})
 
     async def model(self, name: str) -> Response:
         self._check_model(name)
-        return json_response(self._model())
+        return json_response(self._model(name))
 
-    def _model(self) -> dict[str, Any]:
+    def _model(self, name: str) -> dict[str, Any]:
         engine = self.service.engine
         own = {"methods": list(engine.methods), "method": engine.method, "precision": engine.precision}
-        return {"id": engine.name, "object": "model", "created": self.started, "owned_by": "outpace", "outpace": own}
+        return {"id": name, "object": "model", "created": self.started, "owned_by": "outpace", "outpace": own}
 
     async def health(self) -> Response:
         status = "broken" if self.service.broken else "draining" if self.service.draining else "ready"
