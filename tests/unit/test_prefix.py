@@ -62,6 +62,23 @@ class Rig:
         self.tree.check_integrity()
 
 
+def left_after(tree: PrefixTree, pages: int) -> set[int]:
+    """The pages that stay when so many are evicted, by walking over all of them from the least recently used on."""
+    order = sorted(tree._nodes.values(), key=lambda node: node.used)
+    idle = {node.page for node in order if tree.cache.references(node.page) == 1}
+    below = {node.page: {child.page for child in node.children.values()} for node in order}
+    stay, freed = set(below), 0
+    for prune in (False, True):
+        for node in order:
+            if freed < pages and node.page in stay & idle and (prune or not below[node.page] & stay):
+                gone = {node.page}
+                while more := set().union(*(below[page] & stay for page in gone)) - gone:
+                    gone |= more
+                stay -= gone
+                freed += len(gone & idle)
+    return stay
+
+
 class Shared(RuleBasedStateMachine):
     """Texts of two tokens, so that they often begin alike. `texts[seq]`: owner and committed tokens."""
 
@@ -195,7 +212,9 @@ class Shared(RuleBasedStateMachine):
     @rule(pages=st.integers(0, 16))
     def evict(self, pages):
         evictable, free = self.tree.evictable, self.cache.free_pages
+        stay = left_after(self.tree, pages)
         freed = self.tree.evict(pages)
+        assert set(self.tree._nodes) == stay
         assert freed >= min(pages, evictable) and self.cache.free_pages == free + freed
         self.evicted |= freed > 0
 
@@ -392,6 +411,76 @@ def test_matching_a_long_prompt_is_quick() -> None:
         [node] = node.children.values()  # type: ignore[assignment]
         looked += 1
     assert looked == 100 and rig.tree.match("", [*text, 1]) == 1600
+
+
+def test_of_unused_pages_above_used_ones_the_least_recently_used_go_first() -> None:
+    rig = Rig(16)
+    for text in (words(48, 1), words(48, 2)):
+        seqs = [rig.cache.new(), rig.cache.new()]
+        rig.read("", seqs[0], text[:32])
+        rig.read("", seqs[1], text)
+        rig.tree.insert("", text[:32], seqs[0])
+        rig.tree.insert("", text, seqs[1])
+        rig.cache.free(seqs[0])
+    again = rig.cache.new()
+    rig.tree.attach("", words(48, 1)[:33], again)
+    rig.cache.free(again)
+    assert rig.tree.evict(1) == 1 and rig.tree.match("", words(48, 2)) == 16
+    assert rig.tree.match("", words(48, 1)) == 47
+    rig.verify()
+
+
+def test_what_a_sequence_outside_the_cache_held_can_go_when_that_ends() -> None:
+    rig = Rig(8)
+    text, seq = words(33), rig.cache.new()
+    rig.run("", text)
+    rig.tree.attach("", text, seq)
+    swapped = rig.cache.swap_out(seq)
+    assert rig.tree.evict(1) == 1 and rig.tree.pages == 2  # the last page, of which the sequence held nothing
+    rig.cache.discard(swapped)
+    rig.verify()
+    assert rig.tree.evict(2) == 2
+
+
+def test_evicting_does_not_walk_over_what_stays() -> None:
+    """Counted in pages that are looked at, not in seconds: as many in a large tree as in a small one, though the least
+    recently used pages are those of a sequence that still runs."""
+
+    def looked_at(texts: int) -> int:
+        rig = Rig(20 + 5 * texts)
+        busy = rig.cache.new()
+        rig.read("", busy, words(16 * 19))
+        rig.tree.insert("", words(16 * 19), busy)
+        for i in range(texts):
+            seq = rig.cache.new()
+            rig.read("", seq, words(80, i + 1))
+            rig.tree.insert("", words(80, i + 1), seq, final=True)
+            rig.cache.free(seq)
+        assert rig.tree.evict(1) == 1  # what has become idle is queued
+        asked = 0
+        references = rig.cache.references
+
+        def counting(page: int) -> int:
+            nonlocal asked
+            asked += 1
+            return references(page)
+
+        rig.cache.references = counting  # type: ignore[method-assign]
+        assert rig.tree.evict(3) == 3
+        rig.cache.references = references  # type: ignore[method-assign]
+        rig.verify()
+        return asked
+
+    assert looked_at(100) == looked_at(4) < 20
+
+
+def test_nothing_is_kept_of_pages_that_went_another_way() -> None:
+    rig = Rig(16)
+    for i in range(400):
+        rig.run("", words(40, i))
+        rig.tree.evict(1)
+        rig.tree.clear()
+    assert len(rig.tree._heap) < 100 and not rig.tree.pages
 
 
 # -- swapping ------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ class PageAllocator:
         self.references = [0] * num_pages  # of sequences, and those retained
         self.retained = [0] * num_pages  # of these
         self.idle = 0  # pages without a sequence
+        self.left: set[int] = set()  # retained pages that came down to one holder, until the reclaimer takes them out
         #: How often committed places of a page became free to be written anew. [num_pages]
         self.generations = np.zeros(num_pages, dtype=np.int64)
 
@@ -40,6 +41,7 @@ class PageAllocator:
             self.free.append(page)
         elif self.is_idle(page):
             self.idle += 1
+            self._left(page)
 
     def retain(self, page: int) -> None:
         """Hold a page that somebody holds, for later."""
@@ -55,6 +57,11 @@ class PageAllocator:
             self.free.append(page)
         self.references[page] -= 1
         self.retained[page] -= 1
+        self._left(page)
+
+    def _left(self, page: int) -> None:
+        if self.references[page] == self.retained[page] == 1:
+            self.left.add(page)
 
     def is_idle(self, page: int) -> bool:
         """Held, but by no sequence."""

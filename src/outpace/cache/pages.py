@@ -272,6 +272,11 @@ class PagedKVCache:
         return self._pages.is_idle(page)
 
     @property
+    def left(self) -> set[int]:
+        """Retained pages that came down to one holder; the reclaimer takes them out. Some may have others again."""
+        return self._pages.left
+
+    @property
     def generations(self) -> NDArray[np.int64]:
         """How often committed places of each page became free to be written anew. [num_pages]"""
         return self._pages.generations

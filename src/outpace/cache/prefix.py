@@ -12,6 +12,9 @@ Matches end at any token: siblings are also kept in order, so that the one with 
 next to where the text would stand (tokens are written big-endian: the order of bytes is the order of tokens). A
 sequence that adopts a page of which it needs a part copies it when it first writes, as after a fork.
 
+Which page was used least recently is found without a walk over all of them: leaves that only the tree holds stand in a
+heap by the time of their last use, each once. A leaf that was used since is put back by its new time when it is met.
+
 Only leaves may be partly filled; one goes when a sibling has all of its tokens and more. Pages are never written while
 they are here, because the tree's own reference makes them shared.
 """
@@ -20,6 +23,8 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Hashable, Sequence
+from heapq import heapify, heappop, heappush
+from itertools import count
 
 import numpy as np
 
@@ -30,12 +35,14 @@ _PAGE = PAGE_SIZE * _TOKEN
 
 
 class _Node:
-    """One page. `order`: the keys of the children, sorted."""
+    """One page. `order`: the keys of the children, sorted. `used`: when last, counted in uses; no two nodes have the
+    same, and no child a later one than its parent. `queued`: whether it stands in the heap."""
 
-    __slots__ = ("children", "key", "order", "page", "parent")
+    __slots__ = ("children", "key", "order", "page", "parent", "queued", "used")
 
     def __init__(self, key: bytes, page: int, parent: _Node | None) -> None:
         self.key, self.page, self.parent = key, page, parent
+        self.used, self.queued = 0, False
         self.children: dict[bytes, _Node] = {}
         self.order: list[bytes] = []
 
@@ -81,7 +88,9 @@ class PrefixTree:
         self.cache = cache
         cache.reclaimer = self
         self._roots: dict[Hashable, _Root] = {}
-        self._nodes: dict[int, _Node] = {}  # by page, the least recently used first, children before their parents
+        self._nodes: dict[int, _Node] = {}  # by page
+        self._heap: list[tuple[int, _Node]] = []  # leaves that may be evicted, by a use that is not after their last
+        self._uses = count(1)
         self.asked = self.hit = 0  # tokens of attached texts, and those of them that were found
 
     # -- finding and keeping -------------------------------------------------------------------------------
@@ -128,6 +137,7 @@ class PrefixTree:
             path.append(child)
             node = child
         self._touch(path)
+        self._find_idle()  # a few at a time, not all when the first page is wanted
 
     def _find(self, owner: Hashable, tokens: Sequence[int]) -> tuple[list[_Node], int]:
         """The pages of the longest match, and its tokens."""
@@ -169,9 +179,9 @@ class PrefixTree:
         return child
 
     def _touch(self, path: list[_Node]) -> None:
-        """Used now. From the end, so that children stay before their parents."""
+        """Used now. From the end, so that children go before their parents."""
         for node in reversed(path):
-            self._nodes[node.page] = self._nodes.pop(node.page)
+            node.used = next(self._uses)
 
     # -- giving back ---------------------------------------------------------------------------------------
 
@@ -181,15 +191,42 @@ class PrefixTree:
         below one that nobody does, when nothing else is left.
         """
         freed = 0
-        for prune in (False, True):
-            if freed >= pages:
-                break
-            for node in list(self._nodes.values()):
+        self._find_idle()
+        while freed < pages and self._heap:
+            used, node = heappop(self._heap)
+            node.queued = False
+            if self._nodes.get(node.page) is not node or not self._evictable(node):
+                continue  # it is queued again when it may go
+            if node.used > used:
+                self._queue(node)
+            else:
+                freed += self._remove(node)
+        if freed < pages:  # rarely: two texts that were read side by side share pages of which only some are in use
+            for node in sorted(filter(self._idle, self._nodes.values()), key=lambda node: node.used):
                 if freed >= pages:
                     break
-                if node.page in self._nodes and self._idle(node) and (prune or not node.children):
+                if node.page in self._nodes:
                     freed += self._prune(node)
         return freed
+
+    def _find_idle(self) -> None:
+        """Queue the leaves that sequences have left since the last time."""
+        while self.cache.left:
+            node = self._nodes.get(self.cache.left.pop())
+            if node is not None and self._evictable(node):
+                self._queue(node)
+
+    def _evictable(self, node: _Node) -> bool:
+        return not node.children and self._idle(node)
+
+    def _queue(self, node: _Node) -> None:
+        if node.queued:
+            return
+        node.queued = True
+        if len(self._heap) > 2 * len(self._nodes) + 64:  # nodes that went another way
+            self._heap = [(used, n) for used, n in self._heap if self._nodes.get(n.page) is n]
+            heapify(self._heap)
+        heappush(self._heap, (node.used, node))
 
     def surrender(self, page: int) -> None:
         """Drop a page that somebody else uses, and what stands below it."""
@@ -217,8 +254,11 @@ class PrefixTree:
         del self._nodes[node.page]
         node.parent.remove(node)
         self.cache.drop([node.page])
-        if isinstance(node.parent, _Root) and not node.parent.children:
-            del self._roots[node.parent.owner]
+        if isinstance(node.parent, _Root):
+            if not node.parent.children:
+                del self._roots[node.parent.owner]
+        elif self._evictable(node.parent):
+            self._queue(node.parent)
         return freed
 
     def _idle(self, node: _Node) -> bool:
@@ -243,7 +283,7 @@ class PrefixTree:
     def check_integrity(self) -> None:
         """Walk the whole tree and compare; AssertionError on a difference."""
         seen: set[int] = set()
-        places = {page: i for i, page in enumerate(self._nodes)}
+        queued = {id(node) for _, node in self._heap}
         below: list[_Node] = list(self._roots.values())
         assert all(root.children for root in below), "an owner without pages is remembered"
         for node in below:
@@ -257,8 +297,10 @@ class PrefixTree:
                 )
                 assert child.page not in seen, f"page {child.page} stands for two texts"
                 assert self.cache.references(child.page) > 0, f"page {child.page} is free"
-                assert node.parent is None or places[child.page] < places[node.page], (
-                    "a parent would go before its child"
+                assert node.parent is None or child.used < node.used, "a parent would go before its child"
+                assert child.queued == (id(child) in queued), "a page is queued twice or not at all"
+                assert child.queued or child.page in self.cache.left or not self._evictable(child), (
+                    "a page would never be evicted"
                 )
                 seen.add(child.page)
                 below.append(child)
