@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,12 +16,17 @@ from .errors import ParameterError
 from .fields import Choice, Each, Flag, Number, Pairs, Text, Whole, check, value
 from .json_text import JsonSchema
 
+if TYPE_CHECKING:
+    import torch
+
 Exactness = Literal["identical", "distribution", "approximate"]
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 Precision = Literal["float32", "bfloat16", "int8", "int4"]
 Pooling = Literal["mean", "last"]
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float32]
+#: as a decoder makes them: arrays on the CPU, which need no torch, tensors elsewhere
+Logits: TypeAlias = "torch.Tensor | FloatArray"
 
 _CONSTRAINTS = ("json_schema", "regex", "grammar")
 

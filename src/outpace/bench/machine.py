@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    import torch
+    from ..models.decoder import Device
 
 PACKAGES = ("outpace", "torch", "numpy", "numba", "transformers", "tokenizers", "gguf")
 
@@ -74,16 +74,14 @@ def commit() -> str:
         return "unknown"
 
 
-def read_bandwidth(
-    threads: int, device: torch.device | None = None, size: int = 1 << 30, repeats: int = 5
-) -> list[float]:
+def read_bandwidth(threads: int, device: Device | None = None, size: int = 1 << 30, repeats: int = 5) -> list[float]:
     """Bytes per second at which `threads` threads (or a CUDA device) read `size` bytes once, for each repeat.
 
     On the CPU, the sums are numba loops over integers that release the interpreter lock; a pass over 1 GiB cannot live
     in a cache. Each thread has a core of its own, where the system lets it. The first, untimed, pass touches the pages.
     """
     if device is not None and device.type == "cuda":
-        return _cuda_bandwidth(device, size, repeats)
+        return _cuda_bandwidth(str(device), size, repeats)
     data = np.ones(size // 8, dtype=np.int64)
     parts = np.array_split(data, threads)
     kernel = _reader()
@@ -110,7 +108,7 @@ def read_bandwidth(
     return [once() for _ in range(repeats)]
 
 
-def _cuda_bandwidth(device: torch.device, size: int, repeats: int) -> list[float]:
+def _cuda_bandwidth(device: str, size: int, repeats: int) -> list[float]:
     """By summing float32 numbers in the device's memory."""
     import torch
 

@@ -6,10 +6,10 @@ Shapes: `R` rows, `V` vocabulary.
 from __future__ import annotations
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from ..ops.select import row_argmax, row_topk
+from ..types import Logits
 
 _ALL = slice(None)
 
@@ -22,7 +22,7 @@ class StepOutputs:
     serves both.
     """
 
-    def __init__(self, logits: torch.Tensor, expect_topk: int = 0) -> None:
+    def __init__(self, logits: Logits, expect_topk: int = 0) -> None:
         self.logits = logits
         self._expected = min(expect_topk, logits.shape[1])
         self._argmax: NDArray[np.int64] | None = None
@@ -51,14 +51,14 @@ class TargetOutputs:
         self._step, self._rows = step, slice(start, stop)
 
     @classmethod
-    def of(cls, logits: torch.Tensor) -> TargetOutputs:
+    def of(cls, logits: Logits) -> TargetOutputs:
         """Outputs of a step of one sequence."""
         return cls(StepOutputs(logits), 0, len(logits))
 
     def __len__(self) -> int:
         return self._rows.stop - self._rows.start
 
-    def logits(self, row: int) -> torch.Tensor:
+    def logits(self, row: int) -> Logits:
         """Raw logits f32[V] of one row; a view, not to be written to."""
         return self._step.logits[self._rows.start + row]
 

@@ -23,11 +23,10 @@ from collections.abc import Iterable
 from enum import IntEnum
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from ..errors import ParameterError
-from ..types import FloatArray, IntArray, SamplingParams
+from ..types import FloatArray, IntArray, Logits, SamplingParams
 from .grammar import Matcher
 
 _BLOCK = 512  # of the two-level cumulative sum
@@ -122,11 +121,11 @@ class History:
         return self._output[: len(self._slot)]
 
 
-def host_row(logits: torch.Tensor | FloatArray) -> FloatArray:
+def host_row(logits: Logits) -> FloatArray:
     """f32[V] on the host; shares memory with a CPU tensor."""
-    if isinstance(logits, torch.Tensor):
-        return logits.detach().to(device="cpu", dtype=torch.float32).numpy()
-    return np.asarray(logits, dtype=np.float32)
+    if isinstance(logits, np.ndarray):
+        return np.asarray(logits, dtype=np.float32)
+    return logits.detach().cpu().float().numpy()
 
 
 def process(logits: FloatArray, params: SamplingParams, history: History | None = None) -> FloatArray:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import get_args
 
-import torch
-
 from ..cache.storage import PAGE_SIZE
 from ..errors import MethodError, ParameterError
 from ..models.config import ModelConfig
-from ..models.decoder import Decoder
+from ..models.decoder import Cpu, Decoder, Device
 from ..models.tokenizer import Tokenizer
 from ..types import Precision
 
@@ -53,22 +52,37 @@ class LoadedModel:
         return self.decoder.config
 
 
-def choose_device(device: str) -> torch.device:
-    """ "auto": CUDA if there is one. Raises ParameterError for a device that is not there."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        chosen = torch.device("meta")
-    if chosen.type not in PRECISIONS:
+def choose_device(device: str) -> Device:
+    """ "auto": CUDA if there is one. Raises ParameterError for a device that is not there. Torch is imported only where
+    there may be CUDA."""
+    if device == "cpu" or (device == "auto" and not _has_cuda_driver()):
+        return Cpu()
+    kind, _, number = device.partition(":")
+    if device != "auto" and (kind not in PRECISIONS or not (number.isdecimal() or device == kind)):
         raise ParameterError(f"device={device!r} is unknown: it must be auto, cpu, cuda or cuda:N")
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+    if kind == "cpu":
+        return Cpu()
+    import torch
+
+    if device == "auto":
+        return torch.device("cuda") if torch.cuda.is_available() else Cpu()
+    if int(number or 0) >= torch.cuda.device_count():
         raise ParameterError(f"device={device!r} is not there: PyTorch sees {torch.cuda.device_count()} CUDA devices")
-    return chosen
+    return torch.device(device)
 
 
-def choose_precision(precision: str, device: torch.device) -> Precision:
+def _has_cuda_driver() -> bool:
+    """Whether this system has the driver's library, without which PyTorch sees no CUDA device."""
+    import ctypes
+
+    try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def choose_precision(precision: str, device: Device) -> Precision:
     """ "auto": the fastest that is as good as lossless there. Raises ParameterError for one without a decoder."""
     possible = PRECISIONS[device.type]
     if precision == "auto":
@@ -96,7 +110,6 @@ def load_model(
     """
     from ..models.native import NativeDecoder
     from ..models.prepared import open_model
-    from ..models.torch_decoder import TorchDecoder
 
     where = choose_device(device)
     arithmetic = choose_precision(precision, where)
@@ -105,7 +118,11 @@ def load_model(
     opened = open_model(name, progress)
     decoder: Decoder
     if where.type == "cuda":
-        decoder = TorchDecoder.from_checkpoint(opened.checkpoint(), arithmetic, where)
+        import torch
+
+        from ..models.torch_decoder import TorchDecoder
+
+        decoder = TorchDecoder.from_checkpoint(opened.checkpoint(), arithmetic, torch.device(str(where)))
         return LoadedModel(opened.name, decoder, opened.tokenizer, key=opened.source.key)
 
     @cache
@@ -135,7 +152,7 @@ def check_loaded(
     )
 
 
-def _same(one: torch.device, other: torch.device) -> bool:
+def _same(one: Device, other: Device) -> bool:
     return (one.type, one.index or 0) == (other.type, other.index or 0)
 
 
@@ -181,19 +198,23 @@ def size_of_cache(decoder: Decoder, wanted: int | None, max_batch: int) -> int:
     return PAGE_SIZE * max(1, min(-(-decoder.config.max_position // PAGE_SIZE) * max_batch, limit // page))
 
 
-def _memory_bytes(device: torch.device) -> int:
+def _memory_bytes(device: Device) -> int:
     """Of the device in all, used or not."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[1])
+        import torch
+
+        return int(torch.cuda.mem_get_info(str(device))[1])
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):
         return 1 << 62
 
 
-def _free_bytes(device: torch.device) -> int:
+def _free_bytes(device: Device) -> int:
     if device.type == "cuda":
-        free: int = torch.cuda.mem_get_info(device)[0]
+        import torch
+
+        free: int = torch.cuda.mem_get_info(str(device))[0]
         return free
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -42,7 +42,7 @@ def measure(decoder: Decoder, told: Told | None = None) -> StepCosts:
     for done in range(_MOST_ROUNDS):
         for cell in cells if done else reversed(cells):
             start = perf_counter()
-            decoder.forward(batches[cell], storage).logits[-1, 0].item()  # waits for the device
+            decoder.forward(batches[cell], storage).rows[-1, 0].item()  # waits for the device
             if done:  # the first round warms up
                 seconds[cell] = min(seconds[cell], perf_counter() - start)
         if told is not None:

@@ -7,14 +7,17 @@ kept. Shapes: `n` rows of a chunk, `V` vocabulary, `D` width.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from ..types import Pooling, PromptReading
 
-Norm = Callable[[torch.Tensor], torch.Tensor]
+if TYPE_CHECKING:
+    import torch
+
+Norm: TypeAlias = "Callable[[torch.Tensor], torch.Tensor]"
 
 
 class PromptReader:
@@ -58,6 +61,8 @@ class PromptReader:
         scored = logits[: len(following)]
         if not len(scored):
             return
+        import torch
+
         norm = torch.logsumexp(scored, dim=1, keepdim=True)
         wanted = torch.tensor(following, device=scored.device)[:, None]
         self._logprobs += (scored.gather(1, wanted) - norm)[:, 0].tolist()

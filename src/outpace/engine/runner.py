@@ -13,10 +13,9 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 
 from ..cache.pages import PagedKVCache
 from ..decoding.contracts import NOT_CACHED, Drafter, Observation, Verifier
@@ -27,6 +26,9 @@ from ..models.batch import Span, Tree, pack
 from ..models.decoder import Decoder
 from ..types import Accepted, Draft
 from .request import Request
+
+if TYPE_CHECKING:
+    import torch
 
 NO_DRAFT = Draft.empty()
 NOTHING = Accepted(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
@@ -184,8 +186,9 @@ class Runner:
         pooled = any(c.request.reading is not None and c.request.reading.wants_hidden for c in read)
         out = self.decoder.forward(batch, cache.storage, (last,) if pooled else ())
         decoded = sum(len(span.tokens) for span in spans[: len(decoding)])
-        _gather(read, out.logits[decoded:], out.hidden[last][decoded:] if pooled else None)
-        return StepOutputs(out.logits, expected), read
+        if any(chunk.request.reading is not None for chunk in read):
+            _gather(read, out.logits[decoded:], out.hidden[last][decoded:] if pooled else None)
+        return StepOutputs(out.rows, expected), read
 
 
 @dataclass(slots=True, eq=False)

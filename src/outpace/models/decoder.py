@@ -5,27 +5,60 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from ..cache.storage import KVStorage
 from ..errors import ParameterError, UnsupportedModel
-from ..types import Precision
+from ..types import Logits, Precision
 from .batch import ForwardBatch
 from .config import ModelConfig
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Device(Protocol):
+    """Where a decoder runs: a torch.device, or `Cpu`."""
+
+    @property
+    def type(self) -> str: ...
+
+    @property
+    def index(self) -> int | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Cpu:
+    """The device of decoders that need no torch."""
+
+    type: str = "cpu"
+    index: int | None = None
+
+    def __str__(self) -> str:
+        return self.type
 
 
 @dataclass(slots=True, eq=False)
 class DecoderOutput:
-    """`logits` f32[R, V] of `batch.logit_rows`; `hidden[layer]` f32[T, D], the residual stream after that layer.
+    """`rows`: logits f32[R, V] of `batch.logit_rows`; `hidden[layer]` f32[T, D], the residual stream after that layer.
 
     Both may be views of buffers that the next forward of the same decoder overwrites: copy what must live longer.
     """
 
-    logits: torch.Tensor
+    rows: Logits
     hidden: dict[int, torch.Tensor]
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """`rows` as a tensor, which shares their memory."""
+        if not isinstance(self.rows, np.ndarray):
+            return self.rows
+        import torch
+
+        return torch.from_numpy(self.rows)
 
 
 class Decoder(ABC):
@@ -33,7 +66,7 @@ class Decoder(ABC):
 
     config: ModelConfig
     precision: Precision
-    device: torch.device
+    device: Device
     weight_bytes: int  # read by one decoding step: all weights but the embedding rows not looked up
 
     #: Whether a row's result is the same whatever other rows share the step. Without it `identical` is not promised.

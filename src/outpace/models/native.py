@@ -8,10 +8,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from ..cache.native_storage import NativeStorage
@@ -28,8 +27,11 @@ from . import packed
 from .batch import PAGE_SIZE, ForwardBatch
 from .checkpoint import Checkpoint
 from .config import ModelConfig, rope_inv_freq
-from .decoder import Decoder, DecoderOutput, checked_ids, checked_layers
+from .decoder import Cpu, Decoder, DecoderOutput, checked_ids, checked_layers
 from .packed import Tensors, padded
+
+if TYPE_CHECKING:
+    import torch
 
 _KINDS: dict[Precision, int] = {"float32": KIND_F32, "bfloat16": KIND_BF16, "int8": KIND_INT8, "int4": KIND_INT4}
 _ROPE_CHUNK = 4096
@@ -77,7 +79,7 @@ class NativeDecoder(Decoder):
         threads: int | None = None,
         level: int | None = None,
     ) -> None:
-        self.config, self.precision, self.device = config, precision, torch.device("cpu")
+        self.config, self.precision, self.device = config, precision, Cpu()
         self.threads = threads or default_threads()
         self.level = isa.best_level() if level is None else level
         self._team = team(self.threads)
@@ -166,6 +168,8 @@ class NativeDecoder(Decoder):
         self.weight_bytes = self._streamed_bytes()
 
     def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
+        import torch
+
         weight = torch.from_numpy(self._keep["norm"][: self.config.hidden_size])
         mean_square = hidden.double().square().mean(dim=-1, keepdim=True)
         return (hidden * torch.rsqrt(mean_square + self.config.rms_norm_eps)).float() * weight
@@ -197,7 +201,7 @@ class NativeDecoder(Decoder):
             whole = self._buffers["all_logits"][:wanted]
             whole[:, self._head_ids] = logits
             logits = whole
-        return DecoderOutput(torch.from_numpy(logits), hidden)
+        return DecoderOutput(logits, hidden)
 
     def last_queries(self, row: int) -> NDArray[np.float32]:
         """Queries of the last layer for one row of the last forward, rotated and scaled as attention uses them.
@@ -346,6 +350,8 @@ class NativeDecoder(Decoder):
         self._layers[:, step.L_SAVE_HIDDEN] = -1
         if not layers:
             return {}
+        import torch
+
         width = padded(self.config.hidden_size)
         out = np.empty((len(layers), rows, width), dtype=np.float32)
         self._control[step.C_HIDDEN_OUT] = out.ctypes.data

@@ -17,18 +17,19 @@ import re
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from ..errors import CorruptModel, ParameterError
 from ..ops.cpu.products import GROUP_BYTES
-from ..ops.reference import ROTATION, rotate
 from ..types import Precision
 from .checkpoint import Checkpoint
 from .config import ModelConfig
+
+if TYPE_CHECKING:
+    import torch
 
 FORMAT = 4  # part of the file's name: a new layout gets a new file
 DEPTH_UNIT: dict[Precision, int] = {"float32": 16, "bfloat16": 32, "int8": 64, "int4": 64}
@@ -57,6 +58,8 @@ def _pack_int4(w: torch.Tensor) -> NDArray[Any]:
     A weight is scale * nibble + minimum in groups of 32, as in Q4_1 and Q4_K. A group of such a file that spans n steps
     comes back exactly when n is tried; of the candidates the one with the least squared error is taken.
     """
+    import torch
+
     n, k = w.shape
     groups = w.view(n, k // 32, 32)
     low, high = groups.amin(dim=-1, keepdim=True), groups.amax(dim=-1, keepdim=True)
@@ -84,12 +87,16 @@ def pack_product(w: torch.Tensor, precision: Precision) -> tuple[NDArray[Any], N
     int8 weights are rotated in blocks of 64 as the kernel rotates the activations (rows.pack_row): int8 then
     costs 0.5 % of perplexity where it cost 3 % (SmolLM2), without calibration. The idea is QuaRot's (arXiv 2404.00456).
     """
+    import torch
+
     n, k = w.shape
     w = torch.nn.functional.pad(w, (0, padded(k, DEPTH_UNIT[precision]) - k, 0, padded(n) - n))
     scales = torch.ones(len(w))
     if precision == "int4":
         return _pack_int4(w), scales.numpy()
     if precision == "int8":
+        from ..ops.reference import ROTATION, rotate
+
         w = rotate(w) / ROTATION
         scales = w.abs().amax(dim=1) / 127
         w = (w / scales.clamp_min(1e-30)[:, None]).round_().to(torch.int8)
@@ -124,6 +131,8 @@ def take_outputs(
 
 def _pad_heads(w: torch.Tensor, heads: int, width: int) -> torch.Tensor:
     """[heads * C, ...] -> [heads * width, ...] with zero rows behind each head."""
+    import torch
+
     c = w.shape[0] // heads
     shaped = w.reshape(heads, c, *w.shape[1:])
     out = torch.zeros(heads, width, *w.shape[1:])
@@ -133,6 +142,8 @@ def _pad_heads(w: torch.Tensor, heads: int, width: int) -> torch.Tensor:
 
 def _alternate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """Rows of gate and up, sixteen of one and sixteen of the other in turn."""
+    import torch
+
     n, k = gate.shape
     rows = padded(n)
     both = torch.zeros(rows // 16, 2, 16, k)
@@ -147,18 +158,24 @@ class _Packer:
         self.out: Tensors = {}
 
     def read(self, name: str) -> torch.Tensor:
+        import torch
+
         return torch.from_numpy(np.ascontiguousarray(self.checkpoint.tensor(name), dtype=np.float32))
 
     def product(self, name: str, w: torch.Tensor) -> None:
         self.out[f"{name}.w"], self.out[f"{name}.scale"] = pack_product(w, self.precision)
 
     def vector(self, name: str, v: torch.Tensor, width: int = 0) -> None:
+        import torch
+
         self.out[name] = torch.nn.functional.pad(v, (0, max(padded(len(v)), width) - len(v))).contiguous().numpy()
 
     def norm(self, name: str, source: str, width: int = 0) -> None:
         self.vector(name, self.read(source) + (1.0 if self.config.norm_plus_one else 0.0), width)
 
     def layer(self, i: int) -> None:
+        import torch
+
         c, head = self.config, head_width(self.config)
         source, name = f"model.layers.{i}.", f"{i}."
         parts = [("q", c.num_heads), ("k", c.num_kv_heads), ("v", c.num_kv_heads)]
@@ -187,6 +204,8 @@ class _Packer:
             self.norm(name + "k_norm", f"{source}self_attn.k_norm.weight", head)
 
     def ends(self) -> None:
+        import torch
+
         embedding = self.read("model.embed_tokens.weight")
         head = embedding if self.config.tie_embeddings else self.read("lm_head.weight")
         self.product("head", head)

@@ -80,6 +80,7 @@ class TorchDecoder(Decoder):
     """
 
     row_invariant = False
+    device: torch.device
 
     def __init__(
         self,

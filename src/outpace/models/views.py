@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +17,12 @@ from ..errors import UnsupportedModel
 from .batch import PAGE_SIZE, ForwardBatch
 from .decoder import Decoder
 from .native import NativeDecoder
-from .torch_decoder import TorchDecoder
 from .two_speed import TwoSpeed
 
-View = NativeDecoder | TorchDecoder | TwoSpeed
+if TYPE_CHECKING:
+    from .torch_decoder import TorchDecoder
+
+View: TypeAlias = "NativeDecoder | TorchDecoder | TwoSpeed"
 
 
 def skip_sublayers(decoder: Decoder, attention: Collection[int] = (), mlp: Collection[int] = ()) -> View:
@@ -63,7 +66,11 @@ def keep_pages(batch: ForwardBatch, kept: Sequence[NDArray[np.int64]]) -> Forwar
 
 
 def _view(decoder: Decoder) -> View:
-    if not isinstance(decoder, View):
+    if isinstance(decoder, NativeDecoder | TwoSpeed):
+        return decoder.view()
+    from .torch_decoder import TorchDecoder  # torch, only now
+
+    if not isinstance(decoder, TorchDecoder):
         raise UnsupportedModel(
             f"a {type(decoder).__name__} has no views of its weights; the CPU decoder and the torch decoder have"
         )

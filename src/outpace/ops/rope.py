@@ -7,10 +7,13 @@ Shapes: `T` rows, `H` heads, `C` head width.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import torch
 
 
 def inverse_frequencies(head_dim: int, theta: float) -> NDArray[np.float64]:
@@ -38,6 +41,8 @@ def cos_sin(
     inv_freq: NDArray[np.float64], positions: NDArray[np.int64], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Tables f32[T, C/2], from angles in float64 so that far positions keep their precision."""
+    import torch
+
     angles = positions[:, None] * inv_freq[None, :]
     cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
     return torch.from_numpy(cos).to(device), torch.from_numpy(sin).to(device)
@@ -45,6 +50,8 @@ def cos_sin(
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate every head: x f32[T, H, C], tables f32[T, C/2] -> f32[T, H, C]"""
+    import torch
+
     a, b = x.chunk(2, dim=-1)
     c, s = cos[:, None, :], sin[:, None, :]
     return torch.cat((a * c - b * s, b * c + a * s), dim=-1)

@@ -3,35 +3,50 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
+from ..types import Logits
 
-def row_argmax(logits: torch.Tensor) -> NDArray[np.int64]:
+
+def row_argmax(logits: Logits) -> NDArray[np.int64]:
     """f32[R, V] -> i64[R]"""
     return row_topk(logits, 1)[1][:, 0]
 
 
-def row_topk(logits: torch.Tensor, k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+def row_topk(logits: Logits, k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """f32[R, V] -> values f32[R, k] falling, ids i64[R, k]. `k` is at most V; logits are not NaN."""
-    if logits.device.type == "cpu" and logits.stride(-1) == 1 and logits.dtype == torch.float32:
+    on_host = _on_host(logits)
+    if on_host is not None:
         from .cpu.search import top_rows
 
-        values = np.empty((len(logits), k), dtype=np.float32)
-        ids = np.empty((len(logits), k), dtype=np.int64)
-        top_rows(logits.data_ptr(), 4 * logits.stride(0), logits.shape[1], values, ids)
+        values = np.empty((len(on_host), k), dtype=np.float32)
+        ids = np.empty((len(on_host), k), dtype=np.int64)
+        top_rows(on_host.__array_interface__["data"][0], on_host.strides[0], on_host.shape[1], values, ids)
         return values, ids
+    assert not isinstance(logits, np.ndarray)
     # a stable sort keeps equal logits in order of their ids, which topk does not promise
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     return ordered[:, :k].cpu().numpy(), order[:, :k].cpu().numpy()
 
 
-def row_logsumexp(logits: torch.Tensor) -> NDArray[np.float64]:
+def row_logsumexp(logits: Logits) -> NDArray[np.float64]:
     """f32[R, V] -> f64[R]; rows may hold -inf, but not only that."""
-    if logits.device.type == "cpu":
+    rows = logits if isinstance(logits, np.ndarray) else logits.numpy() if logits.device.type == "cpu" else None
+    if rows is not None:
         # by numpy, on this thread: torch would share the few elements among its threads, and wait for all of them
-        rows = logits.numpy()
         highest = rows.max(axis=1, keepdims=True)
         sums: NDArray[np.float64] = np.exp(rows - highest).sum(axis=1, dtype=np.float64)
         return np.log(sums) + highest[:, 0]
-    return torch.logsumexp(logits, dim=-1).cpu().double().numpy()
+    assert not isinstance(logits, np.ndarray)
+    return logits.logsumexp(dim=-1).cpu().double().numpy()
+
+
+def _on_host(logits: Logits) -> NDArray[np.float32] | None:
+    """Rows that the kernels can read where they are: f32 in this machine's memory, each without gaps."""
+    if not isinstance(logits, np.ndarray):
+        if logits.device.type != "cpu":
+            return None
+        logits = logits.detach().numpy()
+    return (
+        logits if logits.dtype == np.float32 and logits.strides[-1] == 4 else np.ascontiguousarray(logits, np.float32)
+    )

@@ -16,8 +16,6 @@ from ...cache.storage import PAGE_SIZE
 from ..machine import read_bandwidth
 
 if TYPE_CHECKING:
-    import torch
-
     from ...engine.llm import LLM
     from ...models.config import ModelConfig
     from ...models.decoder import Decoder
@@ -70,7 +68,7 @@ def measure(llm: LLM, limit_s: float = float("inf"), clock: Callable[[], float] 
     bandwidth = max(read_bandwidth(threads, decoder.device, size=1 << 28 if limit_s < _SHORT_S else 1 << 29, repeats=3))
     probes: dict[str, Callable[[], float | None]] = {
         f"a prompt of {BATCH_ROWS} rows": lambda: prompt_rate(decoder),
-        "torch's matrix product": lambda: product_rate(decoder.device, decoder.precision, threads),
+        "torch's matrix product": lambda: product_rate(str(decoder.device), decoder.precision, threads),
     }
     known: dict[str, float] = {}
     for what, probe in probes.items():
@@ -87,13 +85,13 @@ def operations(config: ModelConfig) -> int:
     return 2 * (config.num_layers * layer + width * config.vocab_size)
 
 
-def product_rate(device: torch.device, precision: str, threads: int, repeats: int = 4) -> float | None:
+def product_rate(device: str, precision: str, threads: int, repeats: int = 4) -> float | None:
     """Operations a second of one large matrix product in the model's arithmetic; None where torch has none."""
     import torch
 
     before = torch.get_num_threads()
     try:
-        if device.type == "cpu":
+        if device == "cpu":
             torch.set_num_threads(threads)
         if precision in ("int8", "int4"):
             a = torch.randint(-100, 100, (SIZE, SIZE), dtype=torch.int8, device=device)
@@ -107,14 +105,14 @@ def product_rate(device: torch.device, precision: str, threads: int, repeats: in
         torch.set_num_threads(before)
 
 
-def _rate(multiply: Callable[[], Any], device: torch.device, repeats: int) -> float:
+def _rate(multiply: Callable[[], Any], device: str, repeats: int) -> float:
     import torch
 
     best = float("inf")
     for _ in range(repeats + 1):
         began = perf_counter()
         multiply()
-        if device.type == "cuda":
+        if device != "cpu":
             torch.cuda.synchronize(device)
         best = min(best, perf_counter() - began)
     return 2 * SIZE**3 / best

@@ -15,10 +15,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Event
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from ...models.decoder import Decoder
 from ...registry import register
@@ -29,6 +28,9 @@ from .grown import NO_ROW, Choice, Draws, Growth, cell_of, coupled_draw, edit_ro
 from .nodes import check_range
 from .rates import checked_nodes
 from .sources import ModelSource, draft_model_of
+
+if TYPE_CHECKING:
+    import torch
 
 _LEAST = 0.02  # probability below which a hedge does not repay its rows
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
 from ...errors import ParameterError
 from ...registry import register
 from ..sampling import Stream, distribution_of, draw, host_row, uniform
 from .grown import Choice, Draws, Grown, Growth, cell_of, coupled_draw, dense, edit_rows, likeliest
 from .sources import Source
+
+if TYPE_CHECKING:
+    import torch
 
 
 @register(

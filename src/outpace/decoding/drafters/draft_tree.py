@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from heapq import heappop, heappush, nlargest
-
-import torch
+from typing import TYPE_CHECKING
 
 from ...errors import ParameterError
 from ...registry import register
 from ...types import NO_PARENT
 from .grown import Candidate, Draws, Grown, Growth, edit_rows, likeliest
 from .sources import Source
+
+if TYPE_CHECKING:
+    import torch
 
 
 class _Frontier:

@@ -13,10 +13,9 @@ from bisect import bisect_right
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from ...ops.select import row_logsumexp, row_topk
@@ -26,6 +25,9 @@ from ..sampling import choose, host_row, process
 from .rates import Rates, checked_nodes
 from .sources import Rows, Source
 from .trimmed import model_source
+
+if TYPE_CHECKING:
+    import torch
 
 NO_ROW = -1
 _EDGES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 0.95)  # bins of the source's probability of its choice
@@ -251,6 +253,8 @@ def edit_rows(logits: torch.Tensor, rows: list[tuple[Sequence, list[int]]]) -> t
     for row, (sequence, path) in enumerate(rows):
         if sequence.params.edits_logits:
             edited[row] = _on_path(edited[row], sequence, path)
+    import torch
+
     return torch.from_numpy(edited).to(logits.device)
 
 

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from ...types import NO_PARENT
 from ..contracts import Sequence
 from .grown import Growth, coupled_draw
 from .ngram import NgramIndex
 from .sources import ModelSource, Rows
+
+if TYPE_CHECKING:
+    import torch
 
 _LONGEST_NGRAM = 4
 

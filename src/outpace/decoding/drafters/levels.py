@@ -18,15 +18,18 @@ Shapes: `B` sequences, `R` nodes of a level, `V` vocabulary.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from ...types import NO_PARENT, FloatArray
 from ..sampling import Stream, distribution_of, draw, host_row, uniform
 from .grown import Candidate, Choice, Draws, Grown, Growth, dense, edit_rows, likeliest
 from .rates import Rates
 from .sources import Source
+
+if TYPE_CHECKING:
+    import torch
 
 NONE = float("-inf")  # the value of a child that does not exist
 _LEAST_WEIGHT = 1e-6  # of what is left of a distribution; below it rounding would choose the token

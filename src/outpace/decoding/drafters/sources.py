@@ -30,9 +30,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from ...cache.pages import PagedKVCache
 from ...cache.prefix import PrefixTree
@@ -40,6 +40,9 @@ from ...errors import MethodError
 from ...models.batch import ForwardBatch, Span, Tree, pack
 from ...models.decoder import Decoder
 from ..contracts import DrafterContext, Sequence
+
+if TYPE_CHECKING:
+    import torch
 
 _CHUNK = 512  # rows of one forward while catching up
 
@@ -205,6 +208,8 @@ class ModelSource(Source):
             for row, i in enumerate(done):
                 ends[i] = logits[row].clone()
             todo = [i for i in todo if ends[i] is None]
+        import torch
+
         return torch.stack([end for end in ends if end is not None])
 
     def extend(self, grown: Seq[Rows]) -> torch.Tensor:

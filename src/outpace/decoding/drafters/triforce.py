@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from ...cache.native_storage import NativeStorage
 from ...cache.pages import PagedKVCache
@@ -22,6 +21,9 @@ from .grown import Draws, Growth
 from .guessers import Guesser, LookupGuesser, ModelGuesser
 from .sources import ModelSource, Rows, SelfSource
 from .sparse import Streaming, keep_pages, pages_of, require_cpu, require_whole_attention
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(slots=True)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from ...errors import ParameterError
 from ...models.batch import Span
@@ -15,6 +15,9 @@ from ...types import IntArray
 from ..contracts import DrafterContext, Sequence
 from .owners import OwnerOf, PerOwner, one_owner
 from .sources import ModelSource, draft_model_of
+
+if TYPE_CHECKING:
+    import torch
 
 _PATIENCE = 4  # used tokens outside a head before it is cut anew: a cut costs about as much as two or three forwards
 _MAX_OWNERS = 8  # each has a copy of its part of the head
@@ -102,6 +105,8 @@ class TrimmedSource(ModelSource):
         if len(groups) == 1:
             [counts] = groups
             return self._run(counts.decoder(), sequences, spans)
+        import torch
+
         parts = [torch.empty(0, self.vocab_size)] * len(spans)
         for counts, members in groups.items():
             logits = self._run(counts.decoder(), [sequences[i] for i in members], [spans[i] for i in members]).clone()

@@ -12,7 +12,6 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-import torch
 
 from ...cache.pages import PAGE_SIZE, PagedKVCache
 from ...errors import CapacityError, ParameterError
@@ -158,7 +157,7 @@ class Superposed:
         batch = pack([span], cache.page_tables([kv]))
         if embeddings is not None:
             batch.embeddings = embeddings
-        logits = self.decoder.forward(batch, cache.storage).logits
+        logits = self.decoder.forward(batch, cache.storage).rows
         cache.commit(kv, range(len(tokens)))
         return host_row(logits[0])
 
@@ -225,7 +224,7 @@ class _Round:
 
 
 def _top(row: FloatArray, k: int) -> tuple[FloatArray, np.ndarray]:
-    values, ids = row_topk(torch.from_numpy(np.ascontiguousarray(row))[None], min(k, len(row)))
+    values, ids = row_topk(row[None], min(k, len(row)))
     return values[0], ids[0]
 
 
