@@ -77,6 +77,9 @@ class SamplingParams:
     logprobs: int | None = value(
         None, Whole(0, 20), "Of the chosen token and of this many likeliest ones. None: no log-probabilities."
     )
+    raw_logprobs: bool = value(
+        False, Flag(), "Log-probabilities are those of the model alone, before penalties, bias and grammar."
+    )
     prompt_logprobs: int | None = value(
         None, Whole(0, 20), "The same of the prompt's tokens, by the model's own distribution."
     )
@@ -95,6 +98,8 @@ class SamplingParams:
         check(self)
         if self.min_tokens > self.max_tokens:
             raise ParameterError(f"min_tokens={self.min_tokens} is out of range: max_tokens is {self.max_tokens}")
+        if self.raw_logprobs and self.logprobs is None:
+            raise ParameterError("raw_logprobs says which log-probabilities are given: set logprobs too")
         given = [name for name in _CONSTRAINTS if getattr(self, name) is not None]
         if len(given) > 1:
             raise ParameterError(f"{' and '.join(given)} cannot go together: give one of {', '.join(_CONSTRAINTS)}")
@@ -193,7 +198,8 @@ class Accepted:
 
     path: IntArray  # [a] accepted draft nodes, from the root down
     tokens: IntArray  # [a + 1] their tokens, then the target's own next token
-    logprobs: FloatArray | None = None  # [a + 1] of `tokens` under the target's processed distribution
+    # [a + 1] of `tokens` under the target's processed distribution, or its raw one (SamplingParams.raw_logprobs)
+    logprobs: FloatArray | None = None
     top_logprobs: list[list[tuple[int, float]]] | None = None  # [a + 1][k] (token, log-probability)
 
 

@@ -12,7 +12,7 @@ distribution in vocabulary order. The token therefore depends on one row of logi
 never on what else shared the step or on what was drafted.
 
 Log-probabilities are those of the processed logits before temperature and filters, so that they can be compared
-across settings; tokens that a grammar forbids are never listed.
+across settings; tokens that a grammar forbids are never listed. With `raw_logprobs` they are those of the raw logits.
 
 Shapes: `V` vocabulary, `m` ids that carry weight. All arrays are numpy on the host.
 """

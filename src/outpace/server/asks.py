@@ -157,7 +157,7 @@ def _call(
         except CapacityError as error:
             raise ParameterError(f"prediction: {error}".replace("the prompt", "it", 1)) from None
         expected = engine.tokenizer.encode(text)
-    chosen = {} if own is None else own.model_dump(exclude={"trace"}, exclude_none=True)
+    chosen = {} if own is None else own.model_dump(exclude={"trace", "logprobs"}, exclude_none=True)
     if body.priority is not None and chosen.setdefault("priority", body.priority) != body.priority:
         raise ParameterError("priority and outpace.priority differ: give one of them")
     asks = []
@@ -199,6 +199,9 @@ def _params(
         raise ParameterError(
             f"stop_token_ids has {len(body.stop_token_ids)} entries: it must be at most {limits.stop_ids}"
         )
+    which = None if body.outpace is None else body.outpace.logprobs
+    if which is not None and logprobs is None:
+        raise ParameterError("outpace.logprobs says of which distribution they are: ask for logprobs too")
     given = {name: value for name in names if (value := getattr(body, name)) is not None}
     for name, text in constraint.items():
         size = len(text if isinstance(text, str) else dumped(text))
@@ -208,6 +211,7 @@ def _params(
         "temperature": 1.0 if body.temperature is None else body.temperature,
         "max_tokens": max_tokens,
         "logprobs": logprobs,
+        "raw_logprobs": which == "raw",
         "stop": (*stop, *stops),
         "logit_bias": _bias(body.logit_bias or {}, limits),
         **given,

@@ -9,14 +9,13 @@ from typing import Any
 from uuid import uuid4
 
 from .. import __version__
-from ..models.tokenizer import Tokenizer
-from ..types import Result, SamplingParams
+from ..types import Result
 from .asks import Call
 from .calls import Call as MadeCall
 from .calls import new_id, read
+from .logprobs import Shown
 from .service import ServingEngine
 
-LOWEST = -9999.0  # stands for a probability of zero, which JSON cannot say
 FINISH = {"stop": "stop", "length": "length", "cancelled": "stop", "error": "stop"}
 
 
@@ -39,9 +38,8 @@ def chat_body(call: Call, results: Sequence[Result], engine: ServingEngine) -> d
         message, reason = _message(call, result)
         logprobs = None
         if result.logprobs is not None:
-            pairs = zip(result.token_ids, result.logprobs, result.top_logprobs or [], strict=True)
             shown = Shown(engine.tokenizer, call.asks[i].params)
-            logprobs = {"content": shown.chat(list(pairs)), "refusal": None}
+            logprobs = {"content": shown.chat(shown.whole(result)), "refusal": None}
         choices.append({"index": i, "message": message, "logprobs": logprobs, "finish_reason": reason})
     return _with_figures(head("chat.completion", "chatcmpl", engine), choices, call, results)
 
@@ -52,8 +50,8 @@ def completion_body(call: Call, results: Sequence[Result], engine: ServingEngine
     for i, result in enumerate(results):
         logprobs = None
         if result.logprobs is not None:
-            pairs = zip(result.token_ids, result.logprobs, result.top_logprobs or [], strict=True)
-            logprobs = Shown(engine.tokenizer, call.asks[i].params).legacy(list(pairs))
+            shown = Shown(engine.tokenizer, call.asks[i].params)
+            logprobs = shown.legacy(shown.whole(result))
         reason = FINISH[result.finish_reason]
         choices.append({"index": i, "text": result.text, "logprobs": logprobs, "finish_reason": reason})
     return _with_figures(head("text_completion", "cmpl", engine), choices, call, results)
@@ -110,12 +108,14 @@ def usage(call: Call, results: Sequence[Result]) -> dict[str, Any]:
 
 def decoding(call: Call, index: int, result: Result) -> dict[str, Any]:
     """`outpace` of a body, or of the last chunk of a choice: how it was decoded, and the seed that repeats it."""
-    stats = result.stats
+    stats, params = result.stats, call.asks[index].params
+    listed = {} if params.logprobs is None else {"logprobs": "raw" if params.raw_logprobs else "processed"}
     return {
         "method": result.method,
         "exactness": result.exactness,
         "notes": result.notes,
-        "seed": call.asks[index].params.seed,
+        "seed": params.seed,
+        **listed,
         "stats": {
             "tokens": stats.tokens,
             "steps": stats.steps,
@@ -135,50 +135,3 @@ def decoding(call: Call, index: int, result: Result) -> dict[str, Any]:
 def ignored(call: Call) -> dict[str, list[str]]:
     """The fields that had no effect, if there are any."""
     return {"ignored": call.ignored} if call.ignored else {}
-
-
-Judged = tuple[int, float, list[tuple[int, float]]]  # token, log-probability, the likeliest with theirs
-
-
-class Shown:
-    """Tokens of one output as text and bytes, without the one that ended it."""
-
-    def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
-        self._vocabulary = tokenizer.vocabulary
-        self._ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else tokenizer.eos_ids)
-        self._offset = 0  # characters so far
-
-    def token(self, id: int) -> tuple[str, bytes]:
-        """A control token is shown by its name."""
-        named = self._vocabulary.control.get(id)
-        data = named.encode() if named is not None else self._vocabulary.text([id])
-        return data.decode("utf-8", "replace"), data
-
-    def ends(self, id: int) -> bool:
-        return id in self._ends
-
-    def chat(self, tokens: Sequence[Judged]) -> list[dict[str, Any]]:
-        """OpenAI's `logprobs.content`."""
-        return [
-            {**self._entry(id, logprob), "top_logprobs": [self._entry(i, p) for i, p in top]}
-            for id, logprob, top in tokens
-            if not self.ends(id)
-        ]
-
-    def legacy(self, tokens: Sequence[Judged]) -> dict[str, Any]:
-        """`logprobs` of /v1/completions."""
-        shown = [(self.token(id)[0], logprob, top) for id, logprob, top in tokens if not self.ends(id)]
-        offsets = []
-        for text, _, _ in shown:
-            offsets.append(self._offset)
-            self._offset += len(text)
-        return {
-            "tokens": [text for text, _, _ in shown],
-            "token_logprobs": [max(logprob, LOWEST) for _, logprob, _ in shown],
-            "top_logprobs": [{self.token(i)[0]: max(p, LOWEST) for i, p in top} for _, _, top in shown],
-            "text_offset": offsets,
-        }
-
-    def _entry(self, id: int, logprob: float) -> dict[str, Any]:
-        text, data = self.token(id)
-        return {"token": text, "logprob": max(logprob, LOWEST), "bytes": list(data)}

@@ -196,6 +196,9 @@ class OutpaceOptions(Body):
     max_draft: int | None = Field(None, description="most draft nodes of a step; 0: plain decoding")
     exactness: Exactness | None = Field(None, description="the weakest result that will do")
     priority: int | None = Field(None, description="-100 to 100; lower starts first")
+    logprobs: Literal["processed", "raw"] | None = Field(
+        None, description="of which distribution: behind penalties, bias and grammar (the default), or before them"
+    )
     trace: bool | None = Field(None, description="streams only: who drafted each token, and what was rejected")
 
 

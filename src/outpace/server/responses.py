@@ -89,6 +89,7 @@ class Decoding(Told):
     exactness: Exactness
     notes: list[str]
     seed: int
+    logprobs: Literal["processed", "raw"] | None = None  # which distribution those of this choice are of
     stats: Stats
     ignored: list[str] | None = None  # fields of the request that had no effect, if there were any
 
@@ -156,6 +157,7 @@ class Logprobs(Told):
     token_logprobs: list[float]
     top_logprobs: list[dict[str, float]]
     text_offset: list[int]
+    bytes: list[list[int]]
 
 
 class CompletionChoice(Told):

@@ -15,9 +15,10 @@ from ..engine.request import StepEvent
 from ..engine.text import TextStream
 from ..types import Result
 from .asks import Call, dumped
-from .bodies import FINISH, Judged, Shown, decoding, finish_of, head, ignored, tool_call, usage
+from .bodies import FINISH, decoding, finish_of, head, ignored, tool_call, usage
 from .calls import Begun, Ended, Item, Piece, new_id
 from .calls import Call as MadeCall
+from .logprobs import Judged, Shown
 from .service import ServingEngine, Ticket
 
 KEEP_ALIVE_S = 10.0  # a comment, when there was nothing to say for so long
@@ -46,7 +47,8 @@ class Choice:
     def judged(self, event: StepEvent) -> list[Judged] | None:
         if event.logprobs is None:
             return None
-        return list(zip(event.token_ids, event.logprobs, event.top_logprobs or [], strict=True))
+        found = list(zip(event.token_ids, event.logprobs, event.top_logprobs or [], strict=True))
+        return self.shown.certain(found, event.text, event.result)
 
     def traced(self, event: StepEvent) -> list[dict[str, Any]]:
         """Each token with the text that became certain with it; all of them joined are the text of the output."""

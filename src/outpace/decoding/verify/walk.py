@@ -34,6 +34,7 @@ class Recorder:
         self._tokens: list[int] = []
         self._logprobs: list[float] = []
         self._top: list[list[tuple[int, float]]] = []
+        self._raw: list[tuple[FloatArray, FloatArray]] = []  # processed logits and what they were made of
 
     def __enter__(self) -> Recorder:
         return self
@@ -45,7 +46,10 @@ class Recorder:
             self.history.truncate(self._length)
 
     def process(self, logits: FloatArray) -> FloatArray:
-        return sampling.process(logits, self.params, self.history)
+        processed = sampling.process(logits, self.params, self.history)
+        if self.params.raw_logprobs:
+            self._raw.append((processed, logits))
+        return processed
 
     def choose(self, processed: FloatArray) -> int:
         return sampling.choose(processed, self.params, self.position)
@@ -53,7 +57,10 @@ class Recorder:
     def emit(self, processed: FloatArray, token: int, node: int | None) -> None:
         """`token` was chosen from `processed`; `node` is the draft node that carried it, None if none did."""
         if self.params.logprobs is not None:
-            chosen, top = sampling.logprobs(processed, token, self.params.logprobs)
+            row = processed
+            if self.params.raw_logprobs:
+                row = next(raw for made, raw in reversed(self._raw) if made is processed)
+            chosen, top = sampling.logprobs(row, token, self.params.logprobs)
             self._logprobs.append(chosen)
             self._top.append(top)
         if self.history is not None:
