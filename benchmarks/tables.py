@@ -103,7 +103,7 @@ def audit_counts(r: Record) -> tuple[int, int]:
 
 def results() -> str:
     parts = [f"## {title}\n\n{make() or 'No result file yet.'}" for title, make in RESULT_TABLES.items()]
-    return "\n\n".join([hardware(), *parts])
+    return "\n\n".join([*parts, f"## Machines\n\n{hardware()}"])
 
 
 def hardware() -> str:
