@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hashing import HashDecoder, Scripted, engine_options, oracle, plain_tokens
 from test_engine import PROMPTS, run
 
+from outpace.decoding.contracts import Drafter
 from outpace.decoding.drafters.merged import Merged
 from outpace.decoding.drafters.ngram import Ngram
+from outpace.decoding.drafters.plain import Plain
 from outpace.decoding.drafters.recycling import Recycling
 from outpace.decoding.drafters.suffix import Suffix
 from outpace.decoding.planners.costs import StepCosts
@@ -100,3 +104,74 @@ def check(result: Result) -> None:
     assert sum(s.draft_s for s in stats.sources.values()) <= stats.draft_s
     # The last step may have been cut inside its draft.
     assert 1 + stats.steps + stats.accepted - stats.tokens in (0, 1)
+
+
+# -- prompts that arrive while others decode --------------------------------------------------------------------------
+
+
+class Timed(HashDecoder):
+    """A decoder whose steps take the time of a table, times `slower`, by a clock of its own. Rows beyond the table's
+    last take `beyond` times what it goes on to say."""
+
+    def __init__(self, costs: StepCosts, slower: float = 1.0, beyond: float = 1.0) -> None:
+        super().__init__()
+        self.costs, self.slower, self.beyond, self.now = costs, slower, beyond, 0.0
+
+    def seconds(self, rows: int, context: float) -> float:
+        known = self.costs.step(min(rows, self.costs.rows[-1]), context)
+        return self.slower * (known + self.beyond * (self.costs.step(rows, context) - known))
+
+    def forward(self, batch: Any, storage: Any, *more: Any, **named: Any) -> Any:
+        self.now += self.seconds(len(batch.tokens), float(np.mean(batch.committed)))
+        return super().forward(batch, storage, *more, **named)
+
+
+def arrivals(decoder: Timed, drafter: Drafter, monkeypatch: pytest.MonkeyPatch) -> tuple[Goodput, list[Result]]:
+    """250 steps; a new prompt comes whenever the one before is read, so that nearly every step reads some of one."""
+    for module in ("runner", "engine", "request"):
+        monkeypatch.setattr(f"outpace.engine.{module}.perf_counter", lambda: decoder.now)
+    options = engine_options(max_batch=4, max_rows=4, prefill_rows=40, kv_tokens=8192)
+    planner = Goodput(decoder.costs)
+    engine = Engine(decoder, drafter, CoupledVerifier(), options=options, planner=planner)
+    results, mixed = [], 0
+    for n in range(250):
+        if all(request.decoding for request in engine._requests.values()):
+            engine.add([n % 7] * 150, SamplingParams(max_tokens=12, ignore_eos=True))
+        events = engine.step()
+        results += [event.result for event in events if event.result is not None]
+        mixed += decoder.forwards[-1][1] > 20
+    assert mixed > 230 and len(results) > 20
+    return planner, results[3:]
+
+
+def test_steps_that_read_prompts_are_accounted(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = Timed(FLAT, slower=2.0)
+    planner, results = arrivals(decoder, Plain(), monkeypatch)
+    assert planner._steps > 230
+    assert planner.plain_seconds(1, 0) == pytest.approx(decoder.seconds(1, 0), rel=0.2)  # it is found to be slow
+    for result in results:  # plain decoding is as fast as plain decoding
+        stats = result.stats
+        assert stats.realised_speedup == pytest.approx(1.0, rel=0.05)
+        assert 0 < stats.verify_s < stats.decode_s and stats.expected_tokens == stats.tokens - 1 == 11
+
+
+@pytest.mark.parametrize("beyond", [0.5, 2.0])
+def test_what_prompts_cost_beyond_the_table_is_learned(monkeypatch: pytest.MonkeyPatch, beyond: float) -> None:
+    decoder = Timed(FLAT, beyond=beyond)
+    planner, _ = arrivals(decoder, Plain(), monkeypatch)
+    whole, context = decoder.seconds(41, 100), 100
+    own = planner.observe(1, context, 1, 0.0, whole, prompt_rows=40)
+    assert own == pytest.approx(decoder.seconds(1, context), rel=0.1)
+    assert planner.plain_seconds(1, context) == pytest.approx(decoder.seconds(1, context), rel=0.1)
+
+
+def test_drafts_gain_while_prompts_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = Timed(FLAT)
+    drafter = Scripted(oracle(decoder))
+    _, plain = arrivals(Timed(FLAT), Plain(), monkeypatch)
+    _, results = arrivals(decoder, drafter, monkeypatch)
+    assert plain[0].token_ids in [result.token_ids for result in results]
+    assert all(result.stats.realised_speedup > 1.3 for result in results)  # type: ignore[operator]
+    spent = [np.mean([r.stats.decode_s for r in each]) for each in (plain, results)]
+    gained = np.mean([r.stats.realised_speedup for r in results])
+    assert gained == pytest.approx(spent[0] / spent[1], rel=0.25)

@@ -94,8 +94,9 @@ class Runner:
         for request, n in chunks:
             self.cache.commit(request.kv, range(n))
             request.prefilled += n
-        if decoding and not chunks:
-            self._account(verified, limits, drafted - began, perf_counter() - drafted)
+        if decoding:
+            prompt_rows = sum(n for _, n in chunks)
+            self._account(verified[: len(decoding)], limits, prompt_rows, drafted - began, perf_counter() - drafted)
         return verified
 
     def _verify(self, request: Request, draft: Draft, outputs: TargetOutputs) -> Verified:
@@ -105,18 +106,23 @@ class Runner:
         except Exception as error:
             return Verified(request, draft, outputs, NOTHING, error)
 
-    def _account(self, verified: list[Verified], limits: StepBudget, draft_s: float, step_s: float) -> None:
-        """Report the time of a step without prompts to the planner, and count what plain decoding would have taken."""
-        rows = sum(len(v.outputs) for v in verified)
-        tokens = sum(len(v.accepted.tokens) for v in verified)
-        self.planner.observe(rows, limits.context, tokens, draft_s, step_s)
-        plain_s = self.planner.plain_seconds(len(verified), limits.context)
-        for v in verified:
+    def _account(
+        self, decoded: list[Verified], limits: StepBudget, prompt_rows: int, draft_s: float, step_s: float
+    ) -> None:
+        """Report the time of a step to the planner, and count what plain decoding would have taken: as long for the
+        prompts that were read in it, and a step of its own for each token."""
+        rows = sum(len(v.outputs) for v in decoded)
+        tokens = sum(len(v.accepted.tokens) for v in decoded)
+        own_s = self.planner.observe(rows, limits.context, tokens, draft_s, step_s, prompt_rows)
+        plain_s = self.planner.plain_seconds(len(decoded), limits.context)
+        for v in decoded:
             stats = v.request.stats
-            stats.verify_s += step_s / len(verified)
-            stats.plain_s += plain_s * len(v.accepted.tokens)
-            if v.draft is not None:
-                stats.expected_tokens += 1 + (expected_accepted(v.draft) if len(v.draft) else 0.0)
+            stats.verify_s += own_s / len(decoded)
+            if plain_s > 0:
+                stats.plain_s += plain_s * len(v.accepted.tokens) + step_s - own_s
+            if v.draft is not None and len(v.draft):
+                stats.expected_tokens += expected_accepted(v.draft)
+            stats.expected_tokens += 1
 
     def commit(self, verified: Verified, kept: Accepted) -> None:
         """Keep the KV of the accepted path and append its tokens; the drafter observes."""

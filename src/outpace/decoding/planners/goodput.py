@@ -62,6 +62,7 @@ class Goodput(Planner):
         self._scale = 1.0  # ratio of present step times to the table's
         self._factors = [1.0] * 20  # the same relative to plain decoding, by the logarithm of the rows
         self._measured = [0] * len(self._factors)  # steps of that many rows
+        self._prompt_factors = [1.0] * len(self._factors)  # of steps with prompts, by all their rows
         self._sequences = 1  # of the last step
         self._idle = 0  # steps since one verified drafts
         self._trying = False
@@ -117,12 +118,39 @@ class Goodput(Planner):
         tokens, seconds = self._recent
         return max(plain, tokens / seconds) if seconds else plain
 
-    def observe(self, rows: int, context: float, tokens: int, draft_s: float, step_s: float) -> None:
+    def observe(
+        self, rows: int, context: float, tokens: int, draft_s: float, step_s: float, prompt_rows: int = 0
+    ) -> float:
+        if prompt_rows:
+            step_s = self._observe_mixed(rows, prompt_rows, context, step_s)
+        else:
+            self._observe_step(rows, context, step_s)
+        self._idle = self._idle + 1 if rows <= self._sequences else 0
+        self._recent = (_SLOW_DECAY * self._recent[0] + tokens, _SLOW_DECAY * self._recent[1] + draft_s + step_s)
+        self._steps += 1
+        self._rows += rows
+        self._tokens += tokens
+        self._spent += draft_s + step_s
+        return step_s
+
+    def _observe_mixed(self, rows: int, prompt_rows: int, context: float, step_s: float) -> float:
+        """Returns the seconds of the `rows` that decode. Prompts' rows have factors of their own: they give no logits,
+        and there are more of them than the table knows. Where every step reads prompts, most of an error is held to be
+        the machine's; steps without prompts put that right."""
+        cell = _bin(rows + prompt_rows)
+        seconds = self._scale * self._prompt_factors[cell] * self._table.step(rows + prompt_rows, context)
+        error = min(max(step_s / seconds, 0.5), 2.0)
+        self._prompt_factors[cell] *= error**_LEARNING_RATE
+        self._scale *= error ** (1 - _DECAY)
+        own = self._factors[_bin(rows)] * self._table.step(rows, context)
+        whole = self._prompt_factors[cell] * self._table.step(rows + prompt_rows, context)
+        return step_s * min(own / whole, 1.0)
+
+    def _observe_step(self, rows: int, context: float, step_s: float) -> None:
         cell = _bin(rows)
         # Twice as slow at most: an interrupted step says nothing about the next one.
         error = min(max(step_s / (self._scale * self._factors[cell] * self._table.step(rows, context)), 0.5), 2.0)
         self._scale *= error ** (1 - _DECAY)
-        self._idle = self._idle + 1 if rows <= self._sequences else 0
         if cell != _bin(self._sequences):  # the factors of the others are relative to this one
             self._measured[cell] += 1
             # The table counts as one step.
@@ -131,11 +159,6 @@ class Goodput(Planner):
                 if self._measured[more] or more == _bin(self._sequences):
                     break
                 self._factors[more] = self._factors[cell]
-        self._recent = (_SLOW_DECAY * self._recent[0] + tokens, _SLOW_DECAY * self._recent[1] + draft_s + step_s)
-        self._steps += 1
-        self._rows += rows
-        self._tokens += tokens
-        self._spent += draft_s + step_s
 
     def plain_seconds(self, sequences: int, context: float) -> float:
         return self._scale * self._factors[_bin(sequences)] * self._table.step(sequences, context)

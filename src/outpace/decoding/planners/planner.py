@@ -49,8 +49,14 @@ class Planner(ABC):
         """The nodes that are verified, at most `budget.nodes` in all. A node's ancestors stay with it."""
         return drafts
 
-    def observe(self, rows: int, context: float, tokens: int, draft_s: float, step_s: float) -> None:  # noqa: B027
-        """A step of `rows` rows committed `tokens`; drafting took `draft_s`, the rest of the step `step_s`."""
+    def observe(
+        self, rows: int, context: float, tokens: int, draft_s: float, step_s: float, prompt_rows: int = 0
+    ) -> float:
+        """A step of `rows` rows committed `tokens`; drafting took `draft_s`, the rest of the step `step_s`, which holds
+        what `prompt_rows` more rows took. Returns the seconds of the first: by the step times, or else by rows."""
+        if self.costs is None:
+            return step_s * rows / (rows + prompt_rows)
+        return step_s * self.costs.step(rows, context) / self.costs.step(rows + prompt_rows, context)
 
     def plain_seconds(self, sequences: int, context: float) -> float:
         """Seconds a token of plain decoding takes each of so many sequences at once; 0 where nothing was measured."""
