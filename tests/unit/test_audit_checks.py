@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pytest
@@ -128,16 +131,43 @@ def test_a_sound_sampler_is_its_definition() -> None:
     assert all(c.numbers["seen_variation"] < 0.12 for c in checks if "drawn" in c.subject)
 
 
+def with_changed_draws(monkeypatch: pytest.MonkeyPatch, **change: Callable[[Any], Any]) -> None:
+    """Tokens are drawn with parameters that nobody asked for; the distribution is told as before."""
+    choose_rows = sampling.choose_rows
+
+    def changed(params: SamplingParams) -> SamplingParams:
+        return replace(params, **{name: f(getattr(params, name)) for name, f in change.items()})
+
+    monkeypatch.setattr(
+        sampling,
+        "choose_rows",
+        lambda asked, threads=1: choose_rows([(a, changed(p), n) for a, p, n in asked], threads),
+    )
+
+
 def test_a_biased_draw_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    draw = sampling.draw
-    monkeypatch.setattr(sampling, "draw", lambda weights, u: draw(weights, min(u * 1.2, 0.999999)))
+    with_changed_draws(monkeypatch, temperature=lambda t: 1.2 * t)
     failed = {c.subject for c in check_samplers() if not c.holds}
-    assert {"temperature, drawn", "top-p, drawn"} <= failed and not any("definition" in s for s in failed)
+    assert {"temperature, drawn", "top-p, drawn", "temperature, definition"} <= failed
 
 
-def test_a_filter_that_keeps_too_much_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_draw_of_another_position_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has the right frequencies, but is not the token of this seed and position."""
+    choose_rows = sampling.choose_rows
+    monkeypatch.setattr(
+        sampling, "choose_rows", lambda asked, threads=1: choose_rows([(a, p, n + 1) for a, p, n in asked], threads)
+    )
+    failed = {c.subject for c in check_samplers() if not c.holds}
+    assert "temperature, definition" in failed and "temperature, drawn" not in failed
+
+
+@pytest.mark.parametrize("where", ["distribution", "draws"])
+def test_a_filter_that_keeps_too_much_is_found(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cut = sampling._nucleus_cut
-    monkeypatch.setattr(sampling, "_nucleus_cut", lambda weights, top_p: cut(weights, min(1.0, top_p + 0.01)))
+    if where == "distribution":
+        monkeypatch.setattr(sampling, "_nucleus_cut", lambda weights, top_p: cut(weights, min(1.0, top_p + 0.01)))
+    else:
+        with_changed_draws(monkeypatch, top_p=lambda p: min(1.0, p + 0.01) if p < 1 else p)
     failed = {c.subject for c in check_samplers() if not c.holds}
     assert "top-p, definition" in failed and "top-k, definition" not in failed
 
@@ -217,19 +247,13 @@ def test_prefixes_shared_between_owners_are_found(monkeypatch: pytest.MonkeyPatc
 
 def test_a_seed_that_is_ignored_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert check_seeds(toy(), "ngram", PROMPTS, of_temperature(0.8), 12, 0).holds
-    from outpace.decoding import sampling
-
-    monkeypatch.setattr(sampling, "uniform", lambda *key: 0.5)
+    with_changed_draws(monkeypatch, seed=lambda seed: 5)
     deaf = check_seeds(toy(), "ngram", PROMPTS, of_temperature(0.8), 12, 0)
     assert not deaf.holds and "seed changes nothing" in deaf.evidence
 
 
 def test_output_that_depends_on_more_than_the_seed_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    import random
-
-    from outpace.decoding import sampling
-
-    monkeypatch.setattr(sampling, "uniform", lambda *key: random.random())
+    with_changed_draws(monkeypatch, seed=lambda seed: random.getrandbits(40))
     check = check_seeds(toy(), "plain", PROMPTS, of_temperature(0.8), 12, 0)
     assert not check.holds and check.numbers["differing"]
 

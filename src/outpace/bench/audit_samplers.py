@@ -58,15 +58,27 @@ def check_samplers(settings: Sequence[Setting] = ()) -> Iterator[Check]:
 
 
 def _by_definition(how: Setting, seed: int) -> Check:
-    """The distribution that is drawn from, over random rows and texts."""
-    rng, worst = np.random.default_rng([seed, 3]), 0.0
+    """The distribution that is drawn from, over random rows and texts, and the token drawn from each row: the one at
+    which the definition's running sum passes the request's random number."""
+    rng, worst, wrong = np.random.default_rng([seed, 3]), 0.0, 0
     for _ in range(_ROWS):
         logits = (3 * rng.standard_normal(_VOCAB)).astype(np.float32)
         tokens = rng.integers(_VOCAB, size=40).tolist()
-        said = sampling.distribution(logits, how.base, History(tokens, 15))
-        worst = max(worst, float(np.abs(said - definition(logits, how.base, tokens, 15)).sum()) / 2)
-    evidence = f"total variation {worst:.2g} at most from the definition, over {_ROWS} rows"
-    return Check("sampler", f"{how.name}, definition", worst <= CLOSE, evidence, {"total_variation": worst})
+        said, wanted = (
+            sampling.distribution(logits, how.base, History(tokens, 15)),
+            definition(logits, how.base, tokens, 15),
+        )
+        worst = max(worst, float(np.abs(said - wanted).sum()) / 2)
+        token, u = sampling.sample(logits, how.base, History(tokens, 15), 40), sampling.uniform(how.base.seed, 40)
+        below = float(wanted[:token].sum())
+        wrong += (
+            not (how.base.greedy and wanted[token] == 1) and not below - CLOSE <= u <= below + wanted[token] + CLOSE
+        )
+    evidence = (
+        f"total variation {worst:.2g} at most from the definition, and {wrong} wrong tokens drawn, over {_ROWS} rows"
+    )
+    numbers = {"total_variation": worst, "wrong_tokens": wrong}
+    return Check("sampler", f"{how.name}, definition", worst <= CLOSE and not wrong, evidence, numbers)
 
 
 def _drawn(how: Setting, seed: int, checks: int) -> Check:

@@ -1,6 +1,6 @@
 """Every outcome of code that makes random choices, each with its probability: nothing is estimated.
 
-The code runs once per outcome. Its random choices, `sampling.uniform` and `sampling.draw`, are answered by an
+The code runs once per outcome. Its random choices, `sampling.uniform`, `draw` and `choose`, are answered by an
 `Enumeration`, in whatever module they were imported into (`scripted`).
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..decoding import sampling
+from ..types import SamplingParams
 
 
 class Enumeration:
@@ -52,6 +53,10 @@ class Enumeration:
         exact = weights.astype(np.float64)
         return self.choose((exact / exact.sum()).tolist())
 
+    def choose_token(self, processed: np.ndarray, params: SamplingParams, position: int) -> int:
+        """Stands for `sampling.choose`, which draws in compiled code."""
+        return self.choose(sampling.distribution_of(processed, params).tolist())
+
     def uniform(self, *key: Any) -> Comparable:
         """Stands for `sampling.uniform` where it is only compared, or handed to `draw`."""
         return Comparable(self)
@@ -84,6 +89,7 @@ def scripted() -> Iterator[Enumeration]:
     stand_ins: list[tuple[Callable[..., Any], Callable[..., Any]]] = [
         (sampling.uniform, script.uniform),
         (sampling.draw, script.draw),
+        (sampling.choose, script.choose_token),
     ]
     replaced: list[tuple[Any, str, Any]] = []
     try:

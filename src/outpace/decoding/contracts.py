@@ -160,6 +160,10 @@ class Verifier(ABC):
     #: without replacement, as `draft.replacement` says.
     uses_q: ClassVar[bool] = False
 
+    def prepare(self, step: Seq[tuple[Sequence, TargetOutputs]], threads: int) -> None:  # noqa: B027
+        """Called once for a step before its sequences are verified: what can be computed for all of them together, on
+        that many threads. It changes no result."""
+
     @abstractmethod
     def verify(self, sequence: Sequence, draft: Draft, outputs: TargetOutputs) -> Accepted:
         """`outputs` rows as in the module's legend; returns at least one token."""

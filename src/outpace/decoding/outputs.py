@@ -49,6 +49,8 @@ class TargetOutputs:
 
     def __init__(self, step: StepOutputs, start: int, stop: int) -> None:
         self._step, self._rows = step, slice(start, stop)
+        #: Tokens already drawn from rows, by row; see Verifier.prepare.
+        self.drawn: dict[int, int] = {}
 
     @classmethod
     def of(cls, logits: Logits) -> TargetOutputs:

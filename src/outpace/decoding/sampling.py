@@ -20,16 +20,18 @@ Shapes: `V` vocabulary, `m` ids that carry weight. All arrays are numpy on the h
 from __future__ import annotations
 
 from collections.abc import Iterable
+from collections.abc import Sequence as Seq
 from enum import IntEnum
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import ParameterError
+from ..errors import OutpaceError, ParameterError
 from ..types import FloatArray, IntArray, Logits, SamplingParams
 from .grammar import Matcher
 
 _BLOCK = 512  # of the two-level cumulative sum
+_WORD = 2**64 - 1
 _SMALLEST_TEMPERATURE = 1e-6  # below it the quotient overflows float32; ties alone are left to chance there
 
 
@@ -264,12 +266,34 @@ def sample(logits: FloatArray, params: SamplingParams, history: History | None, 
 
 
 def choose(processed: FloatArray, params: SamplingParams, position: int) -> int:
-    """`sample` for logits already processed."""
+    """`sample` for logits already processed. Raises OutpaceError for logits that are no numbers."""
     if params.greedy:
         return int(processed.argmax())
-    ids, weights = _weights(processed, params)
-    index = draw(weights, uniform(params.seed, position))
-    return index if ids is None else int(ids[index])
+    return choose_rows([(processed, params, position)])[0]
+
+
+def choose_rows(asked: Seq[tuple[FloatArray, SamplingParams, int]], threads: int = 1) -> list[int]:
+    """`choose` for sampled rows of one vocabulary, on several threads: (processed f32[V], params, position) each.
+
+    A compiled kernel computes what `_weights`, `draw` and `uniform` say; the token does not depend on the other rows.
+    """
+    from ..ops.cpu.draws import draws  # numba
+
+    rows = [np.ascontiguousarray(row, dtype=np.float32) for row, _, _ in asked]
+    tokens = draws(len(rows[0]), threads)(
+        [
+            (
+                *(row.ctypes.data, 1 / max(p.temperature, _SMALLEST_TEMPERATURE), p.top_k, p.top_p, p.min_p, 0),
+                *(p.seed & _WORD, p.seed >> 64, position),
+            )
+            for row, (_, p, position) in zip(rows, asked, strict=True)
+        ]
+    ).tolist()
+    if min(tokens) < 0:
+        raise OutpaceError(
+            "the model's logits are not numbers: its weights are damaged, or too large for the precision"
+        )
+    return tokens
 
 
 def certainty(logits: FloatArray, params: SamplingParams) -> float:

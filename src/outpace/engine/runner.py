@@ -11,7 +11,8 @@ sequence's region reserved; each must then be committed, or all rolled back with
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Literal
 
@@ -22,6 +23,7 @@ from ..decoding.contracts import NOT_CACHED, Drafter, Observation, Verifier
 from ..decoding.outputs import StepOutputs, TargetOutputs
 from ..decoding.planners.planner import Planner, StepBudget
 from ..decoding.tree import expected_accepted
+from ..errors import OutpaceError
 from ..models.batch import Span, Tree, pack
 from ..models.decoder import Decoder
 from ..types import Accepted, Draft
@@ -30,6 +32,7 @@ from .request import Request
 if TYPE_CHECKING:
     import torch
 
+Target = tuple[Request, Draft | None, TargetOutputs]  # one sequence's rows; without a draft: the end of a prompt
 NO_DRAFT = Draft.empty()
 NOTHING = Accepted(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
 
@@ -56,6 +59,7 @@ class Runner:
     ) -> None:
         self.decoder, self.cache, self.drafter, self.verifier = decoder, cache, drafter, verifier
         self.planner = planner
+        self.threads = decoder.threads  # idle while tokens are chosen
         self.draft_s = self.forward_s = self.sample_s = 0.0  # so far: proposing, the target's forwards, choosing tokens
 
     def end(self, request: Request) -> None:
@@ -75,16 +79,9 @@ class Runner:
         try:
             step, read = self._run(decoding, drafts, chunks)
             forwarded = perf_counter()
-            verified, row = [], 0
-            for request, draft in zip(decoding, drafts, strict=True):
-                outputs = TargetOutputs(step, row, row + 1 + len(draft))
-                row += 1 + len(draft)
-                verified.append(self._verify(request, draft, outputs))
-            for chunk in read:
-                row += chunk.logit_rows
-                if chunk.ended:
-                    first = self._verify(chunk.request, NO_DRAFT, TargetOutputs(step, row - 1, row))
-                    verified.append(replace(first, draft=None))
+            targets = _targets(step, decoding, drafts, read)
+            self._prepare(targets)
+            verified = [self._verify(*target) for target in targets]
         except BaseException:
             self.abandon([*decoding, *(r for r, _ in chunks)])
             raise
@@ -99,10 +96,16 @@ class Runner:
             self._account(verified[: len(decoding)], limits, prompt_rows, drafted - began, perf_counter() - drafted)
         return verified
 
-    def _verify(self, request: Request, draft: Draft, outputs: TargetOutputs) -> Verified:
+    def _prepare(self, targets: list[Target]) -> None:
+        """What fails for all together is left to each one's own verification, which can tell whose error it is."""
+        with suppress(OutpaceError):
+            self.verifier.prepare([(request.sequence, outputs) for request, _, outputs in targets], self.threads)
+
+    def _verify(self, request: Request, draft: Draft | None, outputs: TargetOutputs) -> Verified:
         """An error of one request (its grammar, its numbers) must not end the others of its step."""
         try:
-            return Verified(request, draft, outputs, self.verifier.verify(request.sequence, draft, outputs))
+            accepted = self.verifier.verify(request.sequence, NO_DRAFT if draft is None else draft, outputs)
+            return Verified(request, draft, outputs, accepted)
         except Exception as error:
             return Verified(request, draft, outputs, NOTHING, error)
 
@@ -230,3 +233,17 @@ def _gather(chunks: list[_Chunk], logits: torch.Tensor, hidden: torch.Tensor | N
             )
         row += n
         logit += chunk.logit_rows
+
+
+def _targets(step: StepOutputs, decoding: list[Request], drafts: list[Draft], read: list[_Chunk]) -> list[Target]:
+    """Whose rows of a step are to be verified: those of every draft, and the last one of a prompt that has ended."""
+    found: list[Target] = []
+    row = 0
+    for request, draft in zip(decoding, drafts, strict=True):
+        found.append((request, draft, TargetOutputs(step, row, row + 1 + len(draft))))
+        row += 1 + len(draft)
+    for chunk in read:
+        row += chunk.logit_rows
+        if chunk.ended:
+            found.append((chunk.request, None, TargetOutputs(step, row - 1, row)))
+    return found

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from typing import ClassVar
 
 from ...registry import register
 from ...types import NO_PARENT, Accepted, Draft, Exactness
 from ..contracts import Sequence, Verifier
 from ..outputs import TargetOutputs
+from ..sampling import choose_rows
 from ..tree import child_lookup
 from .walk import Recorder, accepted, target_row
 
@@ -35,6 +37,18 @@ class CoupledVerifier(Verifier):
     name = "coupled"
     exactness: ClassVar[Exactness] = "identical"
 
+    def prepare(self, step: Seq[tuple[Sequence, TargetOutputs]], threads: int) -> None:
+        """Draw what follows each sequence's last token, for all of them at once: these rows are always needed."""
+        sampled = [
+            (outputs, (target_row(outputs, NO_PARENT), sequence.params, len(sequence.tokens)))
+            for sequence, outputs in step
+            if not sequence.params.greedy and not sequence.params.edits_logits
+        ]
+        if len(sampled) > 1:
+            tokens = choose_rows([row for _, row in sampled], threads)
+            for (outputs, _), token in zip(sampled, tokens, strict=True):
+                outputs.drawn[0] = token
+
     def verify(self, sequence: Sequence, draft: Draft, outputs: TargetOutputs) -> Accepted:
         params = sequence.params
         lookup = child_lookup(draft)
@@ -57,7 +71,9 @@ class CoupledVerifier(Verifier):
             node: int | None = NO_PARENT
             while node is not None:
                 processed = record.process(target_row(outputs, node))
-                token = record.choose(processed)
+                token = outputs.drawn.get(node + 1)
+                if token is None:
+                    token = record.choose(processed)
                 node = lookup.get((node, token))
                 record.emit(processed, token, node)
             return record.result()

@@ -27,14 +27,19 @@ class _Vector(types.Type):
         super().__init__(name=name)
 
 
-f32x16 = _Vector("f32x16", VF)
-i32x16 = _Vector("i32x16", VI)
-
-
 @register_model(_Vector)
 class _VectorModel(models.PrimitiveModel):
     def __init__(self, dmm: Any, fe_type: _Vector) -> None:
         super().__init__(dmm, fe_type, fe_type.llvm_type)
+
+
+def vector_type(name: str, llvm_type: ir.Type) -> Any:
+    """The numba type of an LLVM vector; one for each name."""
+    return _Vector(name, llvm_type)
+
+
+f32x16 = vector_type("f32x16", VF)
+i32x16 = vector_type("i32x16", VI)
 
 
 def emit(returns: Any, *params: Any) -> Callable[[Callable[..., Any]], Any]:

@@ -14,8 +14,8 @@ from numba import float32, int64
 
 from .compiled import is_cached
 from .search import top_rows
-from .step import decoder_step, serve
-from .team import post
+from .step import decoder_step
+from .team import post, serve, work
 
 _MATRIX = (float32[:, ::1], int64[:, ::1])
 
@@ -24,7 +24,8 @@ def make_ready() -> None:
     """Load or compile every entry point, in the types that callers pass. Takes no time when that is done."""
     decoder_step.compile((int64, int64))
     serve.compile((int64,) * 4)
-    post.compile((int64,) * 3)
+    post.compile((int64,) * 4)
+    work.compile((int64,) * 3)
     top_rows.compile((int64, int64, int64, *_MATRIX))
 
 

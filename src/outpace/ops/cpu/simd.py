@@ -65,6 +65,16 @@ def store_f32(b, address, value):
     store(b, address, value)
 
 
+@emit(types.float64, types.int64)
+def load_f64(b, address):
+    return load(b, address, ir.DoubleType(), 8)
+
+
+@emit(types.void, types.int64, types.float64)
+def store_f64(b, address, value):
+    store(b, address, value, 8)
+
+
 @emit(types.int64, types.int64)
 def load_i64(b, address):
     return load(b, address, I64, 8)

@@ -12,16 +12,17 @@ from numba import njit
 from .attention import MAX_QUERIES, attend
 from .attention_int4 import attend_int4
 from .attention_tiles import attend_pairs
+from .barrier import J_ARRIVED, J_BARRIER, J_THREADS, get, meet
 from .compiled import compiled
 from .isa import AMX, BF16
 from .linear import ADD, STORE, linear
 from .rows import add_norm_row, embed_row, norm_row, pack_row, rotate_head, write_key, write_value
-from .simd import atomic_add, atomic_load, load_f32, load_i32, load_i64, pause, store_i64, vload, vstore, yield_core
+from .simd import atomic_add, load_f32, load_i32, load_i64, store_i64, vload, vstore
 from .tiles import load_tile_config, release_tiles
 
 # The control block, the per-layer table and the block of float32 constants: names of their entries.
 (
-    C_KIND, C_LEVEL, C_TILE_CONFIG, C_PAGE_TILE_CONFIG, C_BARRIER, C_ARRIVED, C_ITEMS, C_THREADS, C_ROWS,
+    C_BARRIER, C_ARRIVED, C_THREADS, C_KIND, C_LEVEL, C_TILE_CONFIG, C_PAGE_TILE_CONFIG, C_ITEMS, C_ROWS,
     C_SEQUENCES, C_LOGIT_ROWS, C_LAYERS, C_LAYER_TABLE, C_FLOATS, C_WIDTH, C_TRUE_WIDTH, C_HIDDEN, C_TRUE_HIDDEN,
     C_HEADS, C_KV_HEADS, C_HEAD, C_HEAD_TRUE, C_ACTIVATION, C_POST_NORMS, C_TOKENS, C_POSITIONS, C_ROW_START,
     C_OFFSETS, C_CAUSAL, C_VISIBLE_START, C_VISIBLE, C_COMMITTED, C_PAGES, C_PAGES_STRIDE,
@@ -42,29 +43,8 @@ from .tiles import load_tile_config, release_tiles
 
 CONTROL_SIZE, LAYER_SIZE = 70, 20
 LAYER_STRIDE = 8 * LAYER_SIZE
-SPINS_BEFORE_YIELD = 256
 
-
-@njit(inline="always")
-def _get(c, index):
-    return load_i64(c + 8 * index)
-
-
-@njit
-def meet(c, threads, arrived):
-    """Barrier. `arrived`: the count of arrivals at which this meeting is complete; returns the next one's.
-
-    The count only ever rises: a thread may still be looking at it when the next step begins.
-    """
-    counter = load_i64(c + 8 * C_BARRIER)
-    atomic_add(counter, 1)
-    spins = 0
-    while atomic_load(counter) < arrived:
-        pause()
-        spins += 1
-        if spins > SPINS_BEFORE_YIELD:
-            yield_core()
-    return arrived + threads
+assert (C_BARRIER, C_ARRIVED, C_THREADS) == (J_BARRIER, J_ARRIVED, J_THREADS)
 
 
 @njit(inline="always")
@@ -78,27 +58,27 @@ def _product(c, me, threads, mode, rows, steps, w, scales, bias, panels, out, ou
     unit = 2 if mode > ADD else 1
     first, last = _share(panels, unit, me, threads), _share(panels, unit, me + 1, threads)
     linear(
-        _get(c, C_KIND), _get(c, C_LEVEL), mode, rows, _get(c, C_PACKED), _get(c, C_PACKED_STRIDE),
-        _get(c, C_PACKED_SCALE), w, scales, bias, steps, first, last, out, out_stride, scratch,
+        get(c, C_KIND), get(c, C_LEVEL), mode, rows, get(c, C_PACKED), get(c, C_PACKED_STRIDE),
+        get(c, C_PACKED_SCALE), w, scales, bias, steps, first, last, out, out_stride, scratch,
     )  # fmt: skip
 
 
 @njit
 def _norm_and_pack(c, me, threads, x, rows, norm, eps, space):
-    width, true_width = _get(c, C_WIDTH), _get(c, C_TRUE_WIDTH)
-    packed, stride, kind = _get(c, C_PACKED), _get(c, C_PACKED_STRIDE), _get(c, C_KIND)
+    width, true_width = get(c, C_WIDTH), get(c, C_TRUE_WIDTH)
+    packed, stride, kind = get(c, C_PACKED), get(c, C_PACKED_STRIDE), get(c, C_KIND)
     for t in range(me, rows, threads):
         norm_row(x + 4 * t * width, norm, space, width, true_width, eps)
-        pack_row(kind, space, width, space + 4 * width, packed + t * stride, _get(c, C_PACKED_SCALE) + 8 * t)
+        pack_row(kind, space, width, space + 4 * width, packed + t * stride, get(c, C_PACKED_SCALE) + 8 * t)
 
 
 @njit
 def _pack(c, me, threads, x, width, rows, chosen, space):
     """`chosen`: the rows to pack, i64[rows], one behind the other; 0: the first."""
-    packed, stride, kind = _get(c, C_PACKED), _get(c, C_PACKED_STRIDE), _get(c, C_KIND)
+    packed, stride, kind = get(c, C_PACKED), get(c, C_PACKED_STRIDE), get(c, C_KIND)
     for r in range(me, rows, threads):
         t = load_i64(chosen + 8 * r) if chosen != 0 else r
-        pack_row(kind, x + 4 * t * width, width, space, packed + r * stride, _get(c, C_PACKED_SCALE) + 8 * r)
+        pack_row(kind, x + 4 * t * width, width, space, packed + r * stride, get(c, C_PACKED_SCALE) + 8 * r)
 
 
 @njit
@@ -114,29 +94,29 @@ def _gather(rows, count, x, width):
 @njit
 def _rotate_and_write(c, layer, me, threads, keys, values, eps, attention_scale, space):
     """Rotary embedding of queries and keys in place; keys and values go to their cache places."""
-    heads, kv_heads = _get(c, C_HEADS), _get(c, C_KV_HEADS)
-    head, head_true = _get(c, C_HEAD), _get(c, C_HEAD_TRUE)
-    half, is_bf16 = head_true // 2, _get(c, C_KV_BF16)
-    local = _get(layer, L_LOCAL_ROPE)
-    cos, sin = (_get(c, C_COS_LOCAL), _get(c, C_SIN_LOCAL)) if local else (_get(c, C_COS), _get(c, C_SIN))
+    heads, kv_heads = get(c, C_HEADS), get(c, C_KV_HEADS)
+    head, head_true = get(c, C_HEAD), get(c, C_HEAD_TRUE)
+    half, is_bf16 = head_true // 2, get(c, C_KV_BF16)
+    local = get(layer, L_LOCAL_ROPE)
+    cos, sin = (get(c, C_COS_LOCAL), get(c, C_SIN_LOCAL)) if local else (get(c, C_COS), get(c, C_SIN))
     columns = heads + 2 * kv_heads
-    page_bytes, head_bytes = _get(c, C_KV_PAGE_BYTES), _get(c, C_KV_HEAD_BYTES)
-    row_start, b = _get(c, C_ROW_START), 0
+    page_bytes, head_bytes = get(c, C_KV_PAGE_BYTES), get(c, C_KV_HEAD_BYTES)
+    row_start, b = get(c, C_ROW_START), 0
     one = np.float32(1.0)
     # Heads that lie side by side, as a thread's columns of the product did: they are in its own cache.
     first, last = _share(heads + kv_heads, 1, me, threads), _share(heads + kv_heads, 1, me + 1, threads)
-    for t in range(_get(c, C_ROWS)):
+    for t in range(get(c, C_ROWS)):
         while load_i32(row_start + 4 * (b + 1)) <= t:
             b += 1
-        place = load_i32(_get(c, C_COMMITTED) + 4 * b) + load_i32(_get(c, C_OFFSETS) + 4 * t)
-        page = load_i32(_get(c, C_PAGES) + b * _get(c, C_PAGES_STRIDE) + 4 * (place // 16))
+        place = load_i32(get(c, C_COMMITTED) + 4 * b) + load_i32(get(c, C_OFFSETS) + 4 * t)
+        page = load_i32(get(c, C_PAGES) + b * get(c, C_PAGES_STRIDE) + 4 * (place // 16))
         ct, st = cos + 4 * t * half, sin + 4 * t * half
         for h in range(first, last):
-            x = _get(c, C_QKV) + 4 * head * (t * columns + h)
+            x = get(c, C_QKV) + 4 * head * (t * columns + h)
             if h < heads:
-                rotate_head(x, ct, st, half, _get(layer, L_Q_NORM), head, head_true, eps, attention_scale)
+                rotate_head(x, ct, st, half, get(layer, L_Q_NORM), head, head_true, eps, attention_scale)
             else:
-                rotate_head(x, ct, st, half, _get(layer, L_K_NORM), head, head_true, eps, one)
+                rotate_head(x, ct, st, half, get(layer, L_K_NORM), head, head_true, eps, one)
                 at = page * page_bytes + (h - heads) * head_bytes
                 write_key(x, keys + at, place % 16, head, is_bf16, space)
                 write_value(x + 4 * head * kv_heads, values + at, place % 16, head, is_bf16, space)
@@ -145,35 +125,35 @@ def _rotate_and_write(c, layer, me, threads, keys, values, eps, attention_scale,
 @njit
 def _attention(c, layer, index, keys, values, space):
     """Work items are taken off a shared counter: (sequence, KV head, block of rows)."""
-    heads, kv_heads, head = _get(c, C_HEADS), _get(c, C_KV_HEADS), _get(c, C_HEAD)
-    group, is_bf16 = heads // kv_heads, _get(c, C_KV_BF16)
+    heads, kv_heads, head = get(c, C_HEADS), get(c, C_KV_HEADS), get(c, C_HEAD)
+    group, is_bf16 = heads // kv_heads, get(c, C_KV_BF16)
     columns = heads + 2 * kv_heads
     block = max(1, MAX_QUERIES // group)
     queries = max(MAX_QUERIES, (group + 7) // 8 * 8) + 16
-    stride = _get(c, C_SCORE_STRIDE)
+    stride = get(c, C_SCORE_STRIDE)
     q, acc = space, space + 4 * queries * head
     spare = acc + 4 * queries * head
     scores = spare + 128 * head + 64
     store_i64(spare + 96 * head, 0)
-    pairs = _get(c, C_LEVEL) >= BF16 and is_bf16
-    layout, few_bits = _get(c, C_COMPACT), 0  # pages that a draft reads from their copy in few bits
-    counter = _get(c, C_ITEMS) + 8 * index
+    pairs = get(c, C_LEVEL) >= BF16 and is_bf16
+    layout, few_bits = get(c, C_COMPACT), 0  # pages that a draft reads from their copy in few bits
+    counter = get(c, C_ITEMS) + 8 * index
     wanted, item = atomic_add(counter, 1), 0
-    row_start, head_bytes = _get(c, C_ROW_START), _get(c, C_KV_HEAD_BYTES)
-    for b in range(_get(c, C_SEQUENCES)):
+    row_start, head_bytes = get(c, C_ROW_START), get(c, C_KV_HEAD_BYTES)
+    for b in range(get(c, C_SEQUENCES)):
         begin, end = load_i32(row_start + 4 * b), load_i32(row_start + 4 * (b + 1))
         blocks = (end - begin + block - 1) // block
         while wanted < item + blocks * kv_heads:
             kv, row = (wanted - item) % kv_heads, begin + (wanted - item) // kv_heads * block
             n = min(block, end - row)
-            queries_at, out_at = _get(c, C_QKV) + 4 * head * kv * group, _get(c, C_ATTENTION) + 4 * head * kv * group
-            offsets, positions = _get(c, C_OFFSETS), _get(c, C_POSITIONS)
-            causal, committed = load_i32(_get(c, C_CAUSAL) + 4 * b), load_i32(_get(c, C_COMMITTED) + 4 * b)
-            visible_start, visible = _get(c, C_VISIBLE_START), _get(c, C_VISIBLE)
-            window, pages = _get(layer, L_WINDOW), _get(c, C_PAGES) + b * _get(c, C_PAGES_STRIDE)
-            k, v, page_bytes = keys + kv * head_bytes, values + kv * head_bytes, _get(c, C_KV_PAGE_BYTES)
+            queries_at, out_at = get(c, C_QKV) + 4 * head * kv * group, get(c, C_ATTENTION) + 4 * head * kv * group
+            offsets, positions = get(c, C_OFFSETS), get(c, C_POSITIONS)
+            causal, committed = load_i32(get(c, C_CAUSAL) + 4 * b), load_i32(get(c, C_COMMITTED) + 4 * b)
+            visible_start, visible = get(c, C_VISIBLE_START), get(c, C_VISIBLE)
+            window, pages = get(layer, L_WINDOW), get(c, C_PAGES) + b * get(c, C_PAGES_STRIDE)
+            k, v, page_bytes = keys + kv * head_bytes, values + kv * head_bytes, get(c, C_KV_PAGE_BYTES)
             if layout:
-                few_bits = load_i32(_get(c, C_COMPACT_PAGES) + 4 * b)
+                few_bits = load_i32(get(c, C_COMPACT_PAGES) + 4 * b)
             if few_bits:
                 attend_int4(
                     group, head, queries_at, 4 * head * columns, row, n, offsets, positions, causal, visible_start,
@@ -182,9 +162,9 @@ def _attention(c, layer, index, keys, values, space):
                 )  # fmt: skip
             elif pairs:
                 attend_pairs(
-                    _get(c, C_LEVEL), group, head, queries_at, 4 * head * columns, row, n, offsets, positions, causal,
+                    get(c, C_LEVEL), group, head, queries_at, 4 * head * columns, row, n, offsets, positions, causal,
                     visible_start, visible, committed, window, pages, k, v, page_bytes, out_at, 4 * head * heads, q,
-                    scores, stride, acc, spare, _get(c, C_TILE_CONFIG), _get(c, C_PAGE_TILE_CONFIG),
+                    scores, stride, acc, spare, get(c, C_TILE_CONFIG), get(c, C_PAGE_TILE_CONFIG),
                 )  # fmt: skip
             else:
                 attend(
@@ -198,26 +178,26 @@ def _attention(c, layer, index, keys, values, space):
 
 @njit
 def _post_norm(c, me, threads, rows, norm, eps):
-    width, true_width = _get(c, C_WIDTH), _get(c, C_TRUE_WIDTH)
+    width, true_width = get(c, C_WIDTH), get(c, C_TRUE_WIDTH)
     for t in range(me, rows, threads):
-        add_norm_row(_get(c, C_SUBLAYER) + 4 * t * width, norm, _get(c, C_X) + 4 * t * width, width, true_width, eps)
+        add_norm_row(get(c, C_SUBLAYER) + 4 * t * width, norm, get(c, C_X) + 4 * t * width, width, true_width, eps)
 
 
 @njit
 def _attention_sublayer(c, layer, index, me, threads, arrived, space, eps, attention_scale, narrow):
     """`narrow`: of the rows, those that give logits alone go on behind the keys and values, moved to the beginning."""
-    rows, x, width, post = _get(c, C_ROWS), _get(c, C_X), _get(c, C_WIDTH), _get(c, C_POST_NORMS)
-    heads, kv_heads, head = _get(c, C_HEADS), _get(c, C_KV_HEADS), _get(c, C_HEAD)
+    rows, x, width, post = get(c, C_ROWS), get(c, C_X), get(c, C_WIDTH), get(c, C_POST_NORMS)
+    heads, kv_heads, head = get(c, C_HEADS), get(c, C_KV_HEADS), get(c, C_HEAD)
     columns = (heads + 2 * kv_heads) * head
-    keys = _get(c, C_KEYS) + index * _get(c, C_KV_LAYER_BYTES)
-    values = _get(c, C_VALUES) + index * _get(c, C_KV_LAYER_BYTES)
-    mode, target = (STORE, _get(c, C_SUBLAYER)) if post else (ADD, x)
+    keys = get(c, C_KEYS) + index * get(c, C_KV_LAYER_BYTES)
+    values = get(c, C_VALUES) + index * get(c, C_KV_LAYER_BYTES)
+    mode, target = (STORE, get(c, C_SUBLAYER)) if post else (ADD, x)
 
-    _norm_and_pack(c, me, threads, x, rows, _get(layer, L_NORM_1), eps, space)
+    _norm_and_pack(c, me, threads, x, rows, get(layer, L_NORM_1), eps, space)
     arrived = meet(c, threads, arrived)
     _product(
-        c, me, threads, STORE, rows, _get(c, C_STEPS_WIDTH), _get(layer, L_QKV_W), _get(layer, L_QKV_SCALE),
-        _get(layer, L_QKV_BIAS), columns // 16, _get(c, C_QKV), 4 * columns, space,
+        c, me, threads, STORE, rows, get(c, C_STEPS_WIDTH), get(layer, L_QKV_W), get(layer, L_QKV_SCALE),
+        get(layer, L_QKV_BIAS), columns // 16, get(c, C_QKV), 4 * columns, space,
     )  # fmt: skip
     arrived = meet(c, threads, arrived)
     _rotate_and_write(c, layer, me, threads, keys, values, eps, attention_scale, space)
@@ -226,44 +206,44 @@ def _attention_sublayer(c, layer, index, me, threads, arrived, space, eps, atten
     arrived = meet(c, threads, arrived)
     chosen = 0
     if narrow:
-        rows, chosen = _get(c, C_LOGIT_ROWS), _get(c, C_LOGIT_INDEX)
+        rows, chosen = get(c, C_LOGIT_ROWS), get(c, C_LOGIT_INDEX)
         if me == 0:
             _gather(chosen, rows, x, width)
-    _pack(c, me, threads, _get(c, C_ATTENTION), heads * head, rows, chosen, space)
+    _pack(c, me, threads, get(c, C_ATTENTION), heads * head, rows, chosen, space)
     arrived = meet(c, threads, arrived)
     _product(
-        c, me, threads, mode, rows, _get(c, C_STEPS_ATTENTION), _get(layer, L_OUT_W), _get(layer, L_OUT_SCALE),
+        c, me, threads, mode, rows, get(c, C_STEPS_ATTENTION), get(layer, L_OUT_W), get(layer, L_OUT_SCALE),
         0, width // 16, target, 4 * width, space,
     )  # fmt: skip
     arrived = meet(c, threads, arrived)
     if post:
-        _post_norm(c, me, threads, rows, _get(layer, L_POST_1), eps)
+        _post_norm(c, me, threads, rows, get(layer, L_POST_1), eps)
         arrived = meet(c, threads, arrived)
     return arrived
 
 
 @njit
 def _mlp_sublayer(c, layer, me, threads, arrived, space, eps, rows):
-    x, width, post = _get(c, C_X), _get(c, C_WIDTH), _get(c, C_POST_NORMS)
-    hidden = _get(c, C_HIDDEN)
-    mode, target = (STORE, _get(c, C_SUBLAYER)) if post else (ADD, x)
+    x, width, post = get(c, C_X), get(c, C_WIDTH), get(c, C_POST_NORMS)
+    hidden = get(c, C_HIDDEN)
+    mode, target = (STORE, get(c, C_SUBLAYER)) if post else (ADD, x)
 
-    _norm_and_pack(c, me, threads, x, rows, _get(layer, L_NORM_2), eps, space)
+    _norm_and_pack(c, me, threads, x, rows, get(layer, L_NORM_2), eps, space)
     arrived = meet(c, threads, arrived)
     _product(
-        c, me, threads, _get(c, C_ACTIVATION), rows, _get(c, C_STEPS_WIDTH), _get(layer, L_GATE_UP_W),
-        _get(layer, L_GATE_UP_SCALE), 0, 2 * hidden // 16, _get(c, C_GATED), 4 * hidden, space,
+        c, me, threads, get(c, C_ACTIVATION), rows, get(c, C_STEPS_WIDTH), get(layer, L_GATE_UP_W),
+        get(layer, L_GATE_UP_SCALE), 0, 2 * hidden // 16, get(c, C_GATED), 4 * hidden, space,
     )  # fmt: skip
     arrived = meet(c, threads, arrived)
-    _pack(c, me, threads, _get(c, C_GATED), hidden, rows, 0, space)
+    _pack(c, me, threads, get(c, C_GATED), hidden, rows, 0, space)
     arrived = meet(c, threads, arrived)
     _product(
-        c, me, threads, mode, rows, _get(c, C_STEPS_HIDDEN), _get(layer, L_DOWN_W), _get(layer, L_DOWN_SCALE),
+        c, me, threads, mode, rows, get(c, C_STEPS_HIDDEN), get(layer, L_DOWN_W), get(layer, L_DOWN_SCALE),
         0, width // 16, target, 4 * width, space,
     )  # fmt: skip
     arrived = meet(c, threads, arrived)
     if post:
-        _post_norm(c, me, threads, rows, _get(layer, L_POST_2), eps)
+        _post_norm(c, me, threads, rows, get(layer, L_POST_2), eps)
         arrived = meet(c, threads, arrived)
     return arrived
 
@@ -271,14 +251,14 @@ def _mlp_sublayer(c, layer, me, threads, arrived, space, eps, rows):
 @njit
 def _layer(c, layer, index, me, threads, arrived, space, eps, attention_scale, narrow):
     """A sublayer that is skipped touches nothing: neither the residual stream nor the layer's keys and values."""
-    rows, x, width = _get(c, C_ROWS), _get(c, C_X), _get(c, C_WIDTH)
-    if _get(layer, L_SKIP_ATTENTION) == 0:
+    rows, x, width = get(c, C_ROWS), get(c, C_X), get(c, C_WIDTH)
+    if get(layer, L_SKIP_ATTENTION) == 0:
         arrived = _attention_sublayer(c, layer, index, me, threads, arrived, space, eps, attention_scale, narrow)
-    if _get(layer, L_SKIP_MLP) == 0:
-        arrived = _mlp_sublayer(c, layer, me, threads, arrived, space, eps, _get(c, C_LOGIT_ROWS) if narrow else rows)
-    save = _get(layer, L_SAVE_HIDDEN)
+    if get(layer, L_SKIP_MLP) == 0:
+        arrived = _mlp_sublayer(c, layer, me, threads, arrived, space, eps, get(c, C_LOGIT_ROWS) if narrow else rows)
+    save = get(layer, L_SAVE_HIDDEN)
     if save >= 0:
-        out = _get(c, C_HIDDEN_OUT) + 4 * save * rows * width
+        out = get(c, C_HIDDEN_OUT) + 4 * save * rows * width
         for i in range(me * 16, rows * width, threads * 16):
             vstore(out + 4 * i, vload(x + 4 * i))
     return arrived
@@ -287,61 +267,39 @@ def _layer(c, layer, index, me, threads, arrived, space, eps, attention_scale, n
 @compiled
 def decoder_step(c, me):
     """Thread `me` of the team; `c` is the control block's address."""
-    threads = _get(c, C_THREADS)
-    space = _get(c, C_THREAD_SPACE) + me * _get(c, C_THREAD_STRIDE)
-    floats, rows, width, x = _get(c, C_FLOATS), _get(c, C_ROWS), _get(c, C_WIDTH), _get(c, C_X)
+    threads = get(c, C_THREADS)
+    space = get(c, C_THREAD_SPACE) + me * get(c, C_THREAD_STRIDE)
+    floats, rows, width, x = get(c, C_FLOATS), get(c, C_ROWS), get(c, C_WIDTH), get(c, C_X)
     eps = load_f32(floats + 4 * F_EPS)
     embedding_scale, attention_scale = (
         load_f32(floats + 4 * F_EMBEDDING_SCALE),
         load_f32(floats + 4 * F_ATTENTION_SCALE),
     )
-    arrived = _get(c, C_ARRIVED) + threads
-    if _get(c, C_LEVEL) == AMX:
-        load_tile_config(_get(c, C_TILE_CONFIG))
+    arrived = get(c, C_ARRIVED) + threads
+    if get(c, C_LEVEL) == AMX:
+        load_tile_config(get(c, C_TILE_CONFIG))
     for t in range(me, rows, threads):
-        token = load_i64(_get(c, C_TOKENS) + 8 * t)
-        embed_row(_get(c, C_EMBEDDING), _get(c, C_EMBEDDING_BF16), token, width, embedding_scale, x + 4 * t * width)
+        token = load_i64(get(c, C_TOKENS) + 8 * t)
+        embed_row(get(c, C_EMBEDDING), get(c, C_EMBEDDING_BF16), token, width, embedding_scale, x + 4 * t * width)
     arrived = meet(c, threads, arrived)
     # What the last layer makes of a row that gives no logits, beyond its keys and values, nobody reads.
-    layers, wanted, narrow = _get(c, C_LAYERS), _get(c, C_LOGIT_ROWS), False
+    layers, wanted, narrow = get(c, C_LAYERS), get(c, C_LOGIT_ROWS), False
     for i in range(layers):
-        layer = _get(c, C_LAYER_TABLE) + i * LAYER_STRIDE
+        layer = get(c, C_LAYER_TABLE) + i * LAYER_STRIDE
         if i == layers - 1 and wanted < rows:
-            narrow = _get(layer, L_SAVE_HIDDEN) < 0 and _get(layer, L_SKIP_ATTENTION) == 0
+            narrow = get(layer, L_SAVE_HIDDEN) < 0 and get(layer, L_SKIP_ATTENTION) == 0
         arrived = _layer(c, layer, i, me, threads, arrived, space, eps, attention_scale, narrow)
-    packed, stride, kind = _get(c, C_PACKED), _get(c, C_PACKED_STRIDE), _get(c, C_KIND)
+    packed, stride, kind = get(c, C_PACKED), get(c, C_PACKED_STRIDE), get(c, C_KIND)
     for r in range(me, wanted, threads):
-        t = r if narrow else load_i64(_get(c, C_LOGIT_INDEX) + 8 * r)
-        norm_row(x + 4 * t * width, _get(c, C_FINAL_NORM), space, width, _get(c, C_TRUE_WIDTH), eps)
-        pack_row(kind, space, width, space + 4 * width, packed + r * stride, _get(c, C_PACKED_SCALE) + 8 * r)
+        t = r if narrow else load_i64(get(c, C_LOGIT_INDEX) + 8 * r)
+        norm_row(x + 4 * t * width, get(c, C_FINAL_NORM), space, width, get(c, C_TRUE_WIDTH), eps)
+        pack_row(kind, space, width, space + 4 * width, packed + r * stride, get(c, C_PACKED_SCALE) + 8 * r)
     arrived = meet(c, threads, arrived)
     if wanted > 0:
         _product(
-            c, me, threads, STORE, wanted, _get(c, C_STEPS_WIDTH), _get(c, C_HEAD_W), _get(c, C_HEAD_SCALE), 0,
-            _get(c, C_HEAD_PANELS), _get(c, C_LOGITS), _get(c, C_LOGITS_STRIDE), space,
+            c, me, threads, STORE, wanted, get(c, C_STEPS_WIDTH), get(c, C_HEAD_W), get(c, C_HEAD_SCALE), 0,
+            get(c, C_HEAD_PANELS), get(c, C_LOGITS), get(c, C_LOGITS_STRIDE), space,
         )  # fmt: skip
-    if _get(c, C_LEVEL) == AMX:
+    if get(c, C_LEVEL) == AMX:
         release_tiles()
     meet(c, threads, arrived)
-
-
-@compiled
-def serve(mailbox, me, seen, patience):
-    """A worker's life between parkings: wait for the next job number, run it, wait again.
-
-    `mailbox`: int64 [job number, control block's address, stop]. Returns the last job number seen when nothing came
-    for `patience` spins, or -1 when it is to stop.
-    """
-    spins = 0
-    while spins < patience:
-        job = atomic_load(mailbox)
-        if load_i64(mailbox + 16) != 0:
-            return -1
-        if job != seen:
-            decoder_step(load_i64(mailbox + 8), me)
-            seen, spins = job, 0
-        pause()
-        spins += 1
-        if spins % 1024 == 0:
-            yield_core()
-    return seen

@@ -1,4 +1,5 @@
-"""A team of threads that run one compiled step together, shared by every decoder of the process.
+"""A team of threads that run one compiled job together: a decoder step, or the choice of tokens. Shared by every
+decoder of the process.
 
 Between steps the workers spin for about a millisecond (a decode step follows the last one at once), then park.
 
@@ -15,16 +16,51 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
+from .barrier import J_ARRIVED, J_BARRIER
 from .compiled import compiled
-from .simd import atomic_store
-from .step import C_ARRIVED, C_BARRIER, decoder_step, serve
+from .sample import sample_rows
+from .simd import atomic_load, atomic_store, load_i64, pause, yield_core
+from .step import decoder_step
 
 _PATIENCE = 20_000  # spins of about 40 ns
+STEP, SAMPLE = 0, 1  # kinds of jobs
+_JOB, _CONTROL, _STOP, _KIND = range(4)  # entries of the mailbox
 
 
 @compiled
-def post(mailbox, job, control):
-    atomic_store(mailbox + 8, control)
+def work(kind, control, me):
+    """Thread `me`'s part of a job."""
+    if kind == STEP:
+        decoder_step(control, me)
+    else:
+        sample_rows(control, me)
+
+
+@compiled
+def serve(mailbox, me, seen, patience):
+    """A worker's life between parkings: wait for the next job number, run it, wait again.
+
+    Returns the last job number seen when nothing came for `patience` spins, or -1 when told to stop.
+    """
+    spins = 0
+    while spins < patience:
+        job = atomic_load(mailbox)
+        if load_i64(mailbox + 8 * _STOP) != 0:
+            return -1
+        if job != seen:
+            work(load_i64(mailbox + 8 * _KIND), load_i64(mailbox + 8 * _CONTROL), me)
+            seen, spins = job, 0
+        pause()
+        spins += 1
+        if spins % 1024 == 0:
+            yield_core()
+    return seen
+
+
+@compiled
+def post(mailbox, job, control, kind):
+    atomic_store(mailbox + 8 * _KIND, kind)
+    atomic_store(mailbox + 8 * _CONTROL, control)
     atomic_store(mailbox, job)
 
 
@@ -55,27 +91,27 @@ class Team:
                 return
             with self._wake:
                 self._parked += 1
-                while self._mailbox[0] == seen and not self._mailbox[2]:
+                while self._mailbox[_JOB] == seen and not self._mailbox[_STOP]:
                     self._wake.wait()
                 self._parked -= 1
 
-    def run(self, control: NDArray[np.int64]) -> None:
-        """Run the step that a control block describes; returns when all threads are done with it."""
+    def run(self, control: NDArray[np.int64], kind: int = STEP) -> None:
+        """Run the job that a control block describes; returns when all threads are done with it."""
         with self._lock:
             self._jobs += 1
-            control[C_BARRIER], control[C_ARRIVED] = self._arrivals.ctypes.data, self._arrivals[0]
+            control[J_BARRIER], control[J_ARRIVED] = self._arrivals.ctypes.data, self._arrivals[0]
             address = control.ctypes.data
             if self.threads > 1:
-                post(self._mailbox.ctypes.data, self._jobs, address)
+                post(self._mailbox.ctypes.data, self._jobs, address, kind)
                 if self._parked:
                     with self._wake:
                         self._wake.notify_all()
             if not self._pinned or os.sched_getaffinity(0) != set(self._cores):  # the caller has chosen its own cores
-                decoder_step(address, 0)
+                work(kind, address, 0)
                 return
             os.sched_setaffinity(0, self._cores[:1])
             try:
-                decoder_step(address, 0)
+                work(kind, address, 0)
             finally:  # threads that the caller starts later must be free to go anywhere
                 os.sched_setaffinity(0, self._cores)
 
