@@ -13,6 +13,7 @@ from click.testing import Result
 
 from outpace.bench import tune as bench
 from outpace.decoding.planners.costs import StepCosts
+from outpace.engine import busy
 
 COSTS = StepCosts((1, 8, 32), (64,), np.array([[1e-3], [1.1e-3], [4e-3]], dtype=np.float32))
 
@@ -33,7 +34,12 @@ def tuned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 
     monkeypatch.setattr(bench, "read_bandwidth", bandwidth)
     monkeypatch.setattr(bench, "step_costs", costs)
+    monkeypatch.setattr(busy, "_waited_s", lambda: None)  # this machine may be busy with other tests
+    monkeypatch.setattr(busy, "_used_s", lambda: None)
     return measured
+
+
+ONCE = ["bandwidth", "steps again", "bandwidth"]  # memory is measured on both sides of the steps
 
 
 ARGS = ("tune", "--n", "2", "--max-tokens", "12", "--method", "ngram", "--method", "recycling")
@@ -51,14 +57,14 @@ def test_a_short_readable_table(outpace: Callable[..., Result], tuned: list[str]
 def test_what_was_measured_is_kept_until_again(outpace: Callable[..., Result], tuned: list[str]) -> None:
     first = outpace(*ARGS, "--json")
     assert first.exit_code == 0, first.output
-    assert tuned == ["bandwidth", "steps"]
+    assert tuned == ONCE
     second = outpace(*ARGS, "--json")
-    assert tuned == ["bandwidth", "steps"] and json.loads(second.stdout) == json.loads(first.stdout)
+    assert tuned == ONCE and json.loads(second.stdout) == json.loads(first.stdout)
     more = json.loads(outpace(*ARGS, "--method", "suffix", "--json").stdout)
-    assert tuned == ["bandwidth", "steps"]  # only the new drafter was measured
+    assert tuned == ONCE  # only the new drafter was measured
     assert [d["method"] for d in more["drafters"]] == ["ngram", "recycling", "suffix"]
     outpace(*ARGS, "--again")
-    assert tuned == ["bandwidth", "steps", "bandwidth", "steps again"]
+    assert tuned == ONCE * 2
 
 
 def test_json_says_what_follows(outpace: Callable[..., Result], tuned: list[str]) -> None:
@@ -71,12 +77,64 @@ def test_json_says_what_follows(outpace: Callable[..., Result], tuned: list[str]
     assert found["operations"] > 0 and found["prefill_s"] > 0
 
 
-def test_a_damaged_file_is_measured_anew(outpace: Callable[..., Result], tuned: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[:-9],
+        lambda text: text.replace("10000000000.0", "Infinity"),
+        lambda text: text.replace("10000000000.0", "-1.0"),
+        lambda text: text.replace('"threads": ', '"threads": 1'),
+        lambda text: "[" * 100_000,
+        lambda text: "\0" * 50,
+    ],
+)
+def test_a_damaged_file_is_measured_anew(
+    outpace: Callable[..., Result], tuned: list[str], tmp_path: Path, damage: Callable[[str], str]
+) -> None:
     outpace(*ARGS)
     (path,) = (tmp_path / "tuning").glob("*.json")
-    path.write_text(path.read_text()[:-9])
-    assert outpace(*ARGS).exit_code == 0
-    assert tuned == ["bandwidth", "steps"] * 2
+    whole = path.read_text()
+    path.write_text(damage(whole))
+    assert path.read_text() != whole
+    done = outpace(*ARGS)
+    assert done.exit_code == 0 and done.stderr.count("are damaged") == 1, done.stderr
+    assert tuned == ONCE * 2 and path.read_text() != damage(whole)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("bandwidth", float("nan")), ("bandwidth", "1e10"), ("threads", True), ("plain_s", 0), ("prefill_s", None),
+     ("costs", {}), ("drafters", [{"method": "ngram"}]), ("drafters", None), ("skipped", [["a"]]), ("more", 1)],
+)  # fmt: skip
+def test_a_tuning_of_other_types_is_refused(name: str, value: object) -> None:
+    right = bench.Tuning("toy", "int8", 2, 1e10, 1000, 10, 2000, 512, 0.1, 1e-3, COSTS, (), ()).to_json()
+    assert bench.of_json(right).to_json() == right
+    with pytest.raises(ValueError):
+        bench.of_json(right | {name: value})
+
+
+def test_what_a_busy_machine_gives_is_marked_and_not_kept(
+    outpace: Callable[..., Result], tuned: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited = iter(range(0, 10**6, 1000))  # seconds
+    monkeypatch.setattr(busy, "_waited_s", lambda: float(next(waited)))
+    done = outpace(*ARGS)
+    assert done.exit_code == 0 and "ON A BUSY MACHINE" in done.stdout and "NOT KEPT" in done.stderr
+    assert not list(tmp_path.glob("tuning/*.json"))
+    assert "s for a core in each second" in json.loads(outpace(*ARGS, "--json").stdout)["busy"]
+    assert tuned == ONCE * 2
+
+
+def test_no_share_is_told_of_a_memory_that_is_slower_than_the_steps(
+    outpace: Callable[..., Result], tuned: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """604 % of the memory's speed is no finding."""
+    monkeypatch.setattr(bench, "read_bandwidth", lambda *a, **k: [1.0])
+    done = outpace(*ARGS)
+    assert done.exit_code == 0 and "faster than the memory was measured to be" in done.stdout
+    steps = done.stdout[done.stdout.index("steps") : done.stdout.index("a draft for")]
+    assert steps.count("not told") == 6
+    assert json.loads(outpace(*ARGS, "--json").stdout)["share_of_bandwidth"] is None
 
 
 def test_mistakes_in_one_line(outpace: Callable[..., Result], tuned: list[str]) -> None:
@@ -110,5 +168,5 @@ def test_a_tuning_is_the_same_from_its_file() -> None:
     assert again.to_json() == tuning.to_json() and again.costs.step(8, 64) == COSTS.step(8, 64)
     assert drafters[0].speedup(1e-3) == pytest.approx(1.25)
     assert tuning.peak == 2000 * 512 / 0.1 and tuning.floor(100) == (1000 + 1000) / 1e10
-    with pytest.raises(KeyError):
+    with pytest.raises(ValueError):
         bench.of_json({"costs": tuning.to_json()["costs"]})

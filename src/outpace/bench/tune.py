@@ -6,10 +6,8 @@ Units: seconds, bytes, tokens. Shapes: `n` draft rows, `b` sequences of a batch.
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -17,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..decoding.planners.costs import StepCosts
-from ..engine.measure import machine_digest, step_costs
+from ..engine.busy import watched
+from ..engine.kept import read_kept, say_damaged, write_kept
+from ..engine.measure import costs_of, costs_to_json, machine_digest, step_costs
 from ..errors import MethodError
 from ..models.batch import PAGE_SIZE, Span, pack
 from ..paths import cache_dir
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 BATCHES, DRAFTS = (1, 8, 16), (1, 3, 7, 15)
 CONTEXT = 256  # cached tokens behind which steps are judged
 _PREFILL_ROWS, _PREFILL_ROUNDS = 512, 4
-_FORMAT = 1
+_FORMAT = 2
+_EXACT = 1.1  # how exact a measured bandwidth is
 
 Told = Callable[[str, int, int], None]
 
@@ -58,7 +59,8 @@ class Tuning:
     """What was measured. `bandwidth` bytes a second; `weight_bytes` read by a step; `kv_bytes` of one cached token;
     `operations` multiplications and additions for one row, weights alone; `prefill_s` of a step of `prefill_rows` rows
     of a prompt; `plain_s` a step of plain decoding as it ran beside the drafters, sampling and all; `skipped` (method,
-    why it was not measured)."""
+    why it was not measured). `busy`: what else the machine did meanwhile, if that was too much for the figures to be
+    believed or kept."""
 
     model: str
     precision: str
@@ -73,6 +75,13 @@ class Tuning:
     costs: StepCosts
     drafters: tuple[DrafterCost, ...]
     skipped: tuple[tuple[str, str], ...] = field(default=())
+    busy: str = ""
+
+    @property
+    def possible(self) -> bool:
+        """Whether the steps are no faster than memory was measured to allow. Else the weights lie in the processor's
+        cache, or memory was measured while somebody else used it."""
+        return self.floor() <= _EXACT * self.costs.step(1, CONTEXT)
 
     def floor(self, context: float = CONTEXT) -> float:
         """Seconds that reading the weights and the cache once takes at least."""
@@ -84,29 +93,55 @@ class Tuning:
         return self.operations * self.prefill_rows / self.prefill_s
 
     def to_json(self) -> dict[str, Any]:
-        costs = {
-            "rows": self.costs.rows,
-            "contexts": self.costs.contexts,
-            "seconds": [[float(f"{x:.6g}") for x in row] for row in self.costs.seconds.tolist()],
-        }
+        costs = costs_to_json(self.costs)
         drafters = [asdict(drafter) for drafter in self.drafters]
         plain = {name: getattr(self, name) for name in _PLAIN}
-        return {**plain, "costs": costs, "drafters": drafters, "skipped": [list(pair) for pair in self.skipped]}
+        skipped = [list(pair) for pair in self.skipped]
+        return {**plain, "costs": costs, "drafters": drafters, "skipped": skipped, "busy": self.busy}
 
 
-_PLAIN = (
-    "model", "precision", "threads", "bandwidth", "weight_bytes", "kv_bytes", "operations", "prefill_rows", "prefill_s",
-    "plain_s",
-)  # fmt: skip
+_PLAIN: dict[str, type] = {
+    "model": str, "precision": str, "threads": int, "bandwidth": float, "weight_bytes": int, "kv_bytes": int,
+    "operations": int, "prefill_rows": int, "prefill_s": float, "plain_s": float,
+}  # fmt: skip
 
 
-def of_json(stored: dict[str, Any]) -> Tuning:
-    """Raises KeyError, TypeError, ValueError or AssertionError for anything but `to_json`."""
-    table = stored["costs"]
-    costs = StepCosts(tuple(table["rows"]), tuple(table["contexts"]), np.array(table["seconds"], dtype=np.float32))
-    drafters = tuple(DrafterCost(**one) for one in stored["drafters"])
-    skipped = tuple((str(a), str(b)) for a, b in stored["skipped"])
-    return Tuning(**{name: stored[name] for name in _PLAIN}, costs=costs, drafters=drafters, skipped=skipped)
+def of_json(stored: Any) -> Tuning:
+    """Raises ValueError, with the reason, for anything but `to_json`."""
+    if not isinstance(stored, dict) or stored.keys() != {*_PLAIN, "costs", "drafters", "skipped", "busy"}:
+        raise ValueError("other fields than a tuning has")
+    for name, kind in _PLAIN.items():
+        value = stored[name]
+        if kind is str:
+            right = isinstance(value, str)
+        elif kind is int:
+            right = type(value) is int and 0 <= value < 1e18
+        else:
+            right = _is_number(value)
+        if not right:
+            raise ValueError(f"{name} is {value!r}")
+    drafters = [_drafter_of(one) for one in _list(stored["drafters"])]
+    skipped = [(str(a), str(b)) for a, b in map(_list, _list(stored["skipped"]))]
+    plain = {name: stored[name] for name in _PLAIN}
+    return Tuning(**plain, costs=costs_of(stored["costs"]), drafters=tuple(drafters), skipped=tuple(skipped))
+
+
+def _drafter_of(stored: Any) -> DrafterCost:
+    if not isinstance(stored, dict) or stored.keys() != {f.name for f in fields(DrafterCost)}:
+        raise ValueError("a drafter has other fields")
+    if not isinstance(stored["method"], str) or not all(_is_number(x, 0) for n, x in stored.items() if n != "method"):
+        raise ValueError("a drafter's figures are numbers")
+    return DrafterCost(**stored)
+
+
+def _is_number(value: Any, least: float = 1e-12) -> bool:
+    return type(value) in (int, float) and least <= value < 1e18
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"{str(value)[:40]!r} is no list")
+    return value
 
 
 # -- measuring ------------------------------------------------------------------------------------------------------
@@ -116,19 +151,41 @@ def tune(
     llm: LLM, prompts: Sequence[Prompt], names: Iterable[str] | None = None, max_tokens: int = 48, *,
     again: bool = False, told: Told = lambda what, done, total: None,
 ) -> Tuning:  # fmt: skip
-    """What was kept of this machine, model and number of threads, or everything anew (`again`, or if nothing was kept).
+    """What was kept of this machine, model and number of threads, or everything anew (`again`, or if nothing was kept):
+    memory and steps in the same seconds, so that one can be held against the other. What was measured while something
+    else kept the machine busy is not kept, and `busy` says so.
+
     `names`: drafters to measure, by default all that need nothing but the model at hand; those that were kept are not
     measured again. Takes a minute with a small model."""
     path, kept = tuning_path(llm), None
     if not again:
-        kept = _read(path)
+        kept = _read(path, llm.name)
     chosen = list(names) if names is not None else [m.name for m in methods("drafter") if m.exactness != "approximate"]
     chosen = [name for name in dict.fromkeys(chosen) if name != "plain"]
     have = {d.method for d in kept.drafters} | {name for name, _ in kept.skipped} if kept is not None else set()
     missing = [name for name in chosen if name not in have]
     total = len(missing) + (3 if kept is None else 0)
+    with watched(_threads(llm)) as load:
+        kept = _measured(llm, kept, missing, prompts, max_tokens, total, told)
+    told("", total, total)
+    if load.busy:
+        kept = replace(kept, busy=str(load))
+    elif total:
+        write_kept(path, kept.to_json())
+    return replace(
+        kept,
+        drafters=tuple(d for d in kept.drafters if d.method in chosen),
+        skipped=tuple(pair for pair in kept.skipped if pair[0] in chosen),
+    )
+
+
+def _measured(
+    llm: LLM, kept: Tuning | None, missing: Sequence[str], prompts: Sequence[Prompt], max_tokens: int, total: int,
+    told: Told,
+) -> Tuning:  # fmt: skip
+    """What was kept, and what is missing of it."""
     if kept is None:
-        kept = _measure(llm, again, total, told)
+        kept = _measure(llm, total, told)
     done = total - len(missing)
     if missing:
         plain = _drafter(llm, "plain", prompts, max_tokens)
@@ -141,24 +198,23 @@ def tune(
                 skipped.append((name, str(error)))
             done += 1
         kept = replace(kept, plain_s=plain.step_s, drafters=tuple(drafters), skipped=tuple(skipped))
-    told("", total, total)
-    _write(path, kept)
-    return replace(
-        kept,
-        drafters=tuple(d for d in kept.drafters if d.method in chosen),
-        skipped=tuple(pair for pair in kept.skipped if pair[0] in chosen),
-    )
+    return kept
 
 
-def _measure(llm: LLM, again: bool, total: int, told: Told) -> Tuning:
-    """`again`: the step times too, where the engine has measured them already."""
-    decoder, threads = llm.decoder, int(getattr(llm.decoder, "threads", usable_cores()))
+def _threads(llm: LLM) -> int:
+    return int(getattr(llm.decoder, "threads", usable_cores()))
+
+
+def _measure(llm: LLM, total: int, told: Told) -> Tuning:
+    """Memory before and after the steps, whose times are measured again wherever the engine has some."""
+    decoder, threads = llm.decoder, _threads(llm)
     told("memory bandwidth", 0, total)
-    bandwidth = max(read_bandwidth(threads, decoder.device, size=1 << 28))
+    before = read_bandwidth(threads, decoder.device, size=1 << 28)
     told("step times", 1, total)
-    costs = step_costs(decoder, llm.name, again=again)
+    costs = step_costs(decoder, llm.name, again=True)
     told("prompts", 2, total)
     rows, prefill_s = _prefill(llm)
+    bandwidth = max(*before, *read_bandwidth(threads, decoder.device, size=1 << 28))
     storage = decoder.new_storage(1)
     config = decoder.config
     layer = config.hidden_size * config.head_dim * 2 * (config.num_heads + config.num_kv_heads)
@@ -226,22 +282,13 @@ def tuning_path(llm: LLM) -> Path:
     return cache_dir() / "tuning" / f"{machine_digest(llm.decoder, llm.name, _FORMAT, draft)}.json"
 
 
-def _read(path: Path) -> Tuning | None:
+def _read(path: Path, model: str) -> Tuning | None:
+    stored = read_kept(path, f"figures of {model}")
     try:
-        return of_json(json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AssertionError):
+        return None if stored is None else of_json(stored)
+    except ValueError as error:
+        say_damaged(f"figures of {model}", str(error))
         return None
-
-
-def _write(path: Path, tuning: Tuning) -> None:
-    """Whole or not at all. A cache that cannot be written is no error: the next time measures again."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps(tuning.to_json()), "utf-8")
-        part.replace(path)
-    except OSError:
-        pass
 
 
 # -- what the planner makes of it -----------------------------------------------------------------------------------

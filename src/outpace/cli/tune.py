@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from ..bench.tune import DrafterCost, Tuning
 
 PROMPTS, TOKENS = 5, 48
+IMPOSSIBLE = (
+    "faster than the memory was measured to be, so that no share of it is told: either the weights fit into the "
+    "processor's cache, or other programs used the memory"
+)
 
 
 @click.command(short_help="Measure this machine, and say what the planner will do.")
@@ -37,7 +41,7 @@ def tune(**options: Any) -> None:
       outpace tune --again --method suffix --method recycling
 
     The table says which drafters repay their time, from which acceptance a draft pays, and how far steps are from what
-    memory and arithmetic allow. A busy machine gives the figures of a busy machine.
+    memory and arithmetic allow. What was measured while other programs kept the machine busy is marked and not kept.
     """
     from ..bench.tune import tune as measure
     from ..bench.tune import tuning_path
@@ -62,7 +66,10 @@ def tune(**options: Any) -> None:
         click.echo(json.dumps({**found.to_json(), **verdicts(found)}, ensure_ascii=False))
         return
     show(found)
-    say("measured before and kept; --again measures anew" if known else "kept; later starts plan with it")
+    if found.busy:
+        say(f"NOT KEPT, since the machine was busy ({found.busy}): run it again when nothing else does")
+    else:
+        say("measured before and kept; --again measures anew" if known else "kept; later starts plan with it")
 
 
 def verdicts(found: Tuning) -> dict[str, Any]:
@@ -72,7 +79,7 @@ def verdicts(found: Tuning) -> dict[str, Any]:
     costs = found.costs
     return {
         "bandwidth_floor_s": found.floor(),
-        "share_of_bandwidth": found.floor() / costs.step(1, CONTEXT),
+        "share_of_bandwidth": found.floor() / costs.step(1, CONTEXT) if found.possible else None,
         "peak_operations_per_s": found.peak,
         "share_of_peak": {b: found.operations * b / costs.step(b, CONTEXT) / found.peak for b in (1, 8, 16, 32)},
         "break_even_acceptance": {b: {n: break_even(costs, b, n) for n in DRAFTS} for b in BATCHES},
@@ -87,16 +94,21 @@ def show(found: Tuning) -> None:
     costs = found.costs
     title = f"{found.model}, {found.precision}, {found.threads} threads"
     one, floor = costs.step(1, CONTEXT), found.floor()
+
+    def of_memory(seconds: float) -> str:
+        return f"{100 * floor / seconds:.0f} %" if found.possible else "not told"
+
     weights, cache, read_ms = found.weight_bytes / 1e6, CONTEXT * found.kv_bytes / 1e6, 1e3 * floor
     prompt, peak = found.prefill_rows / found.prefill_s, found.peak / 1e12
     lines = [
         f"memory reads {found.bandwidth / 1e9:.1f} GB/s",
         f"a step reads {weights:.0f} MB of weights and {cache:.1f} MB of cache ({CONTEXT} tokens): {read_ms:.2f} ms",
-        f"a step of one row takes {1e3 * one:.2f} ms: {100 * floor / one:.0f} % of what the memory allows",
+        f"a step of one row takes {1e3 * one:.2f} ms: "
+        + (f"{of_memory(one)} of what the memory allows" if found.possible else IMPOSSIBLE),
         f"plain decoding takes {1e3 * found.plain_s:.2f} ms a token, {1 / found.plain_s:.1f} tokens/s",
         f"a prompt is read at {prompt:,.0f} tokens/s, {peak:.2f} T operations/s: the ceiling of steps of many rows",
     ]
-    click.echo(title)
+    click.echo(title + (f", ON A BUSY MACHINE ({found.busy})" if found.busy else ""))
     for line in lines:
         click.echo(f"  {line}")
     table = _table("steps", ("rows", "ms", "beside one row", "of the memory's speed", "of the prompt's"))
@@ -106,7 +118,7 @@ def show(found: Tuning) -> None:
             str(rows),
             f"{1e3 * seconds:.2f}",
             f"{seconds / one:.2f}",
-            f"{100 * floor / seconds:.0f} %",
+            of_memory(seconds),
             f"{100 * found.operations * rows / seconds / found.peak:.0f} %",
         )
     _print(table)

@@ -1,14 +1,16 @@
-"""Step times of a decoder on this machine, measured at first use and kept beside the models."""
+"""Step times of a decoder on this machine, measured at first use and kept beside the models, if nothing else kept the
+machine busy meanwhile."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 
@@ -16,11 +18,14 @@ from ..decoding.planners.costs import StepCosts
 from ..models.batch import PAGE_SIZE, Span, pack
 from ..models.decoder import Decoder
 from ..paths import cache_dir
+from .busy import watched
+from .kept import read_kept, say_damaged, write_kept
 
 # kernels take rows in blocks: the row after a full one is dear
 ROWS = (1, 2, 4, 5, 8, 9, 12, 13, 16, 17, 20, 24, 25, 32)
 CONTEXTS = (64, 1024)
-_FORMAT = 4
+_FORMAT = 5
+_LARGEST, _LONGEST_S = 1 << 24, 1000.0  # of what a table may hold
 _MOST_ROUNDS, _LEAST_ROUNDS, _ENOUGH_S = 12, 3, 2.0
 
 Told = Callable[[int, int], None]
@@ -54,16 +59,54 @@ def measure(decoder: Decoder, told: Told | None = None) -> StepCosts:
 
 def step_costs(decoder: Decoder, name: str, told: Told | None = None, again: bool = False) -> StepCosts:
     """The table of this machine, model, precision and number of threads; measured if it is not there yet, or `again`
-    whatever is there."""
+    whatever is there. What was measured while the machine was busy serves this process alone, which is said on
+    stderr."""
     path = _path(decoder, name)
-    try:
-        if not again:
-            return _read(path)
-    except (OSError, ValueError, KeyError, TypeError, AssertionError):
-        pass
-    costs = measure(decoder, told)
-    _write(path, costs)
+    if not again:
+        if (known := _of_this_process.get(path)) is not None:
+            return known
+        if (stored := read_kept(path, f"step times of {name}")) is not None:
+            try:
+                return costs_of(stored)
+            except ValueError as error:
+                say_damaged(f"step times of {name}", str(error))
+    with watched(int(getattr(decoder, "threads", 1))) as load:
+        costs = measure(decoder, told)
+    _of_this_process.pop(path, None)
+    if load.busy:
+        _of_this_process[path] = costs
+        print(f"step times were measured on a busy machine ({load}): used now, not kept for later", file=sys.stderr)
+    else:
+        write_kept(path, costs_to_json(costs))
     return costs
+
+
+_of_this_process: dict[Path, StepCosts] = {}  # measured while the machine was busy
+
+
+def costs_to_json(costs: StepCosts) -> dict[str, Any]:
+    """Times to six digits."""
+    seconds = [[float(f"{x:.6g}") for x in row] for row in costs.seconds.tolist()]
+    return {"rows": list(costs.rows), "contexts": list(costs.contexts), "seconds": seconds}
+
+
+def costs_of(stored: Any) -> StepCosts:
+    """Raises ValueError, with the reason, for anything but `costs_to_json`."""
+    if not isinstance(stored, dict) or stored.keys() != {"rows", "contexts", "seconds"}:
+        raise ValueError("a table has rows, contexts and seconds")
+    rows, contexts, seconds = stored["rows"], stored["contexts"], stored["seconds"]
+    for axis, least in ((rows, 2), (contexts, 1)):
+        whole = isinstance(axis, list) and all(type(n) is int and 0 < n <= _LARGEST for n in axis)
+        if not whole or len(axis) < least or axis != sorted(set(axis)):
+            raise ValueError("rows and contexts are numbers that ascend")
+    if not isinstance(seconds, list) or len(seconds) != len(rows):
+        raise ValueError("there is a line of seconds for each number of rows")
+    for line in seconds:
+        if not isinstance(line, list) or len(line) != len(contexts):
+            raise ValueError("there is a time for each context")
+        if not all(type(x) in (int, float) and 0 < x <= _LONGEST_S for x in line):  # NaN and infinity are neither
+            raise ValueError(f"a time is a number of seconds, above 0 and at most {_LONGEST_S:g}")
+    return StepCosts(tuple(rows), tuple(contexts), np.array(seconds, dtype=np.float32))
 
 
 def machine_digest(decoder: Decoder, name: str, *more: object) -> str:
@@ -85,24 +128,3 @@ def _machine() -> tuple[str, int | None]:
     except (OSError, StopIteration):
         model = platform.processor()
     return model, os.cpu_count()
-
-
-def _read(path: Path) -> StepCosts:
-    stored = json.loads(path.read_text())
-    return StepCosts(
-        tuple(int(n) for n in stored["rows"]),
-        tuple(int(n) for n in stored["contexts"]),
-        np.array(stored["seconds"], dtype=np.float32),
-    )
-
-
-def _write(path: Path, costs: StepCosts) -> None:
-    """Whole or not at all. A cache that cannot be written is no error: the next start measures again."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.part")
-        text = json.dumps({"rows": costs.rows, "contexts": costs.contexts, "seconds": costs.seconds.tolist()})
-        part.write_text(text)
-        part.replace(path)
-    except OSError:
-        pass
