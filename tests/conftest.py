@@ -23,6 +23,13 @@ MAY_SKIP = (
     "platform:",
 )
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--soak-minutes", type=float, default=4.0, help="how long test_memory.py loads a server (default: 4)"
+    )
+
+
 # a first example may compile a kernel, and machines differ in speed
 settings.register_profile("outpace", deadline=None)
 settings.load_profile("outpace")
