@@ -31,6 +31,7 @@ from servers import HOST, Server, free_port, outpace_serve
 
 QUESTION = "How much longer does a stream, or /health, wait while somebody else posts what is large, deep or endless?"
 LIMIT_S = 0.25
+PATIENCE_S = 900.0  # kernels are compiled at the first start
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 WORDS = "It was a bright cold day in April, and the clocks were striking thirteen. "
 
@@ -254,7 +255,7 @@ def main(
         raise click.UsageError(f"no case {unknown[0]!r}; there are {', '.join(CASES)}")
     found, where = {}, free_port()
     options = [] if threads is None else ["--threads", str(threads)]
-    with Server(outpace_serve(model, where, *options), where) as server:
+    with Server(outpace_serve(model, where, *options), where, PATIENCE_S) as server:
         for name in only or CASES:
             found[name] = measure(where, server._process.pid, CASES[name](), quiet_s)
             note(f"{name}: {found[name]}")

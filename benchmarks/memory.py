@@ -34,6 +34,7 @@ from servers import HOST, Server, free_port, outpace_serve
 
 QUESTION = "Does the resident memory of a server grow under hours of mixed load?"
 LIMIT = 0.02
+PATIENCE_S = 900.0  # kernels are compiled at the first start
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 WORDS = (
     *("red", "blue", "green", "one", "two", "three", "the", "a", "of", "and", "river"),
@@ -216,7 +217,7 @@ def main(model: str, minutes: float, clients: int, threads: int | None, trace: b
         growth = Path(folder) / "growth"
         if trace:
             command = [sys.executable, "-c", _TRACED, str(growth), *command[3:]]
-        with Server(command, where) as server:
+        with Server(command, where, PATIENCE_S) as server:
             pid = server._process.pid
             if trace:
                 soak(where, pid, 15 * minutes, clients, note)

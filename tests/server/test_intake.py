@@ -21,6 +21,7 @@ from test_service import until
 from outpace.errors import ParameterError
 from outpace.models.tokenizer import Tokenizer
 from outpace.server import shape
+from outpace.server.app import json_response
 from outpace.server.asks import Limits
 from outpace.server.intake import LIGHT, Intake, Lease
 from outpace.server.service import ServiceError
@@ -267,3 +268,25 @@ def test_a_failure_gives_back_what_was_held() -> None:
         assert intake.bytes_held == 0
 
     asyncio.run(main())
+
+
+def test_a_body_in_pieces_is_the_same_json() -> None:
+    body = {"id": "é", "choices": [{"a": "\ud800"}, {"b": [1, None]}], "usage": {}}
+    assert json.loads(bytes(json_response(body).body)) == body == json.loads(bytes(json_response(dict(body)).body))
+    one = body | {"choices": []}
+    assert json.loads(bytes(json_response(one).body)) == one
+
+
+def test_grammars_do_not_keep_others_from_their_tokens(serve: Callable[..., Live]) -> None:
+    """While grammars are compiled, more of them than there are threads for texts, others are answered."""
+    engine = FakeEngine()
+    live = serve(engine)
+    engine.prepared.clear()
+    data = json.dumps(chat("Hello") | {"regex": "a+"}).encode()
+    with ThreadPoolExecutor(10) as pool:
+        waiting = [pool.submit(post, live, CHAT, data) for _ in range(10)]
+        until(lambda: live.app.state.intake.bytes_held == 0 and len(live.service._compilers._threads) >= 10)
+        assert post(live, CHAT, json.dumps(chat("Hello")).encode()).status_code == 200
+        assert not any(one.done() for one in waiting)
+        engine.prepared.set()
+        assert all(one.result().status_code == 200 for one in waiting)

@@ -23,6 +23,7 @@ from starlette.types import Scope
 
 from .. import __version__
 from ..errors import OutpaceError
+from ..types import SamplingParams
 from .asks import Call, Limits, chat_call, completion_call, dumped
 from .bodies import chat_body, completion_body
 from .connections import Connections
@@ -73,14 +74,13 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        # made once, and not while others wait
-        await asyncio.to_thread(getattr, service.engine.tokenizer, "vocabulary")
-        await asyncio.to_thread(app.openapi)
+        await asyncio.to_thread(_warm_up, service.engine, app)
         await service.start()
         try:
             yield
         finally:
             await service.stop()
+            api.intake.close()
 
     app = FastAPI(title="Outpace", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.intake = api.intake
@@ -121,6 +121,14 @@ def create_app(
         )
     app.openapi = lambda: _described(app)  # type: ignore[method-assign]
     return app
+
+
+def _warm_up(engine: ServingEngine, app: FastAPI) -> None:
+    """What takes a second once, before anybody waits: the vocabulary, that of grammars, the description of the API."""
+    engine.tokenizer.vocabulary  # noqa: B018
+    with suppress(OutpaceError):  # grammars need a library that may be missing; who asks for one is told
+        engine.prepare(SamplingParams(regex="a"))
+    app.openapi()
 
 
 def _build(engine: ServingEngine) -> dict[str, str]:
@@ -221,7 +229,9 @@ class Api:
                 await watcher
             self._over(ticket, follow, record)
         results = [result for result in ticket.results if result is not None]
-        return json_response(whole(call, results, engine))
+        if call.logprobs is None:
+            return json_response(whole(call, results, engine))
+        return await self.intake.run(request, lambda: json_response(whole(call, results, engine)))  # they may be many
 
     async def _guarded(self, source: AsyncIterator[bytes], record: dict[str, Any]) -> AsyncIterator[bytes]:
         """A stream that has begun can only tell of an error in an event; it then ends without [DONE]."""
@@ -320,7 +330,16 @@ class Api:
 
 
 def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    if isinstance(body, dict) and len(body.get("choices") or []) > 1:
+        return Response(_in_pieces(body), status, headers, "application/json")
     return Response(dumped(body), status, headers, "application/json")
+
+
+def _in_pieces(body: dict[str, Any]) -> bytes:
+    """JSON of a body, choice by choice: the library lets no other thread run while it writes one value."""
+    choices = b"[" + b",".join([dumped(choice) for choice in body["choices"]]) + b"]"
+    parts = [dumped(name) + b":" + (choices if name == "choices" else dumped(value)) for name, value in body.items()]
+    return b"{" + b",".join(parts) + b"}"
 
 
 def refused(refusal: Refusal) -> Response:

@@ -124,6 +124,11 @@ class Intake:
             found = error.errors(include_url=False, include_input=False)
             raise RequestValidationError([{**one, "loc": ("body", *one["loc"])} for one in found]) from None
 
+    def close(self) -> None:
+        """Nothing more is read."""
+        for pool in (self._light, self._heavy):
+            pool.shutdown(wait=False, cancel_futures=True)
+
     def _take(self, owner: str, size: int, new: bool) -> None:
         held, bodies = self._bytes.total() + size, self._bodies.total() + new
         own, own_bodies = self._bytes[owner] + size, self._bodies[owner] + new

@@ -11,6 +11,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol, TypeVar
@@ -21,6 +22,7 @@ from ..types import FinishReason, RequestOptions, Result, SamplingParams
 
 T = TypeVar("T")
 log = logging.getLogger("outpace.server")
+_COMPILERS = 16  # threads for grammars; one compiles, the others look whether theirs is there
 IDLE_CHECK_S = 1.0  # the books are compared when the engine has been idle for so long
 
 
@@ -170,6 +172,7 @@ class EngineService:
         self.broken: str | None = None
         self.steps_failed = 0
         self.on_lost: Callable[[Result], None] = lambda result: None  # of a choice that did not come to its end
+        self._compilers = ThreadPoolExecutor(_COMPILERS, "outpace-grammar")
         self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._live: dict[int, tuple[Ticket, int]] = {}  # engine's id -> ticket and index; the engine's thread alone
         self._tickets: set[Ticket] = set()  # unfinished; the event loop alone
@@ -200,7 +203,8 @@ class EngineService:
         """Queue all asks, or none. Raises what the engine refuses them with, QueueFull among it, and ServiceError."""
         self.check_open()
         for params in {ask.params.constraint: ask.params for ask in asks if ask.params.constraint}.values():
-            await asyncio.to_thread(self.engine.prepare, params)  # others go on while a heavy grammar is compiled
+            # others go on while a heavy grammar is compiled, those among them too whose grammar is there
+            await asyncio.get_running_loop().run_in_executor(self._compilers, self.engine.prepare, params)
         self.check_open()
         ticket = Ticket(self, asks)
         self._tickets.add(ticket)
@@ -268,6 +272,7 @@ class EngineService:
         self.abort("the server has stopped")
         self._commands.put(None)
         await asyncio.to_thread(self._thread.join)
+        self._compilers.shutdown(wait=False, cancel_futures=True)
         self.engine.close()
 
     def _cancel(self, ticket: Ticket) -> None:
