@@ -55,12 +55,12 @@ def test_requests_that_make_room_get_the_same_tokens(drafter: str, prefix_cache:
     engine.scheduler.limits = replace(engine.scheduler.limits, swap_least=1)  # these are all short
     rng = random.Random(drafter)
     shared = [rng.randrange(VOCAB) for _ in range(20)]
-    asked = []
+    submitted = []
     for n in range(14):
         prompt = shared[: rng.randrange(21)] + [rng.randrange(VOCAB) for _ in range(rng.randrange(1, 30))]
-        asked.append((engine.add(prompt, SamplingParams(max_tokens=rng.randrange(50, 90))), prompt, n))
+        submitted.append((engine.add(prompt, SamplingParams(max_tokens=rng.randrange(50, 90))), prompt, n))
     results = drain(engine)
-    for id, prompt, _ in asked:
+    for id, prompt, _ in submitted:
         result = results[id]
         wanted = plain_tokens(decoder, prompt, len(result.token_ids))
         assert result.token_ids == wanted and result.exactness == "identical"
@@ -98,17 +98,17 @@ def test_a_group_reads_its_beginning_once() -> None:
 def test_each_request_drafts_with_the_method_it_names() -> None:
     decoder = HashDecoder()
     engine = engine_of(decoder, Scripted(oracle(decoder)))
-    asked = {None: None, "plain": None, "ngram": None, "suffix": None}
+    submitted = {None: None, "plain": None, "ngram": None, "suffix": None}
     prompt = [1, 2, 3, 1, 2, 3, 1, 2]
-    for method in asked:
-        asked[method] = engine.add(prompt, SamplingParams(max_tokens=20), options=RequestOptions(method=method))
+    for method in submitted:
+        submitted[method] = engine.add(prompt, SamplingParams(max_tokens=20), options=RequestOptions(method=method))
     results = drain(engine)
-    for method, id in asked.items():
+    for method, id in submitted.items():
         result = results[id]
         assert result.token_ids == plain_tokens(decoder, prompt, 20)
         assert result.method == (method or "scripted")
         assert set(result.sources) <= {"target", *({"left", "right"} if method is None else {method})}
-    assert results[asked["plain"]].stats.drafted == 0 < results[asked[None]].stats.accepted
+    assert results[submitted["plain"]].stats.drafted == 0 < results[submitted[None]].stats.accepted
     with pytest.raises(MethodError, match="plain, ngram, suffix"):
         engine.add(prompt, options=RequestOptions(method="recycling"))
 

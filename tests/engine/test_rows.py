@@ -11,14 +11,14 @@ from outpace.engine.rows import Rows, largest
 
 @given(st.integers(0, 40), st.integers(-1, 45))
 def test_largest_is_what_counting_finds(most: int, last: int) -> None:
-    asked: list[int] = []
+    calls: list[int] = []
 
     def holds(n: int) -> bool:
-        asked.append(n)
+        calls.append(n)
         return n <= last
 
     assert largest(most, holds) == max((n for n in range(1, most + 1) if n <= last), default=0)
-    assert all(1 <= n <= most for n in asked) and len(asked) <= 8
+    assert all(1 <= n <= most for n in calls) and len(calls) <= 8
 
 
 def decoding(id: int, remaining: int, max_draft: int | None) -> Job:

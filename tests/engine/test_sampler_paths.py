@@ -72,21 +72,21 @@ def params_of(sampler: str) -> list[SamplingParams]:
     return [SamplingParams(seed=i, **more, **SAMPLERS[sampler]) for i in range(len(PROMPTS))]
 
 
-def told(result: Result) -> tuple[Any, ...]:
+def shown(result: Result) -> tuple[Any, ...]:
     return result.token_ids, result.text, result.finish_reason, result.logprobs, result.top_logprobs
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_drafts_and_batches_change_nothing(sampler: str, plain: LLM, drafting: dict[str, LLM]) -> None:
     params = params_of(sampler)
-    expected = [told(plain.generate([p], q)[0]) for p, q in zip(PROMPTS, params, strict=True)]
-    assert [told(r) for r in plain.generate(PROMPTS, params)] == expected
+    expected = [shown(plain.generate([p], q)[0]) for p, q in zip(PROMPTS, params, strict=True)]
+    assert [shown(r) for r in plain.generate(PROMPTS, params)] == expected
     for method, llm in drafting.items():
         together = llm.generate(PROMPTS, params)
-        assert [told(r) for r in together] == expected, method
+        assert [shown(r) for r in together] == expected, method
         assert {r.exactness for r in together} == {"identical"}
         alone = llm.generate([PROMPTS[3]], params[3])[0]
-        assert told(alone) == expected[3], method
+        assert shown(alone) == expected[3], method
         if method.startswith("draft"):
             assert sum(r.stats.accepted for r in together) > 0, method
         llm.check_integrity()

@@ -115,7 +115,7 @@ class Server:
 
     def __init__(self) -> None:
         self.fault: Any = None
-        self.asked: list[dict[str, Any]] = []
+        self.bodies: list[dict[str, Any]] = []
         owner = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -127,7 +127,7 @@ class Server:
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                owner.asked.append(body)
+                owner.bodies.append(body)
                 if isinstance(owner.fault, int):
                     self.send({"error": "broken"}, owner.fault)
                     return
@@ -172,8 +172,8 @@ def test_two_servers_that_say_the_same(servers: tuple[Server, Server]) -> None:
     )
     assert [c.holds for c in checks] == [True, True] and seen == list(range(1, 13))
     assert checks[1].numbers["tokens"] == 120 and "one wrong in 40 would have been seen" in checks[1].evidence
-    assert len(plain.asked) == 8 and len(other.asked) == 4
-    assert all(body["temperature"] == 0 and body["model"] == "toy" for body in other.asked)
+    assert len(plain.bodies) == 8 and len(other.bodies) == 4
+    assert all(body["temperature"] == 0 and body["model"] == "toy" for body in other.bodies)
 
 
 def test_a_server_whose_text_differs_or_fails_is_found(servers: tuple[Server, Server]) -> None:
@@ -193,6 +193,6 @@ def test_a_server_whose_text_differs_or_fails_is_found(servers: tuple[Server, Se
 
 def test_a_server_that_does_not_repeat_itself_is_told_apart(servers: tuple[Server, Server]) -> None:
     plain, other = servers
-    plain.fault = lambda text: text + str(len(plain.asked))
+    plain.fault = lambda text: text + str(len(plain.bodies))
     alone, between = check_urls(Endpoint(plain.url), Endpoint(other.url), PROMPTS)
     assert alone.holds and "does not repeat itself" in alone.evidence and not between.holds

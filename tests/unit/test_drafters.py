@@ -176,19 +176,19 @@ def test_sequences_are_strangers_to_each_other(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_a_drafter_may_sleep(name: str) -> None:
-    """Steps that a drafter is not asked for it does not see, and what was proposed in an abandoned one is nothing."""
+def test_a_drafter_may_be_skipped(name: str) -> None:
+    """Steps for which a drafter is not called it does not see, and what was proposed in an abandoned one is nothing."""
     drafter, verifier = MAKERS[name](), CoupledVerifier()
     sequence = Sequence(0, TEXT[:PROMPT], PROMPT, SamplingParams())
     drafter.begin(sequence)
-    rng, asked = np.random.default_rng(5), 0
+    rng, calls = np.random.default_rng(5), 0
     while len(sequence.tokens) < len(TEXT):
         awake, abandoned, unheard = rng.random(3) < (0.6, 0.2, 0.2)
         draft = Draft.empty()
         if awake:
             [draft] = drafter.propose([sequence], [7])
             check_draft(draft, 7, V)
-            asked += 1
+            calls += 1
             if abandoned:
                 continue
         outputs = outputs_of(TEXT, len(sequence.tokens), draft)
@@ -197,7 +197,7 @@ def test_a_drafter_may_sleep(name: str) -> None:
         sequence.tokens += new.tolist()
         if awake and not unheard:
             drafter.observe(sequence, Observation(new, draft, accepted, outputs))
-    assert sequence.tokens == TEXT and asked > 10
+    assert sequence.tokens == TEXT and calls > 10
     drafter.end(sequence)
 
 

@@ -263,16 +263,16 @@ def test_the_search_finds_what_may_be_skipped() -> None:
     """Sublayers 3, 5, 6 of attention and 2 of the MLP do nothing; each other one that is skipped costs agreement."""
     idle = {3, 5, 6}, {2}
 
-    def judge(skips: Any) -> tuple[float, float]:
+    def measure(skips: Any) -> tuple[float, float]:
         harm = sum(len(part - free) for part, free in zip(skips, idle, strict=True))
         return 0.9 * 0.6**harm, 1 - sum(map(len, skips)) / 20
 
     search = SkipSearch(10, 0.45, 300)
-    search.rate(*judge(search.best))
+    search.rate(*measure(search.best))
     start = search.value
     while not search.over:
         skips = search.candidate()
-        search.offer(skips, *judge(skips))
+        search.offer(skips, *measure(skips))
     assert search.value > 1.2 * start and search.tried <= 300
     assert len(search.best[0] & idle[0]) >= 2 and len(search.best[0] - idle[0]) + len(search.best[1] - idle[1]) <= 1
 
