@@ -113,3 +113,85 @@ def test_unknown_names(command: str) -> None:
 def test_remove_stays_in_the_cache(cache: Path, name: str) -> None:
     path = put(cache, "smollm2-135m")
     assert outpace("remove", name).exit_code == 3 and path.exists()
+
+
+# ------------------------------------------------------------------------------------------------------- --verify
+
+
+@pytest.fixture
+def used(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A toy model that has been opened and packed, and a kernel. Returns the prepared folder."""
+    import toy_gguf
+
+    from outpace.models import packed
+    from outpace.models.prepared import open_model
+    from outpace.ops.cpu import kept
+
+    toy_gguf.write(cache / "toy.gguf")
+    model = open_model(str(cache / "toy.gguf"))
+    packed.save(packed.pack(model.checkpoint(), "int8"), model.prepared_dir / packed.file_name("int8"))
+    (model.prepared_dir / "weights-int8-v1.bin").write_bytes(b"of an earlier layout")
+    base = cache / "kernels" / "abc" / "cpu_1" / "step.serve-1.py3"
+    base.parent.mkdir(parents=True)
+    base.with_name(base.name + ".nbi").write_bytes(b"index")
+    base.with_name(base.name + ".1.nbc").write_bytes(b"code")
+    kept._note(base)
+    return model.prepared_dir
+
+
+def test_verify_finds_all_sound(used: Path) -> None:
+    result = outpace("--verify")
+    assert result.exit_code == 0 and "all 3 are sound" in result.stdout
+    assert [line.split("  ")[0] for line in result.stdout.splitlines()[:3]] == [
+        "toy, configuration and tokenizer",
+        "toy, int8 weights",
+        "kernel step.serve",
+    ]
+    assert outpace("--verify", "--repair").exit_code == 0
+    assert len(list(used.iterdir())) == 7  # nothing is touched, the stamp is there
+
+
+@pytest.mark.parametrize("damage", ["weights", "tokenizer", "manifest", "kernel", "model"])
+def test_verify_names_what_is_damaged_and_repair_removes_it(used: Path, cache: Path, damage: str) -> None:
+    from outpace.models import packed
+    from outpace.models.prepared import open_model
+
+    weights = used / packed.file_name("int8")
+    path, named = {
+        "weights": (weights, "tensor head.w is not what was written"),
+        "tokenizer": (used / "tokenizer.json", "the tokenizer is not what was written"),
+        "manifest": (used / "manifest.json", "the tokenizer is not what was written"),
+        "kernel": (cache / "kernels/abc/cpu_1/step.serve-1.py3.1.nbc", "step.serve-1.py3.1.nbc"),
+        "model": (cache / "models/smollm2-135m.gguf", "SHA-256"),
+    }[damage]
+    if damage == "model":
+        put(cache, "smollm2-135m")  # of zeros, with a stamp that says otherwise
+    elif damage == "weights":
+        data = bytearray(path.read_bytes())
+        size = int.from_bytes(data[:8], "little")
+        data[8 + size + json.loads(data[8 : 8 + size])["head.w"]["data_offsets"][0] + 7] ^= 1
+        path.write_bytes(data)
+    else:
+        path.write_bytes(b"[" * 100_000)
+    result = outpace("--verify")
+    assert result.exit_code == outpace("remove", "nothing").exit_code != 0  # as for every model that cannot be used
+    assert result.stdout.count("DAMAGED") == 1 and named in result.stdout and str(path.parent) in result.stdout
+    assert "--verify --repair" in result.stderr and result.stderr.count("\n") == 1
+    as_json = outpace("--verify", "--json")
+    assert as_json.exit_code == result.exit_code
+    assert [named in c["problem"] for c in json.loads(as_json.stdout)["checked"] if c["problem"]] == [True]
+    repaired = outpace("--verify", "--repair")
+    assert repaired.exit_code == 0 and "removed: " in repaired.stdout and not path.exists()
+    assert outpace("--verify").exit_code == 0
+    if damage in ("tokenizer", "manifest"):
+        assert weights.exists() and open_model(str(cache / "toy.gguf")).prepared_dir == used and path.exists()
+
+
+def test_verify_of_nothing(cache: Path) -> None:
+    assert outpace("--verify").stdout == "nothing is kept on this machine\n"
+
+
+@pytest.mark.parametrize("arguments", [["--repair"], ["--verify", "list"], ["--repair", "list"]])
+def test_verify_goes_alone(arguments: list[str]) -> None:
+    result = outpace(*arguments)
+    assert result.exit_code == 2 and "--verify" in result.stderr

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from toy import ARCHITECTURES, MemoryCheckpoint, Rig, random_tokens, toy_checkpoint
 
 from outpace.errors import CorruptModel, ParameterError
-from outpace.models import packed
+from outpace.models import digests, packed
 from outpace.models.config import ModelConfig
 from outpace.models.native import NativeDecoder
 from outpace.types import Precision
@@ -71,7 +71,7 @@ def test_round_trip(architecture, precision, tmp_path):
     for name, array in tensors.items():
         assert read[name].dtype == array.dtype and read[name].shape == array.shape
         assert read[name].tobytes() == array.tobytes()
-    assert list(tmp_path.iterdir()) == [path]
+    assert {f.name for f in tmp_path.iterdir()} <= {path.name, f"{path.name}.checked"}
 
 
 def test_packing_happens_once(opened):
@@ -158,13 +158,117 @@ def test_a_damaged_file_is_rebuilt_with_a_note(opened, damage, capsys):
     assert note.count("\n") == 1 and str(path) in note and "packing the weights anew" in note
 
 
+def flip(path: Path, name: str, at: int, bits: int = 1) -> None:
+    """Other bits in a tensor's bytes, from byte `at` of it on."""
+    data = bytearray(path.read_bytes())
+    size = int.from_bytes(data[:8], "little")
+    start = 8 + size + json.loads(data[8 : 8 + size])[name]["data_offsets"][0]
+    for i in range(bits):
+        data[start + at + i] ^= 0x10
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(("name", "at", "bits"), [("head.w", 5000, 64), ("0.norm_1", 0, 1), ("3.down.scale", 2, 1)])
+def test_flipped_bits_are_found_named_and_mended(opened, name, at, bits, capsys):
+    expected = logits(NativeDecoder.load(opened, "int8", 1))
+    path = opened.prepared_dir / packed.file_name("int8")
+    data = path.read_bytes()
+    flip(path, name, at, bits)
+    with pytest.raises(CorruptModel, match=f"tensor {name} is not what was written"):
+        packed.load(path)
+    assert (logits(NativeDecoder.load(opened, "int8", 1)) == expected).all()
+    note = "\n".join(line for line in capsys.readouterr().err.splitlines() if "CPU kernels" not in line)
+    assert "\n" not in note and name in note and "packing the weights anew" in note
+    assert path.read_bytes() == data and opened.reads == 2
+
+
+def test_a_scale_that_is_no_number_is_found(opened, capsys):
+    NativeDecoder.load(opened, "int8", 1)
+    path = opened.prepared_dir / packed.file_name("int8")
+    tensors = {name: array.copy() for name, array in packed.load(path).items()}
+    good = packed.digests(tensors)
+    tensors["1.qkv.scale"][3] = np.nan
+    from safetensors.numpy import save_file
+
+    save_file(tensors, path, {"digests": json.dumps(good)})
+    assert np.isfinite(logits(NativeDecoder.load(opened, "int8", 1))).all()
+    assert "1.qkv.scale" in capsys.readouterr().err
+
+
+def test_digests_are_of_names_types_shapes_and_bytes():
+    a = np.arange(6, dtype=np.int16)
+    same = {digests.digest("a", x) for x in (a, a.copy(), np.arange(12, dtype=np.int16)[:6])}
+    others = {digests.digest("b", a), digests.digest("a", a.view(np.uint16)), digests.digest("a", a.reshape(2, 3))}
+    others |= {digests.digest("a", a[::-1]), digests.digest("a", a[:0])}
+    assert len(same) == 1 and len(others) == 5 and not same & others
+    assert digests.damaged({"a": a, "b": a}, digests.digests({"a": a, "c": a})) == ["b", "c"]
+    names = {str(i): np.zeros(i, np.float32) for i in range(9)}
+    assert digests.digests(names) == {name: digests.digest(name, x) for name, x in names.items()}
+
+
+def test_bytes_are_looked_at_once_after_each_start_of_the_machine(sound, tmp_path, monkeypatch):
+    path = tmp_path / "weights.bin"
+    path.write_bytes(sound.read_bytes())
+    looked: list[int] = []
+    real = packed.damaged
+    monkeypatch.setattr(packed, "damaged", lambda *a: looked.append(1) or real(*a))
+
+    def times() -> int:
+        looked.clear()
+        packed.load(path)
+        packed.load(path)
+        return len(looked)
+
+    monkeypatch.setattr(digests, "_boot", lambda: "first")
+    assert (times(), times()) == (1, 0)
+    monkeypatch.setattr(digests, "_boot", lambda: "second")
+    assert (times(), times()) == (1, 0)
+    os.utime(path, ns=(1, 1))
+    assert (times(), times()) == (1, 0)
+    other = tmp_path / "other"
+    other.write_bytes(sound.read_bytes())
+    os.utime(other, ns=(1, 1))
+    os.replace(other, path)  # another file of the same size and time
+    assert (times(), times()) == (1, 0)
+    path.with_name("weights.bin.checked").write_text("[" * 100_000)
+    assert (times(), times()) == (1, 0)
+    packed.verify(path)
+    assert looked
+    monkeypatch.setattr(digests, "_boot", lambda: None)  # a system that does not say when it started
+    assert times() == 2
+
+
+def test_a_stamp_does_not_hide_damage_from_verify(sound, tmp_path):
+    path = tmp_path / "weights.bin"
+    path.write_bytes(sound.read_bytes())
+    packed.verify(path)
+    stat = path.stat()
+    flip(path, "head.w", 9)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    packed.load(path)  # the disk went wrong behind the system's back
+    for _ in range(2):
+        with pytest.raises(CorruptModel, match=r"head\.w"):
+            packed.verify(path)
+    with pytest.raises(CorruptModel, match=r"head\.w"):
+        packed.load(path)
+
+
+@pytest.mark.parametrize("metadata", [None, {}, {"digests": "[]"}, {"digests": "{}"}, {"digests": "[" * 50_000}])
+def test_a_file_without_digests_is_refused(sound, metadata, tmp_path):
+    from safetensors.numpy import save_file
+
+    save_file(dict(packed.load(sound)), tmp_path / "odd.bin", metadata)
+    with pytest.raises(CorruptModel, match=r"odd\.bin"):
+        packed.load(tmp_path / "odd.bin")
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_a_killed_writer_leaves_nothing_under_the_final_name(tmp_path):
     code = f"""
 import os, signal
 import numpy as np
 from pathlib import Path
-from outpace.models import packed
+from outpace.models import digests, packed
 os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # all is written, but not yet in its place
 packed.save({{"a": np.zeros(1 << 20, np.float32)}}, Path({str(tmp_path)!r}) / "weights.bin")
 """

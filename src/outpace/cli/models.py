@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -48,14 +49,22 @@ class _Models(click.Group):
 
 @click.group(cls=_Models, invoke_without_command=True, short_help="List, fetch and remove models.")
 @_json_option
+@click.option("--verify", is_flag=True, help="Read all that is kept and check its digests; damage ends with an error.")
+@click.option("--repair", is_flag=True, help="With --verify: remove what is damaged; it is made anew at its next use.")
 @click.pass_context
-def models(ctx: click.Context, as_json: bool) -> None:
+def models(ctx: click.Context, as_json: bool, verify: bool, repair: bool) -> None:
     """List the known models and what is kept of models on this machine, or fetch and remove them.
 
     Models are fetched by themselves when they are first used.
     """
     ctx.obj = as_json
-    if ctx.invoked_subcommand is None:
+    if (verify or repair) and ctx.invoked_subcommand:
+        raise click.UsageError(f"--verify and --repair go without a command, not with {ctx.invoked_subcommand!r}")
+    if repair and not verify:
+        raise click.UsageError("--repair goes with --verify")
+    if verify:
+        _verify(as_json, repair)
+    elif ctx.invoked_subcommand is None:
         _show_list(as_json)
 
 
@@ -128,6 +137,42 @@ def remove_model(outer: bool, names: tuple[str, ...], as_json: bool) -> None:
         return
     for item in removed:
         click.echo(f"{item['name']}: {_size(item['bytes'])} freed" if item["bytes"] else f"{item['name']}: not cached")
+
+
+def _verify(as_json: bool, repair: bool) -> None:
+    """Raises CorruptModel when something is damaged and stays so."""
+    from ..models.verify import Kept, everything
+
+    damaged: list[Kept] = []
+    report: list[dict[str, Any]] = []
+    for kept in everything():
+        if not as_json:
+            click.echo(f"{kept.name:<48} {_size(kept.size):>8}  ", nl=False)
+        try:
+            kept.check()
+            problem = None
+        except CorruptModel as error:
+            problem = str(error)
+            damaged.append(kept)
+        report.append({"name": kept.name, "path": str(kept.path), "bytes": kept.size, "problem": problem})
+        if not as_json:
+            click.echo("sound" if problem is None else f"DAMAGED\n  {problem}")
+    if damaged and not repair and not as_json and sys.stdin.isatty() and sys.stdout.isatty():
+        repair = click.confirm("Remove what is damaged? It is made or fetched anew at its next use")
+    if repair:
+        for kept in damaged:
+            kept.remove()
+    if as_json:
+        click.echo(json.dumps({"checked": report, "removed": [k.name for k in damaged] if repair else []}, indent=1))
+    elif not damaged:
+        click.echo(f"all {len(report)} are sound" if report else "nothing is kept on this machine")
+    elif repair:
+        click.echo("removed: " + "; ".join(k.name for k in damaged))
+    if damaged and not repair:
+        names = "; ".join(k.name for k in damaged)
+        raise CorruptModel(
+            f"damaged: {names}; `outpace models --verify --repair` removes it, to be made anew when used"
+        )
 
 
 def _belongs(entry: PreparedFolder, name: str) -> bool:

@@ -59,6 +59,13 @@ def cached(model: KnownModel) -> Path | None:
     return path
 
 
+def verify(model: KnownModel) -> None:
+    """Hash the cached file, whether or not it has been. Raises CorruptModel if it is wrong."""
+    with suppress(OSError):
+        model_path(model).with_suffix(".verified").unlink()
+    cached(model)
+
+
 def fetch(model: KnownModel, progress: Progress | None = None) -> Path:
     """The model's file, downloaded if it is not cached. Raises DownloadError, or CorruptModel for a wrong digest.
 

@@ -4,8 +4,9 @@ A product's weights lie in panels of sixteen outputs; within a panel the depth r
 ops.cpu.linear). int8 has one symmetric scale per output. Widths are padded to sixteen and depths to a panel's KiB with
 zeros. Gate and up projections alternate panel by panel, so that the gated activation happens in the epilogue.
 
-The file is in the safetensors format; it is read in one sweep into memory backed by huge pages where the system has
-them (streaming 1.5 GB of weights through 4 KiB pages costs a tenth of the bandwidth).
+The file is in the safetensors format, with a digest of each tensor (see models.digests). It is read in one sweep into
+memory backed by huge pages where the system has them (streaming 1.5 GB of weights through 4 KiB pages costs a tenth of
+the bandwidth).
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ from ..ops.cpu.products import GROUP_BYTES
 from ..types import Precision
 from .checkpoint import Checkpoint
 from .config import ModelConfig
+from .digests import damaged, digests, forget_checked, is_checked, note_checked
 
 if TYPE_CHECKING:
     import torch
 
-FORMAT = 4  # part of the file's name: a new layout gets a new file
+FORMAT = 5  # part of the file's name: a new layout gets a new file
 DEPTH_UNIT: dict[Precision, int] = {"float32": 16, "bfloat16": 32, "int8": 64, "int4": 64}
 Tensors = dict[str, NDArray[Any]]
 Progress = Callable[[int, int], None]
@@ -241,11 +243,12 @@ def save(tensors: Tensors, path: Path) -> None:
 
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        save_file(tensors, partial)
+        save_file(tensors, partial, {_DIGESTS: json.dumps(digests(tensors))})
         os.replace(partial, path)
         for old in path.parent.glob(re.sub(r"-v\d+\.", "-v*.", path.name)):  # of earlier layouts
             if old != path:
                 old.unlink(missing_ok=True)
+                forget_checked(old)
     except (OSError, SafetensorError) as error:
         raise ParameterError(
             f"the packed weights cannot be written to {path.parent}: {error}; make room there, or set OUTPACE_CACHE "
@@ -266,10 +269,35 @@ def _huge(size: int) -> mmap.mmap:
 
 
 _DTYPES = {"F32": np.float32, "I8": np.int8, "I16": np.int16}
+_DIGESTS = "digests"  # where the file's metadata have them
 
 
 def load(path: Path) -> Tensors:
-    """Read a file that `save` wrote. Raises CorruptModel when it is damaged."""
+    """Read a file that `save` wrote. Raises CorruptModel when it is damaged; the tensors' bytes are looked at when
+    the file is first used after a start of the machine."""
+    tensors, recorded = _read(path)
+    if not is_checked(path):
+        if wrong := damaged(tensors, recorded):
+            forget_checked(path)
+            raise CorruptModel(f"{path}: {_named(wrong)} not what was written (wrong digest)")
+        note_checked(path)
+    return tensors
+
+
+def _named(names: list[str]) -> str:
+    if len(names) == 1:
+        return f"tensor {names[0]} is"
+    return f"tensors {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''} are"
+
+
+def verify(path: Path) -> None:
+    """Check every tensor of a file, whether or not it has been. Raises CorruptModel, naming the tensors."""
+    forget_checked(path)
+    load(path)
+
+
+def _read(path: Path) -> tuple[Tensors, dict[str, str]]:
+    """Tensors and their digests as the file has them."""
     try:
         size = path.stat().st_size
         with path.open("rb") as f:
@@ -286,6 +314,9 @@ def load(path: Path) -> Tensors:
                     raise ValueError("truncated")
                 done += n
         out: Tensors = {}
+        recorded = json.loads(header["__metadata__"][_DIGESTS])
+        if not isinstance(recorded, dict):
+            raise ValueError("no digests")
         for name, entry in header.items():
             if name == "__metadata__":
                 continue
@@ -293,8 +324,8 @@ def load(path: Path) -> Tensors:
             if not 0 <= start <= stop <= body:
                 raise ValueError(f"tensor {name} lies outside the file")
             out[name] = np.frombuffer(memory[start:stop], dtype=_DTYPES[entry["dtype"]]).reshape(entry["shape"])
-        return out
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return out, recorded
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptModel(f"{path}: not a sound file of packed weights ({error})") from None
 
 

@@ -34,6 +34,7 @@ from .tokenizer import Tokenizer
 
 #: Raise it when ModelConfig, the tokenizers built here, or these files change.
 VERSION = 2
+_MANIFEST = "manifest.json"
 _FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
 
 
@@ -95,21 +96,41 @@ def prepared_folders() -> list[PreparedFolder]:
     found = []
     for folder in folders:
         try:
-            manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+            manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
             model, path = str(manifest["model"]), str(manifest["path"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             model = path = ""
         size = sum(f.stat().st_size for f in folder.iterdir() if f.is_file())
         found.append(PreparedFolder(folder.name, model, path, size))
     return found
 
 
+def folder_of(entry: PreparedFolder) -> Path:
+    return prepared_dir() / entry.key
+
+
 def remove_prepared(entry: PreparedFolder) -> None:
     """Raises ModelError if the system refuses."""
     try:
-        shutil.rmtree(prepared_dir() / entry.key)
+        shutil.rmtree(folder_of(entry))
     except OSError as e:
-        raise ModelError(f"{prepared_dir() / entry.key} cannot be removed: {e.strerror or e}") from e
+        raise ModelError(f"{folder_of(entry)} cannot be removed: {e.strerror or e}") from e
+
+
+def is_sound(folder: Path) -> bool:
+    """Whether configuration and tokenizer are what was written, by whatever version."""
+    return _contents(folder) is not None
+
+
+def texts_of(folder: Path) -> list[Path]:
+    """The files of configuration and tokenizer that are there."""
+    return [folder / name for name in (_MANIFEST, *_FILES) if (folder / name).is_file()]
+
+
+def forget(folder: Path) -> None:
+    """Delete configuration and tokenizer; packed weights stay."""
+    for file in texts_of(folder):
+        file.unlink(missing_ok=True)
 
 
 def config_to_json(config: ModelConfig) -> str:
@@ -138,13 +159,19 @@ def _parse(texts: Mapping[str, str], source: ModelSource) -> tuple[ModelConfig, 
 
 def _load(folder: Path) -> dict[str, str] | None:
     """The prepared texts, or None if they are not there, of another version, or damaged."""
+    found = _contents(folder)
+    return found[1] if found and found[0] == VERSION else None
+
+
+def _contents(folder: Path) -> tuple[object, dict[str, str]] | None:
+    """Version and texts of a folder; None if they are not there or not what was written."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
         contents = {name: (folder / name).read_bytes() for name in _FILES}
-        if manifest["version"] != VERSION or manifest["digests"] != _digests(contents):
+        if manifest["digests"] != _digests(contents):
             return None
-        return {name: data.decode("utf-8") for name, data in contents.items()}
-    except (OSError, ValueError, KeyError, TypeError):
+        return manifest["version"], {name: data.decode("utf-8") for name, data in contents.items()}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
@@ -158,7 +185,7 @@ def _store(folder: Path, texts: Mapping[str, str], source: ModelSource) -> None:
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, data in {**contents, "manifest.json": json.dumps(manifest, indent=1).encode()}.items():
+        for name, data in {**contents, _MANIFEST: json.dumps(manifest, indent=1).encode()}.items():
             _replace(folder / name, data)
     except OSError as e:
         raise ParameterError(

@@ -18,6 +18,7 @@ from numba import njit
 from numba.core import config as _numba_config
 
 from ...paths import cache_dir
+from .kept import guard, is_private
 
 _KEPT_VERSIONS = 3
 
@@ -35,7 +36,10 @@ def _folder() -> Path | None:
     """None when there is nowhere to write: the code is then compiled in each process."""
     folder = cache_dir() / "kernels" / sources_digest(Path(__file__).parent)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if not is_private((folder.parent, folder)):
+            return None
         os.utime(folder)
         _drop_old(folder.parent)
     except OSError:
@@ -67,6 +71,8 @@ def compiled(function: Callable[..., Any]) -> Any:
     before = config.CACHE_DIR
     config.CACHE_DIR = str(folder)  # read when the decorator runs
     try:
-        return njit(nogil=True, cache=True)(function)
+        made = njit(nogil=True, cache=True)(function)
     finally:
         config.CACHE_DIR = before
+    guard(made)
+    return made
