@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from toy import ARCHITECTURES, Rig, hf_logits, random_tokens, toy_checkpoint
 
+from outpace.cache.pages import PagedKVCache
+from outpace.models.batch import Span, pack
 from outpace.ops.masks import CAUSAL, Bidirectional, Block, Tree
 
 TOLERANCE = 1e-4
@@ -49,6 +52,39 @@ def test_chunks_of_any_size_equal_one_pass(load, architecture):
     tokens, seq = random_tokens(45, 1), rig.cache.new()
     chunks = np.split(tokens, np.cumsum([3, 1, 1, 17, 6, 1, 11, 1, 1]))
     assert_same(np.concatenate([rig.feed(seq, c) for c in chunks if len(c)]), hf_logits(model, tokens))
+
+
+#: Llama 3.1's context extension, beside plain rotary embedding
+EXTENDED = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 2048,
+}
+
+
+@pytest.mark.parametrize("start", [500, 1016, 2040, 4088, 8184, 16376])
+@pytest.mark.parametrize("extended", [False, True])
+def test_far_positions(load, start, extended):
+    """Rows on both sides of each power of two, where tables of positions grow or would end: only the distance of two
+    positions counts, so rows that are all beyond it would not show a shift."""
+    more = {"rope_scaling": EXTENDED} if extended else {}
+    checkpoint, model = toy_checkpoint("llama", max_position_embeddings=32768, **more)
+    decoder = load(checkpoint)
+    cache = PagedKVCache(decoder.new_storage(2))
+    tokens, seq, logits = random_tokens(24, 6), cache.new(), []
+    for chunk in np.split(tokens, [6, 7, 15]):
+        cache.reserve(seq, len(chunk))
+        batch = pack([Span(chunk, cache.length(seq))], cache.page_tables([seq]))
+        batch.positions = batch.positions + start  # as if so many tokens stood before the text
+        logits.append(decoder.forward(batch, cache.storage).logits.cpu().numpy().copy())
+        cache.commit(seq, range(len(chunk)))
+    with torch.no_grad():
+        places = torch.arange(start, start + len(tokens))[None]
+        theirs = model(torch.from_numpy(tokens)[None], position_ids=places).logits[0].numpy()
+    # angles of far positions are rounded in float32 there, and in float64 in one of ours
+    np.testing.assert_allclose(np.concatenate(logits), theirs, rtol=0, atol=TOLERANCE * max(1, start / 512))
 
 
 @each_architecture

@@ -85,6 +85,18 @@ def test_a_dead_end_is_left_like_any_place() -> None:
     assert may_follow(found) == "ax" and may_follow(follow("xy", found)) == "$"
 
 
+def test_a_dead_end_forgets_what_was_taken_back_before_it() -> None:
+    """Behind one the library's matcher is made anew from the tokens of the text: those that still stand."""
+    grammar = 'start: "x" "y" | "z" "a" B\nB: /b+c/ & /b+d/'
+    found = follow("xy", matcher(grammar=grammar))
+    found.retreat(2)
+    assert may_follow(follow("za", found)) == "$"  # nothing can complete it
+    found.retreat()
+    assert may_follow(found) == "a"
+    found.retreat()
+    assert sorted(may_follow(found)) == ["x", "z"]
+
+
 @settings(max_examples=60)
 @given(st.lists(st.one_of(st.sampled_from([*TOKENIZER.encode("ab(),1"), *STOP]), st.integers(1, 4).map(lambda n: -n))))
 def test_a_matcher_that_went_back_is_as_if_it_had_not_gone(moves: list[int]) -> None:
