@@ -335,9 +335,9 @@ def report_of(**ratios: Sequence[float]) -> Report:
 @pytest.mark.parametrize(
     ("ratios", "says", "text", "command"),
     [
-        ({"auto": [2.0], "a": [0.9]}, "not enough pairs to tell (1 of", "cannot be said yet",
+        ({"auto": [2.0], "a": [0.9]}, "not enough pairs for a conclusion (1 of", "cannot be said yet",
          "outpace compare --threads 1 --budget 300s --fresh"),
-        ({"auto": [0.8, 0.8]}, "not enough pairs to tell (2 of", "cannot be said yet", "--budget 300s"),
+        ({"auto": [0.8, 0.8]}, "not enough pairs for a conclusion (2 of", "cannot be said yet", "--budget 300s"),
         ({"auto": [2.0, 2.1, 2.0]}, "auto is the fastest", "Use the default method", "--threads 1 'Name"),
         ({"auto": [1.5, 1.5, 1.5], "a": [2.0, 2.0, 2.0]}, "a is the fastest, 2.00", "Use a: 2.00", "--method a"),
         ({"auto": [1.9, 2.1, 2.0], "a": [2.0, 2.2, 1.9]}, "is the fastest", "Use the default method", "-m m"),
@@ -543,7 +543,7 @@ def test_what_the_budget_does_not_reach_is_said(tmp_path: Path) -> None:
     report = Report.of(run(tmp_path / "half", config(**wide, rounds=None, budget_s=half), clock=clock))
     states = {r.state for r in report.rows}
     assert states == {"ok", "not measured"} and clock.now < all_of_it[-1]["t"]
-    assert ("toy", "less than asked for: 2 answers at once (no time within the budget)") in report.lost
+    assert ("toy", "less than requested: 2 answers at once (no time within the budget)") in report.lost
 
 
 @pytest.mark.parametrize("tick", [0.002, 0.01, 0.04])

@@ -161,8 +161,8 @@ def configuration(options: dict[str, Any]) -> CompareConfig:
 
 def opener(options: dict[str, Any]) -> Callable[[str, int], LLM]:
     def open_model(name: str, batch: int) -> LLM:
-        asked = {key: options[key] for key in ("draft_model", "precision", "threads", "device")}
-        return open_llm({**asked, "model": name}, max_batch=batch, kv_tokens=SMALL_KV, prefix_cache=False)
+        chosen = {key: options[key] for key in ("draft_model", "precision", "threads", "device")}
+        return open_llm({**chosen, "model": name}, max_batch=batch, kv_tokens=SMALL_KV, prefix_cache=False)
 
     return open_model
 

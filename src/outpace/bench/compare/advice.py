@@ -43,8 +43,8 @@ def _of_model(report: Report, line: Line) -> Advice:
     method, text = _choice(best, ours)
     faster = [name for name in line["peers"] if name in figures and _beats(figures[name], ours.get(best or ""))]
     if faster:
-        told = ", ".join(f"{name} ({ratio_text(figures[name])} times our plain decoding)" for name in faster)
-        text += f" Faster than that: {told}."
+        listed = ", ".join(f"{name} ({ratio_text(figures[name])} times our plain decoding)" for name in faster)
+        text += f" Faster than that: {listed}."
     return Advice(line["model"], text, _run(report, line, method))
 
 

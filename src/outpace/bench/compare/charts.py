@@ -40,7 +40,7 @@ class Svg:
         self.body.append(f'<path d="{d}" class="{cls}"><title>{escape(title)}</title></path>')
 
     def mark(self, x: float, y: float, number: int, title: str) -> None:
-        """A shape and colour of its own for each number, so that colour is not needed to tell them apart."""
+        """A shape and colour of its own for each number, so that they differ without colour too."""
         r, cls = 4.5, f"mark c{number % 8}"
         shapes = (
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{r}" class="{cls}">',
@@ -161,13 +161,15 @@ def lines(
     svg.text((left + width - right) / 2, height - 6, x_name, "middle", "small")
     ends: list[tuple[float, Series]] = []
     for s in sorted(series, key=lambda s: s.number is not None):  # the named ones on top
-        told = f"{s.name}: " + ", ".join(f"{px:g}: {py:.0%}" if percent else f"{px:g}: {py:.3g}" for px, py in s.points)
+        label = f"{s.name}: " + ", ".join(
+            f"{px:g}: {py:.0%}" if percent else f"{px:g}: {py:.3g}" for px, py in s.points
+        )
         cls = "line other" if s.number is None else f"line c{s.number % 8}"
         places = [(x(px), y(py)) for px, py in s.points]
-        svg.path(places if len(places) > 1 else [(places[0][0] - 3, places[0][1]), places[0]], cls, told)
+        svg.path(places if len(places) > 1 else [(places[0][0] - 3, places[0][1]), places[0]], cls, label)
         if s.number is not None:
             for px, py in places if len(places) <= 6 else places[:1]:
-                svg.mark(px, py, s.number, told)
+                svg.mark(px, py, s.number, label)
             ends.append((y(s.points[-1][1]), s))
     _names(svg, ends, width - right + 10, top, height - bottom)
     return str(svg)

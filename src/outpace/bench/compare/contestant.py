@@ -1,9 +1,9 @@
 """Who answers: a method of ours on the loaded model, or another engine. One unit at a time.
 
 Speed is that of decoding: from the moment when the last answer of the unit has its first token to the moment when the
-last one has all; tokens that come earlier do not count. What reading the prompts takes is told apart (`first_s`).
+last one has all; tokens that come earlier do not count. The time of reading the prompts is kept apart (`first_s`).
 Answers of a unit that end early leave places empty, which a server fills; so the part until the first one ends, while
-all of them run, is also told (`full_tokens` in `full_s`).
+all of them run, is kept as well (`full_tokens` in `full_s`).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Run:
     `tokens` of all answers. Of decoding, as defined above: `decode_tokens` in `decode_s`; `steps` of the target, in
     which `turns` sequences took part together and `rows` tokens were computed; `draft_s`, `verify_s` (the target's
     forwards; `forwards` has them by their number of rows: [rows, how many, seconds]) and `sample_s` (choosing tokens,
-    judging drafts). Of the whole answers: `drafted`, `accepted`,
+    verifying drafts). Of the whole answers: `drafted`, `accepted`,
     `tested[d]` and `right[d]` draft nodes of depth d, in `all_turns` turns.
     """
 
@@ -76,7 +76,7 @@ class Run:
 
 
 class Contestant(ABC):
-    """Not thread-safe. Opened at the first question; after a failure it is closed, and opened again if asked again."""
+    """Not thread-safe. Opened at the first question; after a failure it is closed, and opened again at the next one."""
 
     name: str
 
@@ -138,7 +138,7 @@ class Method(Contestant):
 
 
 class _Watch:
-    """Steps an LLM and notes what the steps gave, from the moment when everybody has a first token."""
+    """Steps an LLM and notes what the steps gave, from the moment when every answer has a first token."""
 
     def __init__(self, llm: LLM, ids: Sequence[int]) -> None:
         self.llm, self.ids = llm, ids
@@ -257,8 +257,8 @@ class Engine(Contestant):
 
 
 def run_of_answers(answers: Sequence[PeerAnswer], unit: Unit, memory: int | None) -> Run:
-    """Of another engine, as far as it tells. An answer's tokens after its first ones are spread evenly over their time,
-    to say how many came after everybody had a first one."""
+    """Of another engine, as far as it reports. An answer's tokens after its first ones are spread evenly over their
+    time, to say how many came after every answer had a first one."""
     total = max(a.total_s for a in answers)
     tokens = sum(a.tokens for a in answers)
     run = Run(tokens=tokens, total_s=total, memory_bytes=memory)
@@ -289,7 +289,7 @@ def run_of_answers(answers: Sequence[PeerAnswer], unit: Unit, memory: int | None
 
 
 def by_depth(results: Sequence[Result]) -> tuple[list[int], list[int]]:
-    """Draft nodes that were judged, and those that were right, by depth; all drafters and answers together."""
+    """Draft nodes that were verified, and those that were right, by depth; all drafters and answers together."""
     sources = [source for r in results for source in r.stats.sources.values()]
     depth = max((len(s.tested) for s in sources), default=0)
 

@@ -19,7 +19,7 @@ from .store import Line
 if TYPE_CHECKING:
     from ...engine.llm import LLM
 
-OpenPeer = Callable[[str, str, "LLM", int], Peer]  # (what was asked for, model as named, loaded, largest batch)
+OpenPeer = Callable[[str, str, "LLM", int], Peer]  # (as requested, model as named, loaded, largest batch)
 ROWS = 64  # of a draft and its last page, beside prompt and answer
 
 
@@ -29,7 +29,7 @@ class Entry:
     method, workload or batch) are for the caller to write. `seconds`: what a unit last took a contestant in a cell."""
 
     name: str
-    source: str  # what the model was asked for by
+    source: str  # the model's name as requested
     llm: LLM
     config: CompareConfig
     until: float
@@ -90,9 +90,9 @@ class Entry:
         if workload.error is not None:
             self.failures.append((workload.error, {"workload": workload.name}))
         sizes = sorted(len(tokens[i]) for i in fits)
-        told = {"name": workload.name, "prompts": len(fits), "notes": workload.notes, "error": workload.error}
-        told["prompt_tokens"] = [sizes[0], sizes[len(sizes) // 2], sizes[-1]] if sizes else []
-        self.described["workloads"].append(told)
+        about = {"name": workload.name, "prompts": len(fits), "notes": workload.notes, "error": workload.error}
+        about["prompt_tokens"] = [sizes[0], sizes[len(sizes) // 2], sizes[-1]] if sizes else []
+        self.described["workloads"].append(about)
 
     def _line_up(self, open_peer: OpenPeer, clock: Clock) -> None:
         """Plain first, then the methods and the peers in the order in which they are kept if not all can be."""
@@ -110,8 +110,8 @@ class Entry:
 
         def maker(name: str) -> Callable[[], LLM]:
             spec, _, verifier = name.partition("/")
-            judged = {"verifier": verifier} if verifier else {}
-            return lambda: llm.with_method(spec, max_batch=largest, kv_tokens=kv_tokens, **judged)
+            chosen = {"verifier": verifier} if verifier else {}
+            return lambda: llm.with_method(spec, max_batch=largest, kv_tokens=kv_tokens, **chosen)
 
         made: dict[str, Contestant] = {name: Method(name, maker(name), clock) for name in names}
         called = peer_names(config.peers, names)
@@ -167,7 +167,7 @@ class Entry:
             if isinstance(contestant, Engine):
                 try:
                     about[name] = contestant.peer.about()
-                except Exception as error:  # it failed to warm up, and that is told elsewhere
+                except Exception as error:  # it failed to warm up, which is reported elsewhere
                     about[name] = {"not running": " ".join(str(error).split())}
         return about
 

@@ -54,7 +54,7 @@ class Report:
                 for why, names in alike.items():
                     found[f"{line['model']}, {', '.join(names)}", f"left out: {why}"] = None
                 found |= dict.fromkeys(
-                    (line["model"], f"less than asked for: {what}") for what in line.get("left_out", ())
+                    (line["model"], f"less than requested: {what}") for what in line.get("left_out", ())
                 )
         missing = [row for row in self.rows if row.state == "not measured" and self._planned(row)]
         for model, cell in dict.fromkeys((row.model, row.cell) for row in missing):
@@ -63,7 +63,7 @@ class Report:
         return list(found)
 
     def _planned(self, row: Summary) -> bool:
-        """Whether it was to be measured; what the budget had no time for from the beginning is told by `left_out`."""
+        """Whether it was to be measured; what the budget had no time for from the beginning is in `left_out`."""
         plan = next(line.get("plan") for line in self.models if line["model"] == row.model)
         return plan is None or (row.method in (PLAIN, *plan["others"]) and asdict(row.cell) in plan["cells"])
 
@@ -78,7 +78,7 @@ class Report:
 
 def headline(report: Report) -> list[str]:
     """The findings in sentences. Nothing is concluded from fewer pairs than give an interval."""
-    told = []
+    sentences = []
     for line in report.models:
         mine = report.of_model(line["model"])
         for temperature, batch in dict.fromkeys((r.cell.temperature, r.cell.batch) for r in mine):
@@ -89,13 +89,13 @@ def headline(report: Report) -> list[str]:
             how = f"{line['model']}, {batch} at once" + (f", temperature {temperature:g}" if temperature else "")
             best = max(figures, key=lambda name: figures[name].value)
             if figures[best].low is None:
-                told.append(f"{how}: {too_few(figures.values())}.")
+                sentences.append(f"{how}: {too_few(figures.values())}.")
                 continue
             each = ", ".join(
                 f"{r.cell.workload} {r.ratio.value:.2f}" for r in here if r.method == best and r.ratio is not None
             )
-            told.append(f"{how}: {verdict(best, figures[best], each)}{_beside(best, figures, here, batch)}")
-    return told
+            sentences.append(f"{how}: {verdict(best, figures[best], each)}{_beside(best, figures, here, batch)}")
+    return sentences
 
 
 def verdict(name: str, figure: Figure, each: str) -> str:
@@ -111,7 +111,7 @@ def verdict(name: str, figure: Figure, each: str) -> str:
 def too_few(figures: Iterable[Figure]) -> str:
     pairs = sorted({figure.rounds for figure in figures})
     some = f"{pairs[0]}" if len(pairs) == 1 else f"{pairs[0]} to {pairs[-1]}"
-    return f"not enough pairs to tell ({some} of each kind of text, {LEAST_PAIRS} and more are needed)"
+    return f"not enough pairs for a conclusion ({some} of each kind of text, {LEAST_PAIRS} and more are needed)"
 
 
 def _beside(best: str, figures: dict[str, Figure], rows: Sequence[Summary], batch: int) -> str:

@@ -1,6 +1,6 @@
 """How fast the machine was while a contestant ran, by the target's own forwards.
 
-A forward of so many rows behind the same text is the same work whoever asks for it, so a comparison holds thousands of
+A forward of so many rows behind the same text is the same work for every method, so a comparison holds thousands of
 measurements of the machine itself. On a shared machine they differ by a quarter from one second to the next, and the
 ratio of two short runs with them. So the seconds of a run are divided by its pace, which makes them those of a run at
 the usual speed. In the logarithm, the forwards of r rows in run i on unit u take
@@ -12,7 +12,7 @@ more than others' throughout (its drafting may empty the caches): that is the me
 Both are believed as far as there are runs that show them.
 
 Found by medians in turn, which outliers do not move (Tukey's median polish, Exploratory Data Analysis, 1977, ch. 11).
-Engines that do not tell their forwards are left as they are.
+Engines that do not report their forwards are left as they are.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ Table = NDArray[np.float64]
 
 
 def paces(lines: Sequence[Line]) -> list[float | None]:
-    """For each measurement the factor by which its seconds are too long; None where nothing tells."""
-    told = [i for i, line in enumerate(lines) if line.get("forwards")]
+    """For each measurement the factor by which its seconds are too long; None where no forward was reported."""
+    reported = [i for i, line in enumerate(lines) if line.get("forwards")]
     pace: list[float | None] = [None] * len(lines)
-    for model in dict.fromkeys(lines[i]["model"] for i in told):
-        mine = [i for i in told if lines[i]["model"] == model]
+    for model in dict.fromkeys(lines[i]["model"] for i in reported):
+        mine = [i for i in reported if lines[i]["model"] == model]
         effect = _effects([lines[i]["forwards"] for i in mine], [_unit(lines[i]) for i in mine])
         for method in dict.fromkeys(lines[i]["method"] for i in mine):
             at = [k for k, i in enumerate(mine) if lines[i]["method"] == method]

@@ -7,8 +7,8 @@
     pass    a round of every cell; cells whose runs are short get several
     sweep   as many rounds as a cell has units: after it every unit has been measured once more
 
-Contestants of a heat run within seconds of each other, so that what drifts (clocks, other users) hits all of them; who
-goes first, and who shares a heat with whom, changes from round to round. Each heat has a plain run of its own.
+Contestants of a heat run within seconds of each other, so that what drifts (clocks, other users) hits all of them;
+their order, and which share a heat, changes from round to round. Each heat has a plain run of its own.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from ...types import SamplingParams
 PLAIN, AUTO = "plain", "auto"
 HEAT = 4  # contestants beside plain in one heat
 MOST_ROUNDS = 4  # of a cell in one pass
-LEAST_ROUNDS = 3  # a plan leaves time for: fewer pairs tell nothing
+LEAST_ROUNDS = 3  # a plan leaves time for: fewer pairs show nothing
 SHORTEST = 16  # tokens of an answer that is made shorter to fit the budget
-#: Of the methods that nobody asked for by name: who stays when the budget has no time for all; then the others
+#: Of methods that were not named: those that stay when the budget has no time for all; then the others
 ORDER = (AUTO, "suffix+recycling", "suffix", "recycling", "ngram", "draft-tree", "draft", "branch")
 #: Of the project's own sets: text made up, code written, text shortened, code repeated with small changes
 WORKLOADS = ("writing", "code", "summarization", "code-edit")
@@ -81,11 +81,11 @@ class CompareConfig:
     def identity(self) -> dict[str, Any]:
         """What must be the same for measurements to belong to one comparison: all but how long it runs. Files by
         their names alone."""
-        told = asdict(self)
+        identity = asdict(self)
         for name in ("rounds", "budget_s"):
-            del told[name]
-        told["options"] = {name: shown(value) for name, value in self.options.items()}
-        return told | {name: tuple(map(shown, told[name])) for name in ("models", "workloads")}
+            del identity[name]
+        identity["options"] = {name: shown(value) for name, value in self.options.items()}
+        return identity | {name: tuple(map(shown, identity[name])) for name in ("models", "workloads")}
 
     def params(self, temperature: float, number: int) -> SamplingParams:
         """Of prompt number `number` of its workload. Every answer has `max_tokens` tokens: all have the same work."""
@@ -110,7 +110,7 @@ def names_of(models: Sequence[str]) -> dict[str, str]:
 
 
 def peer_names(specs: Sequence[str], taken: Collection[str] = ()) -> dict[str, str]:
-    """What each engine is called: as it was asked for, but a server by its name if it was given one of its own.
+    """What each engine is called: as it was named, but a server by its name if it was given one of its own.
 
     >>> peer_names(["llama.cpp", "vllm=http://localhost:8000"])
     {'llama.cpp': 'llama.cpp', 'vllm=http://localhost:8000': 'vllm'}
@@ -144,7 +144,7 @@ def cells(config: CompareConfig, fixed: dict[str, float | None]) -> list[Cell]:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is run of what was asked for. `others`: contestants beside plain; `max_tokens` of an answer."""
+    """What is run of what was requested. `others`: contestants beside plain; `max_tokens` of an answer."""
 
     others: tuple[str, ...]
     cells: tuple[Cell, ...]

@@ -118,14 +118,14 @@ def colours(rows: Sequence[Summary]) -> dict[str, int]:
 
 def _ceilings(line: Line) -> str:
     c, threads = line["ceilings"], line.get("threads")
-    told = [f"{c['weight_bytes'] / 1e6:.0f} MB of weights are read for each step"]
+    facts = [f"{c['weight_bytes'] / 1e6:.0f} MB of weights are read for each step"]
     if c["bandwidth"]:
-        told.append(f"the memory was measured to deliver {c['bandwidth'] / 1e9:.1f} GB/s")
-        told.append(f"so no more than {c['bandwidth'] / c['weight_bytes']:.0f} steps a second are possible")
+        facts.append(f"the memory was measured to deliver {c['bandwidth'] / 1e9:.1f} GB/s")
+        facts.append(f"so no more than {c['bandwidth'] / c['weight_bytes']:.0f} steps a second are possible")
     if c["arithmetic"]:
-        told.append(f"arithmetic reaches {c['arithmetic'] / 1e12:.2f} · 10¹² operations/s (by {c['arithmetic_by']})")
+        facts.append(f"arithmetic reaches {c['arithmetic'] / 1e12:.2f} · 10¹² operations/s (by {c['arithmetic_by']})")
     how = f" on {threads} threads" if threads else ""
-    return f'<p class="soft">{escape("; ".join(told) + how)}.</p>'
+    return f'<p class="soft">{escape("; ".join(facts) + how)}.</p>'
 
 
 def _speedups(rows: Sequence[Summary]) -> str:
@@ -149,7 +149,7 @@ def _bars(rows: Sequence[Summary], batch: int) -> str:
     ordered = dict(sorted(times.items(), key=lambda item: sum(item[1].values())))
     title = f"Where the time goes: milliseconds a token, {_at_once(batch).lower()}, mean of the workloads"
     text = (
-        '<p class="soft">draft: making guesses; verify: the model\'s own steps; sample: choosing tokens and judging '
+        '<p class="soft">draft: making guesses; verify: the model\'s own steps; sample: choosing tokens and verifying '
         "guesses; other: bookkeeping, text.</p>"
     )
     return _framed(bars(ordered, "Time a token by what it is spent on", title)) + (text if ordered else "")
@@ -203,8 +203,8 @@ def _crossings(rows: Sequence[Summary]) -> str:
                 if (r.method, r.cell.workload) == (name, workload) and r.ratio is not None
             }
             if ratios:
-                told = " · ".join(f"{b}: {ratios[b]:.2f}" for b in sorted(ratios))
-                body.append([name, workload, told, crossing(ratios)])
+                shown = " · ".join(f"{b}: {ratios[b]:.2f}" for b in sorted(ratios))
+                body.append([name, workload, shown, crossing(ratios)])
     table = _html_table(["method", "workload", "times plain by batch", "against plain"], body, wide={3})
     note = '<p class="soft">Between two batch sizes the crossing is interpolated; run more sizes to see it.</p>'
     return f"<details><summary>Where each method crosses plain decoding</summary>{table}{note}</details>"
@@ -287,7 +287,7 @@ def _html_table(
 def _lost(report: Report) -> str:
     lost = report.lost
     if not lost:
-        return '<h2 id="lost">What has no figure</h2><p>Nothing: everything that was asked for was measured.</p>'
+        return '<h2 id="lost">What has no figure</h2><p>Nothing: everything requested was measured.</p>'
     return f'<h2 id="lost">What has no figure, and why</h2>{_html_table(["what", "why"], lost, wide={0, 1})}'
 
 
@@ -319,18 +319,18 @@ def _how(report: Report) -> str:
         rows.append([line["model"], f"{text}; {line['precision']} on {line['device']}"])
         for w in line["workloads"]:
             size = " / ".join(map(str, w["prompt_tokens"]))
-            told = [w["error"]] if w["error"] else [f"{w['prompts']} prompts of {size} tokens (least / median / most)"]
-            rows.append([f"workload {w['name']}", "; ".join([*told, *w["notes"]])])
+            facts = [w["error"]] if w["error"] else [f"{w['prompts']} prompts of {size} tokens (least / median / most)"]
+            rows.append([f"workload {w['name']}", "; ".join([*facts, *w["notes"]])])
         for name, about in line.get("peers_about", {}).items():
             rows.append([f"peer {name}", ", ".join(f"{k}: {v}" for k, v in about.items())])
     text = (
         "<p>Contestants take turns: plain decoding and up to four methods answer the same prompts one after the other "
         "(a heat), in an order that changes, and each ratio is made of two runs of one heat. How fast the machine was "
-        "at that moment is seen from the model's own forwards, the same work whoever asks for them, and taken out of "
+        "at that moment is seen from the model's own forwards, the same work for every method, and taken out of "
         "the seconds of our methods; what a method slows the machine down by itself stays. Drafters remember "
         "nothing "
         "from one round over the prompts to the next. Text that a prompt expects back (code to be edited) is given to "
-        "all methods alike. Speeds leave the reading of prompts out; the time to the first token is told apart. "
+        "all methods alike. Speeds leave the reading of prompts out; the time to the first token is shown apart. "
         "The memory of the process is that of all methods of this run together; other engines have processes of their "
         "own. All measurements are in results.jsonl beside this page.</p>"
     )

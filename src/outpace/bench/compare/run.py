@@ -3,9 +3,9 @@ over.
 
 The budget is that of comparing: loading a model, compiling, and starting other engines is not in it and is said apart.
 How long plain decoding's warm-up took says what the budget has time for (`plan.fit`); what it has none for is left out
-and said. Warming up may take a third of the budget: whoever is not ready by then is left out as well.
+and said. Warming up may take a third of the budget: contestants that are not ready by then are left out as well.
 
-A contestant that fails in a cell has failed there, with its reason, and is not asked again; the others go on. One that
+A contestant that fails in a cell has failed there, with its reason, and is not run again; the others go on. One that
 hangs, or another engine that dies, twice is out. One that is cut off by the end of the budget has not failed: it is not
 measured. A heat starts only if it should end within the budget.
 """
@@ -164,8 +164,8 @@ class Comparison:
     def _described(self, entry: Entry, count: int) -> Line:
         """The line of the model: what is run, and what of the budget is gone."""
         plan = {"others": entry.others, "cells": [asdict(c) for c in entry.cells], "max_tokens": entry.max_tokens}
-        asked = min(self.config.prompts, max((len(made) for made in entry.units.values()), default=0))
-        if count < asked:
+        wanted = min(self.config.prompts, max((len(made) for made in entry.units.values()), default=0))
+        if count < wanted:
             entry.left_out.append(
                 f"{count} instead of {self.config.prompts} prompts of each kind of text (no time for two)"
             )
@@ -226,7 +226,7 @@ class Comparison:
         return found
 
     def _what_fits(self, entry: Entry, warm: Warm) -> Plan:
-        """By what the warm-up took; whoever has not warmed up yet is taken to be as slow as plain decoding."""
+        """By what the warm-up took; one that has not warmed up yet is taken to be as slow as plain decoding."""
         whole = Plan(tuple(entry.others), tuple(entry.cells), entry.max_tokens)
         rounds = LEAST_ROUNDS if self.config.rounds is None else min(LEAST_ROUNDS, self.config.rounds)
 
@@ -318,7 +318,7 @@ class Comparison:
         return self.elapsed + (0.0 if first else expected) < entry.until
 
     def _heat(self, entry: Entry, cell: Cell, nth: int, heat: int, names: Sequence[str]) -> None:
-        """Everybody in turn on one unit; then the lines are written, all together."""
+        """Each contestant in turn on one unit; then the lines are written, all together."""
         made = entry.units[cell.workload, cell.batch]
         which, sweep = nth % len(made), nth // len(made)
         params = [entry.answers(cell.temperature, n) for n in made[which].numbers]

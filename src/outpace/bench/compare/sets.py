@@ -28,7 +28,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 @dataclass(slots=True)
 class Workload:
-    """`temperature`: its own, instead of those that were asked for. `error`: why nothing of it can be measured."""
+    """`temperature`: its own, instead of the configured ones. `error`: why nothing of it can be measured."""
 
     name: str
     prompts: list[Prompt] = field(default_factory=list)

@@ -1,6 +1,6 @@
 """`results.jsonl`: a line for each measurement, and lines that say what they are measurements of.
 
-    {"kind": "comparison", ...}   what was asked, where, with which versions: the first line
+    {"kind": "comparison", ...}   the configuration, the machine, the versions: the first line
     {"kind": "model", ...}        a loaded model: its workloads, contestants, sizes and ceilings
     {"kind": "failure", ...}      a model or contestant that cannot take part at all
     {"kind": "measurement", ...}  one contestant on one unit in one round, or why it has no figure
@@ -28,7 +28,7 @@ class Store:
     """The file of one comparison in the folder `out`, which is made if it is not there. `lines` holds what is in it."""
 
     def __init__(self, out: Path, header: Line) -> None:
-        """`header["identity"]` tells one comparison from another. Raises ParameterError when the folder holds the
+        """`header["identity"]` identifies a comparison. Raises ParameterError when the folder holds the
         results of another one, or cannot be written."""
         self.path = out / NAME
         self.lines: list[Line] = []

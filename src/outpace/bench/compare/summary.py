@@ -1,12 +1,12 @@
 """From measurements to figures: medians, confidence intervals, ratios to plain pair by pair, identity.
 
 A ratio is made of two runs of one heat: the same prompts, seconds apart, each at the machine's usual pace as far as its
-forwards tell (see pace). A cell's ratio is the geometric mean over its
+forwards show (see pace). A cell's ratio is the geometric mean over its
 units of the median over the rounds. Its interval says how far noise of the machine could move it. With five rounds of
 each unit or more they are drawn again with replacement, each unit's among themselves, and the middle 95 % of 1,000 such
-draws are shown; with fewer it is Student's interval of the logarithms, which knows how little a few pairs tell; with
+draws are shown; with fewer it is Student's interval of the logarithms, which is wide where pairs are few; with
 less than LEAST_PAIRS there is none. How much the figure depends on the prompt is another question: the lowest and
-highest median of a unit are told beside it.
+highest median of a unit are shown beside it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Groups = dict[int, list[float]]  # figures of the rounds, by unit
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A median with its 95 % interval (None: too few rounds to tell) and the extremes over the units. `rounds`: of all
+    """A median with its 95 % interval (None: too few rounds) and the extremes over the units. `rounds`: of all
     units together; of a ratio, its pairs."""
 
     value: float
@@ -105,9 +105,9 @@ class Summary:
     speed: Figure | None = None  # tokens a second
     ratio: Figure | None = None  # of speeds, to plain
     full: Figure | None = None  # the same ratio while all answers of the batch run
-    whole: bool = False  # the ratio is of whole answers, prompts included: this engine tells no first token
-    first_s: float | None = None  # until everybody has a first token, median
-    tau: float | None = None  # tokens a turn of a sequence
+    whole: bool = False  # the ratio is of whole answers, prompts included: this engine reports no first token
+    first_s: float | None = None  # until every answer has a first token, median
+    tau: float | None = None  # tokens of a sequence per step in which it took part
     alpha: float | None = None  # accepted of drafted
     depth: list[float] = field(default_factory=list)  # share of turns that accepted at least 1, 2, ... drafted tokens
     per_token_ms: dict[str, float] = field(default_factory=dict)  # draft, verify, sample, other
@@ -201,7 +201,7 @@ def heat_of(line: Line) -> tuple[Any, ...]:
 
 
 def steadied(lines: Sequence[Line]) -> list[Line]:
-    """The lines, with the `pace` of those measurements that tell it."""
+    """The lines, with the `pace` of those measurements that have it."""
     good = [i for i, line in enumerate(lines) if line["kind"] == "measurement" and not line.get("error")]
     made = list(lines)
     for i, pace in zip(good, paces([lines[i] for i in good]), strict=True):
@@ -237,8 +237,8 @@ def fill(
     row: Summary, lines: list[Line], pairs: dict[Any, Line], answers: dict[Any, str], ceilings: Ceilings | None
 ) -> None:
     row.whole = any(speed_of(line) is None for line in lines)
-    told = all("pace" in line for line in lines)  # else plain's runs are taken as they were, too
-    speed = whole_speed if row.whole else speed_of if told else raw_speed
+    steady = all("pace" in line for line in lines)  # else plain's runs are taken as they were, too
+    speed = whole_speed if row.whole else speed_of if steady else raw_speed
     speeds: Groups = {}
     ratios: Groups = {}
     full: Groups = {}
@@ -251,7 +251,7 @@ def fill(
         theirs = speed(other) if other is not None else None
         if other is not None and theirs and row.method != PLAIN:
             ratios.setdefault(line["unit"], []).append(mine / theirs)
-            if not row.whole and (a := full_speed(line, told)) and (b := full_speed(other, told)):
+            if not row.whole and (a := full_speed(line, steady)) and (b := full_speed(other, steady)):
                 full.setdefault(line["unit"], []).append(a / b)
     row.speed, row.ratio, row.full = figure(speeds, harmonic), figure(ratios, geometric), figure(full, geometric)
     _work(row, lines)
