@@ -195,6 +195,8 @@ CLASHES: list[tuple[dict[str, Any], str]] = [
     ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs names 'messages'"),
     ({"chat_template_kwargs": {"add_generation_prompt": True}}, "chat_template_kwargs names 'add_generation_prompt'"),
     ({"chat_template_kwargs": {"a b": 1}}, "chat_template_kwargs names 'a b'"),
+    ({"chat_template_kwargs": {"self": 1}}, "chat_template_kwargs names 'self'"),
+    ({"chat_template_kwargs": {"template": "x"}}, "chat_template_kwargs names 'template'"),
     ({"chat_template_kwargs": {"style": "x" * 20_000}}, "16384 characters in all"),
     ({"chat_template_kwargs": {f"v{i}": i for i in range(33)}}, "at most 32 values"),
     ({"chat_template_kwargs": {"enable_thinking": True}, "enable_thinking": True}, "say the same"),
@@ -217,10 +219,11 @@ def test_priorities_and_shortened_prompts(client: openai.OpenAI, server: Live) -
 
 
 def test_values_of_the_chat_template(client: openai.OpenAI, server: Live) -> None:
-    values = {"style": "curt", "other": 1}
+    values = {"style": "curt", "other": 1, "Think": 2, "message": 3, "raise_exception": "x"}
     answer = chat(client, chat_template_kwargs=values, enable_thinking=True, reasoning_effort="low")
     assert prompt_of(server) == "Think. lowcurt|user: Hello</s>assistant: "
-    assert answer.model_extra["outpace"]["ignored"] == ["chat_template_kwargs.other"]
+    unread = ("other", "Think", "message", "raise_exception")
+    assert answer.model_extra["outpace"]["ignored"] == [f"chat_template_kwargs.{name}" for name in unread]
     chat(client, chat_template_kwargs={"style": "</s>"})
     assert asked(server).tokens.count(server.engine.tokenizer.token_id("</s>")) == 1, "no control token of a user's"
     chat(client, [{"role": "user", "content": "x", "name": "ann"}])

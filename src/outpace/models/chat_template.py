@@ -27,8 +27,8 @@ def _strftime_now(form: str) -> str:
     return datetime.now().strftime(form)
 
 
-@lru_cache(maxsize=8)
-def _compile(template: str) -> Any:
+@lru_cache(maxsize=1)
+def _environment() -> Any:
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -47,7 +47,25 @@ def _compile(template: str) -> Any:
     env.filters["tojson"] = _tojson
     env.globals["raise_exception"] = _raise_exception
     env.globals["strftime_now"] = _strftime_now
-    return env.from_string(template)
+    return env
+
+
+@lru_cache(maxsize=8)
+def _compile(template: str) -> Any:
+    return _environment().from_string(template)
+
+
+@lru_cache(maxsize=8)
+def variables(template: str) -> frozenset[str]:
+    """The values that a template reads. Empty if it cannot be read, which `render` says."""
+    import jinja2
+    from jinja2.meta import find_undeclared_variables
+
+    try:
+        env = _environment()
+        return frozenset(find_undeclared_variables(env.parse(template))) - env.globals.keys()
+    except jinja2.TemplateError:
+        return frozenset()
 
 
 def render(template: str, messages: Sequence[Mapping[str, Any]], **values: Any) -> str:

@@ -16,7 +16,7 @@ from itertools import groupby
 from typing import Any
 
 from ..errors import CorruptModel, ParameterError
-from .chat_template import render
+from .chat_template import render, variables
 from .checkpoint import TokenizerFiles
 from .text_length import check_fits, shrinking
 from .vocabulary import Vocabulary
@@ -67,6 +67,11 @@ class Tokenizer:
     def template_has(self, text: str) -> bool:
         """Whether a text stands in the chat template."""
         return self._template is not None and text in self._template
+
+    @property
+    def template_values(self) -> frozenset[str]:
+        """Names of the values that the chat template reads."""
+        return frozenset() if self._template is None else variables(self._template)
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Ids of `text` alone. `special`: control tokens written out in it become their ids (trusted text only)."""

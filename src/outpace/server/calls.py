@@ -204,14 +204,12 @@ class ObjectScan:
     def _may_be_call(self, end: int) -> bool:
         """Whether what is written up to there, at the outermost level, may go on to be a call of one of the names."""
         assert self._names is not None
-        begun = "" if self._start is None else self.text[self._start + 1 : end]
-        if self._key is None and self._start is not None:
-            return any(key.startswith(begun) for key in _KEYS)
-        if "name" in self._values:
-            return self.name in self._names
-        if self._key != "name" or "\\" in begun:
+        if "name" in self._values and self.name not in self._names:
+            return False
+        if self._start is None or self._key not in (None, "name"):
             return True
-        return any(name.startswith(begun) for name in self._names)
+        begun, allowed = self.text[self._start + 1 : end], _KEYS if self._key is None else self._names
+        return any(whole.startswith(begun) for whole in allowed)
 
 
 class ToolReader:

@@ -124,7 +124,10 @@ def _made(name: str, arguments: str, where: str) -> Mapping[str, Any]:
 
 
 _READ = re.compile(r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")
-_OURS = ("messages", "tools", "add_generation_prompt", "bos_token", "eos_token", "unk_token", "pad_token")
+_OURS = (
+    *("messages", "tools", "add_generation_prompt", "continue_final", "template", "self"),
+    *("bos_token", "eos_token", "unk_token", "pad_token"),
+)
 MOST_VALUES, MOST_CHARACTERS = 32, 16_384  # of chat_template_kwargs
 
 
@@ -141,7 +144,7 @@ def template_values(values: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[di
                 f"chat_template_kwargs names {name[:64]!r}: it must be a variable that the chat template reads, and "
                 f"none of {', '.join(_OURS)}"
             )
-    unread = [name for name in values if not tokenizer.template_has(name)]
+    unread = [name for name in values if name not in tokenizer.template_values]
     return {name: value for name, value in values.items() if name not in unread}, unread
 
 
