@@ -6,7 +6,7 @@ Marks carry a `<title>`, which a browser shows where the pointer rests.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
@@ -82,35 +82,67 @@ class Dot:
     title: str
 
 
-def dots(rows: Mapping[str, Mapping[str, Dot]], groups: Sequence[str], label: str) -> str:
-    """A row for each method and a mark for each group (a workload), on a logarithmic axis of ratios to plain; the bar
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """Where a chart with a line for each method puts things. `above`: names stand over their lines, not beside."""
+
+    width: float
+    left: float
+    right: float
+    each: float  # height of a method
+    above: bool = False
+
+    def name(self, svg: Svg, y: float, name: str) -> None:
+        if self.above:
+            svg.text(self.left, y - 8, name)
+        else:
+            svg.text(self.left - 12, y + 4, name, "end")
+
+    def legend(self, svg: Svg, names: Sequence[str], y: float, mark: Callable[[float, float, int], None]) -> float:
+        """In as many lines as it takes; returns the height of the last one."""
+        at = self.left
+        for number, name in enumerate(names):
+            size = 26 + 7.2 * len(name)
+            if at > self.left and at + size > self.width:
+                at, y = self.left, y + 20
+            mark(at, y, number)
+            svg.text(at + 10, y + 4, name, cls="small")
+            at += size
+        return y
+
+
+WIDE, NARROW = Frame(860.0, 190.0, 24.0, 24.0), Frame(350.0, 14.0, 14.0, 40.0, above=True)
+
+
+def doublings(low: float, high: float) -> list[float]:
+    """Ticks of a logarithmic axis of ratios: 0.25, 0.5, 1, 2, 4 and so on."""
+    return [2.0**k for k in range(math.ceil(math.log2(low) - 1e-9), math.floor(math.log2(high) + 1e-9) + 1)]
+
+
+def dots(rows: Mapping[str, Mapping[str, Dot]], groups: Sequence[str], label: str, frame: Frame = WIDE) -> str:
+    """A line for each method and a mark for each group (a workload), on a logarithmic axis of ratios to plain; the bar
     at a mark is its interval."""
     values = [v for row in rows.values() for d in row.values() for v in (d.value, d.low or d.value, d.high or d.value)]
     if not values:
         return ""
-    low, high = math.log2(min([*values, 0.9])) - 0.1, math.log2(max([*values, 1.2])) + 0.1
-    left, right, top, each = 190.0, 20.0, 46.0, 24.0
-    width, height = 860.0, top + each * len(rows) + 34
-    svg = Svg(width, height, label)
+    least, most = min([*values, 0.5]) / 1.06, max([*values, 2.0]) * 1.06
+    svg = Svg(frame.width, 0.0, label)
 
     def x(value: float) -> float:
-        return left + (math.log2(max(value, 1e-6)) - low) / (high - low) * (width - left - right)
+        share = math.log2(max(value, 1e-6) / least) / math.log2(most / least)
+        return frame.left + share * (frame.width - frame.left - frame.right)
 
-    at = left
-    for number, group in enumerate(groups):
-        svg.mark(at, 12, number, group)
-        svg.text(at + 10, 16, group, cls="small")
-        at += 26 + 7.2 * len(group)
-    bottom = top + each * len(rows)
-    for value in (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 8, 12, 16):
-        if low <= math.log2(value) <= high:
-            svg.line(x(value), top - 8, x(value), bottom, "one" if value == 1 else "grid")
-            svg.text(x(value), bottom + 16, f"{value:g}x", "middle", "small")
+    top = 36 + frame.legend(svg, groups, 12, lambda at, y, number: svg.mark(at, y, number, groups[number]))
+    bottom = top + frame.each * len(rows)
+    svg.height = bottom + 24
+    for value in doublings(least, most):
+        svg.line(x(value), top - 8, x(value), bottom, "one" if value == 1 else "grid")
+        svg.text(x(value), bottom + 16, f"{value:g}x", "middle", "small")
     svg.text(x(1), top - 12, "plain", "middle", "small")
     for i, (name, row) in enumerate(rows.items()):
-        y = top + each * (i + 0.5)
-        svg.text(left - 12, y + 4, name, "end")
-        svg.line(left, y, width - right, y, "grid")
+        y = top + frame.each * (i + (0.72 if frame.above else 0.5))
+        frame.name(svg, y, name)
+        svg.line(frame.left, y, frame.width - frame.right, y, "grid")
         for number, group in enumerate(groups):
             if (dot := row.get(group)) is not None:
                 if dot.low is not None and dot.high is not None:
@@ -132,27 +164,31 @@ def lines(
     series: Sequence[Series], label: str, title: str, x_name: str, *, log_x: bool = False, one: bool = False,
     percent: bool = False,
 ) -> str:  # fmt: skip
-    """Lines over x from zero upwards; `one`: a line at 1, where a method is as fast as plain."""
+    """Lines over x from zero upwards. `one`: of ratios, on a logarithmic axis, with a line at 1, where a method is as
+    fast as plain."""
     points = [p for s in series for p in s.points]
     if not points:
         return ""
-    width, height, left, right, top, bottom = 430.0, 250.0, 46.0, 112.0, 30.0, 40.0
+    width, height, left, right, top, bottom = 390.0, 250.0, 46.0, 112.0, 30.0, 40.0
     svg = Svg(width, height, label)
     across = [math.log2(px) if log_x else px for px, _ in points]
     x_low, x_high = min(across), max(across)
-    most = 1.0 if percent else max(max(py for _, py in points) * 1.05, 1.2 if one else 0.0, 1e-9)
+    most = 1.0 if percent else max(max(py for _, py in points) * 1.05, 2.0 if one else 0.0, 1e-9)
+    least = min(0.5, *(py for _, py in points if py > 0)) / 1.05 if one else 0.0
 
     def x(value: float) -> float:
         value = math.log2(value) if log_x else value
         return left + (value - x_low) / ((x_high - x_low) or 1) * (width - left - right)
 
     def y(value: float) -> float:
-        return top + (1 - value / most) * (height - top - bottom)
+        share = math.log(max(value, least) / least) / math.log(most / least) if one else value / most
+        return top + (1 - share) * (height - top - bottom)
 
     svg.text(left, 16, title, cls="head")
-    for value in ticks(0, most):
+    for value in doublings(least, most) if one else ticks(0, most):
         svg.line(left, y(value), width - right, y(value))
-        svg.text(left - 6, y(value) + 4, f"{value:.0%}" if percent else f"{value:g}", "end", "small")
+        unit = f"{value:.0%}" if percent else f"{value:g}x" if one else f"{value:g}"
+        svg.text(left - 6, y(value) + 4, unit, "end", "small")
     if one:
         svg.line(left, y(1), width - right, y(1), "one")
     xs = sorted({px for px, _ in points})
@@ -188,27 +224,28 @@ def _names(svg: Svg, ends: Sequence[tuple[float, Series]], x: float, top: float,
         svg.text(x, y - max(over, 0), name, cls=f"small name c{(s.number or 0) % 8}")
 
 
-def bars(rows: Mapping[str, Mapping[str, float]], label: str, title: str) -> str:
+def bars(rows: Mapping[str, Mapping[str, float]], label: str, title: str, frame: Frame = WIDE) -> str:
     """Milliseconds a token, one bar for each method, made of PARTS."""
     if not rows:
         return ""
-    left, right, top, each = 190.0, 70.0, 54.0, 22.0
-    width, height = 860.0, top + each * len(rows) + 10
-    svg = Svg(width, height, label)
+    svg = Svg(frame.width, 0.0, label)
+    above = 14 if frame.above else 0
+    svg.text(frame.left, 16, title, cls="head")
+
+    def part(at: float, y: float, number: int) -> None:
+        svg.rect(at - 6, y - 6, 12, 12, f"part c{number}", PARTS[number])
+
+    top = 20 + frame.legend(svg, PARTS, 36, part)
+    svg.height = top + frame.each * len(rows) + 10
     most = max(sum(row.values()) for row in rows.values()) or 1.0
-    svg.text(left, 16, title, cls="head")
-    at = left
-    for number, part in enumerate(PARTS):
-        svg.rect(at, 28, 12, 12, f"part c{number}", part)
-        svg.text(at + 17, 38, part, cls="small")
-        at += 80
     for i, (name, row) in enumerate(rows.items()):
-        y, at, total = top + each * i, left, sum(row.values())
-        svg.text(left - 12, y + 13, name, "end")
-        for number, part in enumerate(PARTS):
-            size = row.get(part, 0.0) / most * (width - left - right)
-            share = row.get(part, 0.0) / total if total else 0.0
-            svg.rect(at, y, size, each - 6, f"part c{number}", f"{name}: {part} {row.get(part, 0):.2f} ms, {share:.0%}")
+        y, at, total = top + frame.each * i + above, frame.left, sum(row.values())
+        frame.name(svg, y + (5 if frame.above else 9), name)
+        for number, name_of in enumerate(PARTS):
+            size = row.get(name_of, 0.0) / most * (frame.width - frame.left - 70.0)
+            share = row.get(name_of, 0.0) / total if total else 0.0
+            said = f"{name}: {name_of} {row.get(name_of, 0):.2f} ms, {share:.0%}"
+            svg.rect(at, y, size, 16, f"part c{number}", said)
             at += size
         svg.text(at + 6, y + 13, f"{total:.2f} ms", cls="small")
     return str(svg)

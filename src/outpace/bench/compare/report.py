@@ -5,12 +5,13 @@ It needs no network and no script: styles and plots are inside.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from importlib import resources
 from typing import Any
 
-from .charts import Dot, Series, bars, dots, lines
+from .advice import advice
+from .charts import NARROW, WIDE, Dot, Frame, Series, bars, dots, lines
 from .findings import (
     Report,
     cell_text,
@@ -21,6 +22,7 @@ from .findings import (
     overall,
     ratio_text,
     share,
+    shown,
 )
 from .plan import PLAIN
 from .store import Line
@@ -31,7 +33,8 @@ WORDS = {
     "plain": "Plain decoding: the model computes one token, then the next. Everything is compared with this.",
     "method": "A way to guess several next tokens cheaply (to draft) and have the model check them all in one step.",
     "times plain": "Speed over plain decoding on the same prompts, seconds apart. Above 1 is faster. Median of "
-    "pairs; in brackets the 95 % interval of what noise of the machine could make of it.",
+    "pairs of runs. Three pairs and more have a 95 % interval, in brackets and as a bar in the plots: what noise of "
+    "the machine could make of it. From fewer nothing is concluded.",
     "tokens/s": "Tokens a second, of all sequences of the batch together, once every prompt has been read.",
     "tokens/step": "Tokens that a sequence gets from one step of the model. Plain decoding: exactly 1.",
     "accepted": "Share of the guessed tokens that the model agreed with.",
@@ -52,7 +55,7 @@ def html(report: Report) -> str:
     """The page."""
     names = ", ".join(line["model"] for line in report.models) or "no model"
     title = f"What each decoding method gains: {names}"
-    parts = [f"<h1>{escape(title)}</h1>", _lead(report), _words()]
+    parts = [f"<h1>{escape(title)}</h1>", _answer(report), _lead(report), _words()]
     for line in report.models:
         parts.append(_model(report, line))
     parts += [_lost(report), _how(report)]
@@ -63,13 +66,28 @@ def html(report: Report) -> str:
 # -- words -------------------------------------------------------------------------------------------------------
 
 
+def _answer(report: Report) -> str:
+    """What somebody who has a minute needs."""
+    several = len(report.models) > 1
+    parts = [
+        (f"<p><strong>{escape(found.model)}</strong></p>" if several else "")
+        + f"<p>{escape(found.text)}</p><pre><code>{_unbroken(found.command)}</code></pre>"
+        for found in advice(report)
+    ]
+    return f'<section class="answer"><h2>What should I use?</h2>{"".join(parts)}</section>' if parts else ""
+
+
+def _unbroken(command: str) -> str:
+    """Lines end between words alone, not after the hyphens of an option."""
+    return " ".join(f"<span>{escape(word)}</span>" for word in command.split(" "))
+
+
 def _lead(report: Report) -> str:
     where = report.header["environment"]
     machine = f"{where['cpu']}, {where['cores']} cores" + (f", {where['gpu']}" if where.get("gpu") else "")
     found = "".join(f"<li>{escape(line)}</li>" for line in headline(report))
     cls = "bad" if report.broken else "good"
-    lost = len(report.lost)
-    failures = f'<li>{lost} things have no figure; see <a href="#lost">below</a>.</li>' if lost else ""
+    failures = '<li>Some things have no figure; <a href="#lost">why</a>.</li>' if report.lost else ""
     return (
         f'<p class="lead">Language models write one token after another. Decoding methods try to get several from one '
         f"step of the model. This page compares them on one machine: {escape(machine)}.</p>"
@@ -87,7 +105,7 @@ def _words() -> str:
 
 def _model(report: Report, line: Line) -> str:
     rows = report.of_model(line["model"])
-    parts = [f"<h2>{escape(line['model'])}, {escape(line['precision'])}</h2>", _ceilings(line)]
+    parts = [f"<h2>{escape(line['model'])}, {escape(line['precision'])}</h2>", _ceilings(line, rows)]
     for temperature in dict.fromkeys(r.cell.temperature for r in rows):
         here = [r for r in rows if r.cell.temperature == temperature]
         if all(r.speed is None for r in here):
@@ -95,7 +113,9 @@ def _model(report: Report, line: Line) -> str:
         numbers = colours(here)
         parts.append(f"<h3>Temperature {temperature:g}</h3>")
         for batch in dict.fromkeys(r.cell.batch for r in here):
-            at = [r for r in here if r.cell.batch == batch]
+            at = shown([r for r in here if r.cell.batch == batch])
+            if not at:
+                continue
             parts += [f"<h3>{_at_once(batch)}</h3>", _speedups(at), _table(at)]
             parts.append(_bars(at, batch))
         parts += [_panels(here, numbers), _crossings(here)]
@@ -116,28 +136,34 @@ def colours(rows: Sequence[Summary]) -> dict[str, int]:
     return {name: i for i, name in enumerate(list(dict.fromkeys(wanted))[:NAMED])}
 
 
-def _ceilings(line: Line) -> str:
+def _ceilings(line: Line, rows: Sequence[Summary]) -> str:
     c, threads = line["ceilings"], line.get("threads")
     facts = [f"{c['weight_bytes'] / 1e6:.0f} MB of weights are read for each step"]
-    if c["bandwidth"]:
+    if c["bandwidth"] and any(r.memory_share is not None for r in rows):
         facts.append(f"the memory was measured to deliver {c['bandwidth'] / 1e9:.1f} GB/s")
         facts.append(f"so no more than {c['bandwidth'] / c['weight_bytes']:.0f} steps a second are possible")
+    elif c["bandwidth"]:
+        facts.append(
+            f"the steps read faster than the {c['bandwidth'] / 1e9:.1f} GB/s that the memory was measured to deliver, "
+            "so no share of it is told: other programs used it then, or the weights fit into the processor's cache"
+        )
     if c["arithmetic"]:
         facts.append(f"arithmetic reaches {c['arithmetic'] / 1e12:.2f} · 10¹² operations/s (by {c['arithmetic_by']})")
-    how = f" on {threads} threads" if threads else ""
+    how = f" on {threads} thread{'s' if threads > 1 else ''}" if threads else ""
     return f'<p class="soft">{escape("; ".join(facts) + how)}.</p>'
 
 
 def _speedups(rows: Sequence[Summary]) -> str:
     order = sorted(overall(rows).items(), key=lambda item: -item[1])
     names = [name for name, _ in order] + [r.method for r in rows if r.ratio is not None]
-    shown: dict[str, dict[str, Dot]] = {name: {} for name in dict.fromkeys(names)}
+    found: dict[str, dict[str, Dot]] = {name: {} for name in dict.fromkeys(names)}
     for r in rows:
         if r.ratio is not None:
             title = f"{r.method}, {r.cell.workload}: {ratio_text(r.ratio)} times plain"
-            shown[r.method][r.cell.workload] = Dot(r.ratio.value, r.ratio.low, r.ratio.high, title)
+            found[r.method][r.cell.workload] = Dot(r.ratio.value, r.ratio.low, r.ratio.high, title)
     groups = list(dict.fromkeys(r.cell.workload for r in rows))
-    return _framed(dots(shown, groups, "Speed of each method against plain decoding, by workload"))
+    label = "Speed of each method against plain decoding, by workload"
+    return _for_both(lambda frame: dots(found, groups, label, frame))
 
 
 def _bars(rows: Sequence[Summary], batch: int) -> str:
@@ -152,7 +178,9 @@ def _bars(rows: Sequence[Summary], batch: int) -> str:
         '<p class="soft">draft: making guesses; verify: the model\'s own steps; sample: choosing tokens and verifying '
         "guesses; other: bookkeeping, text.</p>"
     )
-    return _framed(bars(ordered, "Time a token by what it is spent on", title)) + (text if ordered else "")
+    title_of = {WIDE: title, NARROW: "Milliseconds a token, mean of the workloads"}
+    label = "Time a token by what it is spent on"
+    return _for_both(lambda frame: bars(ordered, label, title_of[frame], frame)) + (text if ordered else "")
 
 
 def _panels(rows: Sequence[Summary], numbers: dict[str, int]) -> str:
@@ -172,7 +200,7 @@ def _panels(rows: Sequence[Summary], numbers: dict[str, int]) -> str:
             alone = next((r.depth for r in found if r.cell.batch == smallest and r.depth), [])
             if alone:
                 depths.append(Series(name, tuple((d + 1.0, share) for d, share in enumerate(alone[:16])), number))
-        more = len({r.cell.batch for r in mine}) > 1
+        more = len({r.cell.batch for r in mine if r.speed is not None}) > 1
         if more:
             speed.append(lines(speeds, f"{workload}: tokens a second by batch", workload, "batch", log_x=True))
             ratio.append(lines(ratios, f"{workload}: ratio to plain by batch", workload, "batch", log_x=True, one=True))
@@ -192,7 +220,7 @@ def _panels(rows: Sequence[Summary], numbers: dict[str, int]) -> str:
 
 
 def _crossings(rows: Sequence[Summary]) -> str:
-    if len({r.cell.batch for r in rows}) < 2:
+    if len({r.cell.batch for r in rows if r.ratio is not None}) < 2:
         return ""
     body = []
     for name in dict.fromkeys(r.method for r in rows if r.ratio is not None):
@@ -214,7 +242,7 @@ def _table(rows: Sequence[Summary]) -> str:
     """One line for each method, one column for each workload."""
     groups = list(dict.fromkeys(r.cell.workload for r in rows))
     ranked, full = overall(rows), overall(rows, full=True) if rows and rows[0].cell.batch > 1 else {}
-    names = sorted(dict.fromkeys(r.method for r in rows), key=lambda n: (n != PLAIN, -ranked.get(n, 0.0)))
+    names = sorted(dict.fromkeys(r.method for r in shown(rows)), key=lambda n: (n != PLAIN, -ranked.get(n, 0.0)))
     body = []
     for name in names:
         mine = {r.cell.workload: r for r in rows if r.method == name}
@@ -233,6 +261,7 @@ def _everything(rows: Sequence[Summary]) -> str:
         "tokens/step", "accepted", "draft", "verify", "sample", "other", "memory read", "arithmetic", "KV cache MB",
         "process MB", "output", "note",
     ]  # fmt: skip
+    rows = shown(rows)
     return (
         f"<details><summary>Every figure of {escape(rows[0].model)}</summary>"
         + _html_table(head, [_all_of(r) for r in rows], left={1, 20}, wide={21})
@@ -260,8 +289,14 @@ def _all_of(r: Summary) -> list[str]:
     ]  # fmt: skip
 
 
+def _for_both(draw: Callable[[Frame], str]) -> str:
+    """A plot for wide screens and one for phones; the page's style shows one of them."""
+    drawn = {"wide": draw(WIDE), "narrow": draw(NARROW)}
+    return "".join(f'<div class="plot {name}">{svg}</div>' for name, svg in drawn.items() if svg)
+
+
 def _framed(svg: str) -> str:
-    return f'<div class="scroll">{svg}</div>' if svg else ""
+    return f'<div class="plot">{svg}</div>' if svg else ""
 
 
 def _html_table(
@@ -278,7 +313,8 @@ def _html_table(
         "<tr>" + "".join(f"<td{cls(i, text)}>{escape(text)}</td>" for i, text in enumerate(row)) + "</tr>"
         for row in body
     )
-    return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table></div>'
+    table = f"<table><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table>"
+    return f'<div class="scroll" tabindex="0" role="group" aria-label="table">{table}</div>'
 
 
 # -- what was run --------------------------------------------------------------------------------------------------
@@ -289,6 +325,12 @@ def _lost(report: Report) -> str:
     if not lost:
         return '<h2 id="lost">What has no figure</h2><p>Nothing: everything requested was measured.</p>'
     return f'<h2 id="lost">What has no figure, and why</h2>{_html_table(["what", "why"], lost, wide={0, 1})}'
+
+
+def _tokens(report: Report) -> str:
+    """Of an answer, in each model's plan."""
+    asked = report.header["identity"]["max_tokens"]
+    return ", ".join(dict.fromkeys(str(line.get("plan", {}).get("max_tokens", asked)) for line in report.models))
 
 
 def _how(report: Report) -> str:
@@ -305,7 +347,7 @@ def _how(report: Report) -> str:
         ["command", head["command"]],
         [
             "each answer",
-            f"{config['max_tokens']} tokens, also past the end of the text, so that all have the same work",
+            f"{_tokens(report)} tokens, also past the end of the text, so that all have the same work",
         ],
     ]
     rows += [[name, str(value)] for name, value in config.get("options", {}).items() if value is not None]
@@ -316,7 +358,8 @@ def _how(report: Report) -> str:
             rounds[cell_of(x)] = max(rounds.get(cell_of(x), 0), x["round"] + 1)
         some = " to ".join(map(str, sorted({min(rounds.values(), default=0), max(rounds.values(), default=0)})))
         text = f"{len(measured)} measurements in {some} rounds, {line['units']} prompts (or batches) of each workload"
-        rows.append([line["model"], f"{text}; {line['precision']} on {line['device']}"])
+        loading = f"; loading took {line['loading_s']:.1f} s beside the budget" if "loading_s" in line else ""
+        rows.append([line["model"], f"{text}; {line['precision']} on {line['device']}{loading}"])
         for w in line["workloads"]:
             size = " / ".join(map(str, w["prompt_tokens"]))
             facts = [w["error"]] if w["error"] else [f"{w['prompts']} prompts of {size} tokens (least / median / most)"]

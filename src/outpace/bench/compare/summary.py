@@ -27,6 +27,7 @@ from .store import Line
 
 DRAWS, SEED = 1000, 20
 DRAWN_FROM = 5  # rounds of each unit, at least, that are drawn again
+POSSIBLE = 1.1  # share of the memory's bandwidth, as exactly as that is measured
 LEAST_PAIRS = 3  # of a figure that anything is concluded from
 #: 97.5th percentile of Student's distribution by degrees of freedom; from the last one on nearly the normal one
 _STUDENT = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
@@ -151,6 +152,10 @@ def summarise(
         elif not good:
             row.state, row.reason = "not measured", "the budget had no time for it"
         rows.append(row)
+    for model in {row.model for row in rows if (row.memory_share or 0.0) > POSSIBLE}:
+        for row in rows:
+            if row.model == model:  # the bandwidth is wrong, and with it whatever is held against it
+                row.memory_share = row.limit = None
     return rows
 
 
