@@ -221,6 +221,19 @@ def test_a_shared_page_is_copied_once_and_only_when_written():
     assert cache.page_table(seq)[1] != cache.page_table(twin)[1]
 
 
+def test_pages_that_may_be_written_anew_have_another_generation():
+    """Copies of them in int4 are told by it to be old."""
+    cache = PagedKVCache(ArrayStorage(4))
+    seq = cache.new()
+    cache.reserve(seq, 2 * PAGE_SIZE + 4)
+    cache.commit(seq, range(2 * PAGE_SIZE + 4))
+    pages = cache.page_table(seq).tolist()
+    before = cache.generations.copy()
+    cache.truncate(seq, PAGE_SIZE + 2)
+    changed = [page for page in range(4) if cache.generations[page] != before[page]]
+    assert changed == sorted(pages[1:])
+
+
 def test_a_shared_last_page_counts_against_the_capacity():
     cache = PagedKVCache(ArrayStorage(1))
     seq = cache.new()

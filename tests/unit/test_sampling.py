@@ -101,6 +101,25 @@ def test_draw_at_the_ends() -> None:
     assert draw(weights, 1 - 2**-53) == 700
 
 
+def test_a_draw_beyond_the_running_sum_takes_the_last_token_that_has_weight() -> None:
+    """The sum of a block and the last of its running sums are rounded otherwise."""
+    beyond, u = 0, 1 - 2**-53
+    for seed in range(200):
+        weights = np.random.default_rng(seed).random(512)
+        weights[400:] = 0
+        total, inside = weights.sum(), np.cumsum(weights)
+        beyond += u * total >= inside[-1]
+        assert draw(weights, u) == 399
+    assert beyond > 10
+
+
+def test_streams_have_the_numbers_that_seeds_rest_on() -> None:
+    """A seed gives the same text in every version, and no two purposes share a number."""
+    assert [stream.value for stream in Stream] == [0, 1, 2]
+    assert uniform(7, 3) == uniform(7, 3, Stream.TARGET) == 0.43900223090044976
+    assert len({uniform(7, 3, stream) for stream in Stream}) == len({uniform(7, 3, draw=d) for d in range(3)}) == 3
+
+
 def test_uniform_depends_on_its_key_alone() -> None:
     keys = [(s, p, k, d) for s in (0, 1, 2**63 - 1) for p in (0, 1, 5000) for k in Stream for d in (0, 1)]
     values = [uniform(*key) for key in keys]
@@ -198,6 +217,16 @@ def test_logprobs_are_a_log_softmax(k: int) -> None:
     values, ids = expected.topk(k)
     assert [i for i, _ in top] == ids.tolist()
     assert [v for _, v in top] == pytest.approx(values.tolist(), abs=1e-5)
+
+
+def test_what_a_grammar_forbids_is_never_listed() -> None:
+    row = np.array([-np.inf, 1.0, -np.inf, 0.0, 1.0], dtype=np.float32)
+    _, top = logprobs(row, 1, 4)
+    assert [token for token, _ in top] == [1, 4, 3] and all(np.isfinite(value) for _, value in top)
+
+
+def test_a_history_without_a_prompt_is_all_output() -> None:
+    assert History([5, 5]).output_counts.tolist() == [2]
 
 
 def test_choose_is_sample_of_processed_logits() -> None:

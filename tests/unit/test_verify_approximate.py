@@ -175,3 +175,7 @@ def test_every_verifier_says_what_it_does_to_the_output() -> None:
         cls: type[Verifier] = entry.cls
         assert cls.exactness == entry.exactness
         assert cls.uses_q == (entry.exactness == "distribution")
+
+
+def test_top_k_is_two_unless_said() -> None:
+    assert make_verifier("topk").k == 2 and make_verifier("topk:k=5").k == 5  # type: ignore[attr-defined]

@@ -96,7 +96,7 @@ class Frame:
         if self.above:
             svg.text(self.left, y - 8, name)
         else:
-            svg.text(self.left - 12, y + 4, name, "end")
+            svg.text(self.left - 12, y + 4, name if len(name) <= 24 else name[:23] + "…", "end")
 
     def legend(self, svg: Svg, names: Sequence[str], y: float, mark: Callable[[float, float, int], None]) -> float:
         """In as many lines as it takes; returns the height of the last one."""
