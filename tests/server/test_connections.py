@@ -106,6 +106,19 @@ def test_a_header_that_comes_byte_by_byte_ends(serve: Callable[..., Live], dial:
     assert closed(live, "header_timeout") == 1
 
 
+def test_bytes_of_a_header_give_it_no_more_time(serve: Callable[..., Live], dial: Callable[..., socket.socket]) -> None:
+    live = serve(FakeEngine(), patience=Patience(header_s=LONG))
+    connection = dial(live)
+    until(lambda: live.app.state.connections.open == 1)
+    (protocol,) = live.server.server_state.connections
+    due = protocol._timer.when()
+    connection.sendall(HEAD)
+    until(lambda: protocol._heard)
+    assert protocol._timer.when() == due
+    connection.sendall(WHOLE.removeprefix(HEAD))
+    assert b"says hello" in said(connection) and protocol._timer is None
+
+
 def test_half_of_a_further_request_ends(serve: Callable[..., Live], dial: Callable[..., socket.socket]) -> None:
     live = serve(FakeEngine(), patience=Patience(header_s=0.3, idle_s=LONG))
     connection = dial(live, WHOLE)
