@@ -1,4 +1,4 @@
-"""What a response says that it has cost: a prompt counts once, cached tokens included, whatever the number of choices."""
+"""What a response says that it has cost: a prompt counts once, cached tokens too, whatever the number of choices."""
 
 from __future__ import annotations
 
