@@ -224,6 +224,7 @@ def test_the_last_come_gives_way_and_reads_again_what_it_had() -> None:
     simulator.run()
     stats = simulator.scheduler.stats
     assert simulator.done == [0, 1] and stats.generated_tokens == 36 and stats.recomputed == 1
+    assert stats.finished == 2 and stats.started == 2
     assert stats.reread_tokens == 12 + had
 
 
@@ -235,8 +236,11 @@ def test_swapped_jobs_read_nothing_again() -> None:
 
 
 def test_the_host_has_an_end() -> None:
-    _, plan = fill(swap_pages=2)
+    simulator, plan = fill(swap_pages=2)
     assert plan.preempt == [Preempt(1, "recompute")]
+    pages = simulator.limits.pages(simulator.scheduler.job(1).target - 1)  # that it held when it gave way
+    assert fill(swap_pages=pages)[1].preempt == [Preempt(1, "swap")], "they fit to the last one"
+    assert fill(swap_pages=pages - 1)[1].preempt == [Preempt(1, "recompute")]
 
 
 def test_a_job_that_fails_to_come_back_leaves_nothing() -> None:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from outpace.server import batchfile
 from outpace.server.batchfile import LINE_BYTES, BadLine, BatchFileError, BatchInput, Journal
 
 CHAT = "/v1/chat/completions"
@@ -97,6 +98,7 @@ def test_a_bad_line_says_why_and_harms_no_other(tmp_path: Path, line: Any, code:
     assert journal.failed == 1 and journal.done.all()
     answers = read(tmp_path / "out")
     assert answers[1]["error"]["code"] == code and answers[1]["error"]["line"] == 2
+    assert answers[1]["error"]["message"] == str(bad.value) and not str(bad.value).startswith("(")
     assert answers[1]["response"] is None and answers[0]["error"] is None
 
 
@@ -266,6 +268,26 @@ def test_a_disk_that_is_full_says_how_to_go_on(tmp_path: Path, monkeypatch: pyte
     assert len((tmp_path / "out").read_bytes()) == 30
     journal = answer_all(tmp_path / "out", source)
     assert journal.cut == 30 and [r["custom_id"] for r in read(tmp_path / "out")] == ["a", "b"]
+
+
+def test_answers_are_safe_from_a_power_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that are older than SYNC_S, and a file that is sorted or closed."""
+    synced: list[int] = []
+    source = BatchInput(write(tmp_path / "in", request("a"), request("b"), request("c")))
+    with Journal(tmp_path / "out", source) as journal:
+        monkeypatch.setattr("os.fsync", synced.append)
+        journal.settle(TOY)
+        journal.answer(2, "c", 200, {})
+        assert synced == [], "one that is young waits for others"
+        monkeypatch.setattr(batchfile, "SYNC_S", -1.0)
+        journal.answer(1, "b", 200, {})
+        assert len(synced) == 1
+        journal.answer(0, "a", 200, {})
+        assert len(synced) == 2
+        journal.sort()
+        assert len(synced) == 3
+    assert len(synced) == 4
+    assert [answer["custom_id"] for answer in read(tmp_path / "out")] == ["a", "b", "c"]
 
 
 def test_a_large_input_takes_little_memory(tmp_path: Path) -> None:
