@@ -59,6 +59,12 @@ def check(words: list[str]) -> None:
     if command is None:
         raise click.UsageError(f"no command {name!r}")
     inner = click.Context(command, parent=context, info_name=name)
+    while isinstance(command, click.Group) and args and args[0][:1] != "-":
+        name, *args = args
+        command = command.get_command(inner, name)
+        if command is None:
+            raise click.UsageError(f"no command {name!r}")
+        inner = click.Context(command, parent=inner, info_name=name)
     try:
         values, rest, order = command.make_parser(inner).parse_args(args=list(args))
     except click.BadOptionUsage as error:
