@@ -55,7 +55,7 @@ PALETTE = ("green", "cyan", "magenta", "yellow", "blue", "bright_red")
     metavar="FILE",
     help="Text that the answer will largely repeat, such as the code to be edited: it is drafted from.",
 )
-@click.option("--explain", is_flag=True, help="Say afterwards what the planner and the drafters did, and why.")
+@click.option("--explain", is_flag=True, help="Say afterwards how the answer was made, and why so.")
 @click.option("--against-plain", is_flag=True, help="Run plain decoding afterwards and compare speed and tokens.")
 @click.pass_context
 def run(

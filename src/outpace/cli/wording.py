@@ -42,7 +42,7 @@ def closing_line(result: Result, extra: str = "") -> str:
 def ending(result: Result, advice: str) -> str:
     """Why an answer is not whole, or "" for one that is. `advice` says how it becomes longer."""
     if result.finish_reason == "length":
-        return f"cut after {result.stats.tokens} tokens; {advice}"
+        return f"cut after {result.stats.tokens} token{'s' if result.stats.tokens != 1 else ''}; {advice}"
     return "stopped" if result.finish_reason == "cancelled" else ""
 
 
@@ -67,7 +67,7 @@ def explained(llm: LLM, result: Result) -> list[str]:
     )
     if stats.realised_speedup is not None:
         lines.append(
-            f"By the step times of this machine plain decoding needs {stats.plain_s:.2f} s for them: this was "
+            f"By the step times of this machine plain decoding needs {stats.plain_s:.2f} s for them, which makes this "
             f"{stats.realised_speedup:.2f} times as fast."
         )
     titles = {name: method(name, "drafter").title for name in split_spec(result.method)}

@@ -185,7 +185,7 @@ class Benefit:
             return "never used" if chances else "no step yet"
         return (
             f"used in {self.called} of {chances} steps, {1e3 * self.seconds / self.called:.2f} ms and "
-            f"{self.gained / self.called:.2f} tokens gained each time, after the cost of its rows"
+            f"{self.gained / self.called:.2f} tokens gained each time, when what checking them costs is taken off"
         )
 
     def spent(self) -> float:
