@@ -314,4 +314,5 @@ class Result:
     logprobs: list[float] | None = None
     top_logprobs: list[list[tuple[int, float]]] | None = None
     notes: list[str] = field(default_factory=list)  # why `exactness` is less than the method could give
+    stopped_by: str | None = None  # the stop string that ended the text
     prompt: PromptReading | None = None  # with SamplingParams.prompt_logprobs or RequestOptions.pooling

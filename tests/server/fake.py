@@ -19,7 +19,7 @@ from outpace.engine.text import TextStream
 from outpace.errors import CapacityError, GrammarError, MethodError, ParameterError, QueueFull
 from outpace.models.checkpoint import TokenizerFiles
 from outpace.models.tokenizer import Tokenizer
-from outpace.types import DecodingStats, RequestOptions, Result, SamplingParams
+from outpace.types import DecodingStats, PromptReading, RequestOptions, Result, SamplingParams
 
 VOCAB, EOS = 258, 257
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -63,7 +63,7 @@ class FakeEngine:
     """`answer` says what to write for a request; it ends with the end-of-text token. While `hold` is set nothing is
     emitted (steps go on). `fail` is raised by the next step."""
 
-    name, method, precision = "fake", "plain", "float32"
+    name, method, precision, width = "fake", "plain", "float32", 4
 
     def __init__(
         self,
@@ -140,6 +140,8 @@ class FakeEngine:
             stats.prediction_accepted, stats.prediction_rejected = 3, 1
         if params.logprobs is not None:
             result.logprobs, result.top_logprobs = [], []
+        if params.prompt_logprobs is not None or options.pooling is not None:
+            result.prompt = reading(asked)
         self.asked.append(asked)
         self._live[len(self.asked)] = _Running(
             asked, script, TextStream(self.tokenizer.detokenizer(), params.stop), result
@@ -184,6 +186,8 @@ class FakeEngine:
         result.sources += sources
         stats.tokens += len(tokens)
         event = StepEvent(id, tokens, sources, text, draft, None)
+        if first:
+            event.prompt = result.prompt
         if params.logprobs is not None:
             top = [(t, -0.5) for t in range(params.logprobs)]
             event.logprobs, event.top_logprobs = [-0.25] * len(tokens), [top] * len(tokens)
@@ -194,7 +198,7 @@ class FakeEngine:
         if ended or len(result.token_ids) == params.max_tokens:
             event.text += live.text.flush()
             result.finish_reason = "stop" if ended or live.text.stopped else "length"
-            result.text = live.text.text
+            result.text, result.stopped_by = live.text.text, live.text.stopped_by
             event.result = result
             del self._live[id]
         return event
@@ -219,6 +223,16 @@ class FakeEngine:
 
     def close(self) -> None:
         self.closed = True
+
+
+def reading(asked: Asked) -> PromptReading:
+    """Of a prompt: token i has the log-probability -i / 8, its likeliest others are 65 on; a vector of its length."""
+    k, n = asked.params.prompt_logprobs, len(asked.tokens)
+    vector = None if asked.options.pooling is None else np.array([n, 0, 0, 0.125 * n], dtype=np.float32)
+    if k is None:
+        return PromptReading(None, None, vector)
+    top = [[(65 + j, -0.5 * (j + 1)) for j in range(k)] for _ in range(n - 1)]
+    return PromptReading([-i / 8 for i in range(1, n)], top, vector)
 
 
 def lines(stream: bytes) -> list[Any]:

@@ -141,6 +141,11 @@ class LLM:
         return self.loaded.decoder.precision
 
     @property
+    def width(self) -> int:
+        """Of the model's hidden states, and so of the vectors that `RequestOptions.pooling` gives."""
+        return self.config.hidden_size
+
+    @property
     def method_info(self) -> tuple[Method, ...]:
         """The registry's entry of each drafter in `method`."""
         return tuple(method(name, "drafter") for name in split_spec(self.method))

@@ -203,6 +203,7 @@ class Request:
             logprobs=self.logprobs if wants else None,
             top_logprobs=self.top_logprobs if wants else None,
             notes=notes,
+            stopped_by=None if self.text is None else self.text.stopped_by,
             prompt=None if self.reader is None else self.reader.result(),
         )
 

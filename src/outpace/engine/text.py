@@ -26,6 +26,7 @@ class TextStream:
         self._held = ""
         self._parts: list[str] = []
         self.stopped = False
+        self.stopped_by: str | None = None  # the stop string that did
 
     @property
     def text(self) -> str:
@@ -68,7 +69,11 @@ class TextStream:
         return self._emit(text[:safe])
 
     def _first_stop(self, text: str) -> int | None:
-        return min((at for stop in self._stops if (at := text.find(stop)) >= 0), default=None)
+        found = [(at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if not found:
+            return None
+        at, self.stopped_by = min(found)
+        return at
 
     def _could_begin_stop(self, text: str) -> int:
         """Length of the longest end of `text` that begins some stop string."""

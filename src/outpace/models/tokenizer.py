@@ -77,9 +77,10 @@ class Tokenizer:
         """Ids of `text` alone. `special`: control tokens written out in it become their ids (trusted text only)."""
         return self._encode(text, special).ids
 
-    def prompt(self, text: str) -> list[int]:
-        """Ids of a raw prompt: `text` as plain text, with the beginning token where the model wants one."""
-        return self._encode(text, special=False, wrap=True).ids
+    def prompt(self, text: str, special: bool = False) -> list[int]:
+        """Ids of a raw prompt: `text` as plain text, with the beginning token where the model wants one. `special`: as
+        `encode` has it."""
+        return self._encode(text, special, wrap=True).ids
 
     def check_fits(self, texts: Sequence[str], most: int) -> None:
         """Raises CapacityError when the texts together are more than `most` tokens by far, before they are tokenized

@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from fastapi import FastAPI, Request, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.security import HTTPBearer
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
@@ -22,9 +24,10 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
 from .. import __version__
+from ..engine.request import StepEvent
 from ..errors import OutpaceError
-from ..types import SamplingParams
-from .asks import Call, Limits, chat_call, completion_call, dumped
+from ..types import Result, SamplingParams
+from .asks import Call, Limits, chat_call, completion_call
 from .bodies import chat_body, completion_body
 from .connections import Connections
 from .intake import BodyRoute, Intake
@@ -32,16 +35,22 @@ from .keys import Keys
 from .metrics import CONTENT_TYPE, Follower, Metrics
 from .middleware import KEY, RECORD, Around
 from .numbers import Figures
-from .protocol import ChatRequest, CompletionRequest, Generate
-from .refusals import Refusal, refusal_of, refusal_of_body
-from .responses import ERRORS, STREAM, ChatCompletion, Completion, Health, Model, ModelList
-from .service import EngineService, Gone, ServiceError, ServingEngine, Ticket
-from .stream import ChatChunks, Chunks, CompletionChunks, EventStream, chunks_of, sse, watch
+from .protocol import ChatRequest, CompletionRequest
+from .refusals import ANTHROPIC, Refusal, Refused, refusal_of, refusal_of_body
+from .responses import ERRORS, NAMED_STREAM, STREAM, ChatCompletion, Completion, Health, Model, ModelList
+from .routes.described import MessageError
+from .routes.embeddings import Embeddings
+from .routes.messages_routes import Messages
+from .routes.response_store import ResponseStore
+from .routes.responses_routes import Responses
+from .routes.tokens import Tokens
+from .service import Ask, EngineService, Gone, ServiceError, ServingEngine, Ticket
+from .stream import ChatChunks, Chunks, CompletionChunks, EventStream, chunks_of, json_response, watch
 
 log = logging.getLogger("outpace.server")
 PLAYGROUND = Path(__file__).parent / "playground"
 CLIENT_LEFT = 499
-_BODIES: dict[str, type[Generate]] = {"/v1/chat/completions": ChatRequest, "/v1/completions": CompletionRequest}
+Route = tuple[str, Callable[..., Any], str, Any, str]  # path, what answers, verb, its body, what it is
 _PAGE_HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -61,16 +70,20 @@ def create_app(
     hosts: frozenset[str] | None = None,
     aliases: Sequence[str] = (),
     origins: Sequence[str] = (),
+    store: ResponseStore | None = None,
 ) -> FastAPI:
     """The application starts and stops the service with itself.
 
     hosts    names by which it may be called; None: any
     aliases  of the model, beside its name
     origins  of web pages whose scripts may call; "*": any
+    store    of responses; None: in memory
     """
     keys, limits, metrics = keys or Keys(), limits or Limits(), Metrics(_build(service.engine))
     service.on_lost = lambda result: metrics.ended(result, None)
+    store = ResponseStore() if store is None else store
     api = Api(service, keys, limits, metrics, log_prompts, aliases)
+    api.families = [Messages(api), Responses(api, store), Embeddings(api), Tokens(api)]
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -81,17 +94,14 @@ def create_app(
         finally:
             await service.stop()
             api.intake.close()
+            await asyncio.to_thread(store.close)
 
     app = FastAPI(title="Outpace", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.intake = api.intake
     app.router.route_class = BodyRoute
     guard = [Security(HTTPBearer(auto_error=False))] if keys.needed else []  # for the description: Around checks
     for path, route, verb, model, description in api.routes():
-        more: dict[int | str, dict[str, Any]] = dict(ERRORS) if verb == "POST" else {s: ERRORS[s] for s in (401, 404)}
-        if verb == "POST":
-            more[200] = {"description": description, "content": STREAM}
-        if path in ("/health", "/metrics"):
-            more = {503: {"model": Health, "description": "Stopping"}} if path == "/health" else {401: ERRORS[401]}
+        more = _responses(path, route, verb, description)
         app.add_api_route(
             path,
             route,
@@ -136,6 +146,27 @@ def _build(engine: ServingEngine) -> dict[str, str]:
     return {"version": __version__, "model": engine.name, "method": engine.method, "precision": engine.precision}
 
 
+def _responses(path: str, route: Callable[..., Any], verb: str, description: str) -> dict[int | str, dict[str, Any]]:
+    """What a route may answer beside its body, for the description."""
+    if path == "/health":
+        return {503: {"model": Health, "description": "Stopping"}}
+    if path == "/metrics":
+        return {401: ERRORS[401]}
+    if verb != "POST":
+        return {status: ERRORS[status] for status in (400, 401, 404)}
+    found = dict(ERRORS)
+    if path.startswith(ANTHROPIC):
+        found = {status: {**error, "model": MessageError} for status, error in found.items()}
+    if "stream" in getattr(_body_of(route), "model_fields", {}):
+        named = path not in ("/v1/chat/completions", "/v1/completions")
+        found[200] = {"description": description, "content": NAMED_STREAM if named else STREAM}
+    return found
+
+
+def _body_of(route: Callable[..., Any]) -> type[BaseModel] | None:
+    return get_type_hints(route).get("body")
+
+
 def _described(app: FastAPI) -> dict[str, Any]:
     """The description of the API, without the status 422 that the framework puts everywhere: here it is 400."""
     if app.openapi_schema is None:
@@ -174,10 +205,11 @@ class Api:
         self.log_prompts = log_prompts
         self.names = list(dict.fromkeys([service.engine.name, *aliases]))  # of the model
         self.intake = Intake(limits.shape, 4 * limits.body_bytes)
+        self.families: list[Any] = []  # further ones, which use this one
         self.started = int(time.time())
 
-    def routes(self) -> list[tuple[str, Callable[..., Any], str, Any, str]]:
-        """(path, what answers, verb, its body, what it is)."""
+    def routes(self) -> list[Route]:
+        further = [route for family in self.families for route in family.routes()]
         return [
             ("/v1/chat/completions", self.chat, "POST", ChatCompletion, "Answer a conversation"),
             ("/v1/completions", self.complete, "POST", Completion, "Continue a text"),
@@ -185,30 +217,34 @@ class Api:
             ("/v1/models/{name:path}", self.model, "GET", Model, "One model"),
             ("/health", self.health, "GET", Health, "Whether requests are taken"),
             ("/metrics", self.figures, "GET", None, "Numbers for Prometheus"),
+            *further,
         ]
 
     # -- generation ---------------------------------------------------------------------------------------------
 
     async def chat(self, request: Request, body: ChatRequest) -> Response:
-        return await self._answer(request, body, chat_call, ChatChunks, chat_body)
+        return await self.answer(request, body, chat_call, ChatChunks, chat_body)
 
     async def complete(self, request: Request, body: CompletionRequest) -> Response:
-        return await self._answer(request, body, completion_call, CompletionChunks, completion_body)
+        return await self.answer(request, body, completion_call, CompletionChunks, completion_body)
 
-    async def _answer(
+    async def answer(
         self,
         request: Request,
         body: Any,
         understand: Callable[..., Call],
-        chunks: type[Chunks],
-        whole: Callable[..., dict[str, Any]],
+        chunks: Callable[[Call, ServingEngine, float], Chunks],
+        whole: Callable[[Call, Sequence[Result], ServingEngine], dict[str, Any]],
+        keep: Callable[[dict[str, Any]], Awaitable[None]] | None = None,
     ) -> Response:
+        """From a body to what is sent. `understand(body, engine, owner, limits)` makes the call of it, `chunks` those
+        of a stream, `whole` the body of an answer that is none, which `keep` gets before it is sent."""
         record = request.scope[RECORD]
         engine = self.service.engine
         owner = self.keys.owner(request.scope[KEY], body.user)
         record["owner"] = owner
         self.service.check_open()
-        self._check_model(body.model)
+        self.check_model(body.model)
         call = await self.intake.run(request, understand, body, engine, owner, self.limits)
         del body  # it may be large, and the answer long
         record |= {"stream": call.stream, "choices": len(call.asks), "prompt_tokens": call.prompt_tokens}
@@ -217,8 +253,34 @@ class Api:
         follow = self.metrics.follow(record["arrived"])
         ticket = await self.service.submit(call.asks)
         if call.stream:
-            source = self._guarded(chunks_of(ticket, chunks(call, engine, record["arrived"]), follow), record)
+            made = chunks(call, engine, record["arrived"])
+            source = self._guarded(chunks_of(ticket, made, follow), made, record)
             return EventStream(source, ticket.close, lambda: self._over(ticket, follow, record))
+        try:
+            results = await self._wait(request, ticket, follow)
+        finally:
+            self._over(ticket, follow, record)
+        build = partial(whole, call, results, engine)
+        if call.logprobs is None:
+            answer = build()
+        else:  # they may be many
+            answer = await self.intake.run(request, build)
+        if keep is not None:
+            await keep(answer)
+        return json_response(answer) if call.logprobs is None else await self.intake.run(request, json_response, answer)
+
+    async def results(self, request: Request, asks: Sequence[Ask]) -> list[Result]:
+        """What comes of them, all or none. Whoever leaves gets nothing."""
+        ticket = await self.service.submit(asks)
+        try:
+            return await self._wait(request, ticket, lambda batch: None)
+        finally:
+            ticket.close()
+
+    async def _wait(
+        self, request: Request, ticket: Ticket, follow: Callable[[list[tuple[int, StepEvent]]], None]
+    ) -> list[Result]:
+        """All results. Raises Gone when the client leaves, which cancels what is unfinished."""
         watcher = asyncio.create_task(watch(request.receive, ticket.close))
         try:
             while not ticket.finished:
@@ -227,14 +289,12 @@ class Api:
             watcher.cancel()
             with suppress(asyncio.CancelledError):
                 await watcher
-            self._over(ticket, follow, record)
-        results = [result for result in ticket.results if result is not None]
-        if call.logprobs is None:
-            return json_response(whole(call, results, engine))
-        return await self.intake.run(request, lambda: json_response(whole(call, results, engine)))  # they may be many
+        return [result for result in ticket.results if result is not None]
 
-    async def _guarded(self, source: AsyncIterator[bytes], record: dict[str, Any]) -> AsyncIterator[bytes]:
-        """A stream that has begun can only tell of an error in an event; it then ends without [DONE]."""
+    async def _guarded(
+        self, source: AsyncIterator[bytes], chunks: Chunks, record: dict[str, Any]
+    ) -> AsyncIterator[bytes]:
+        """A stream that has begun can only tell of an error in an event, which then is its last."""
         try:
             async for data in source:
                 yield data
@@ -245,7 +305,7 @@ class Api:
                 log.error("a stream failed: %s", type(error).__name__, exc_info=error)
             refusal = refusal_of(error)
             record["error"] = refusal.code
-            yield sse(refusal.body())
+            yield chunks.failed(refusal)
 
     def _over(self, ticket: Ticket, follow: Follower, record: dict[str, Any]) -> None:
         """What the log will tell; whatever is unfinished is cancelled."""
@@ -262,7 +322,7 @@ class Api:
         if self.log_prompts:
             record["outputs"] = [r.text for r in results]
 
-    def _check_model(self, name: str | None) -> None:
+    def check_model(self, name: str | None) -> None:
         if name is not None and name not in self.names:
             served = " or ".join(map(repr, self.names))
             raise HTTPException(404, f"no model {name[:200]!r} here; served is {served}")
@@ -273,7 +333,7 @@ class Api:
         return json_response({"object": "list", "data": [self._model(name) for name in self.names]})
 
     async def model(self, name: str) -> Response:
-        self._check_model(name)
+        self.check_model(name)
         return json_response(self._model(name))
 
     def _model(self, name: str) -> dict[str, Any]:
@@ -305,13 +365,15 @@ class Api:
             HTTPException: self._refused,
             OutpaceError: self._failed,
             ServiceError: self._failed,
+            Refused: self._failed,
             Gone: self._gone,
             ClientDisconnect: self._gone,
         }
 
     async def _malformed(self, request: Request, error: RequestValidationError) -> Response:
-        fields = list(_BODIES[request.url.path].model_fields) if request.url.path in _BODIES else []
-        return refused(refusal_of_body(error.errors(), fields, request.headers.get("content-type", "")))
+        body = _body_of(request.scope["endpoint"])
+        fields = [] if body is None else list(body.model_fields)
+        return self.refuse(request, refusal_of_body(error.errors(), fields, request.headers.get("content-type", "")))
 
     async def _refused(self, request: Request, error: HTTPException) -> Response:
         code = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}.get(error.status_code)
@@ -320,27 +382,14 @@ class Api:
         elif error.status_code == 404:
             known = ", ".join(path for path, *_ in self.routes())
             error.detail = f"no route {request.url.path[:200]}; there are {known}"
-        return refused(Refusal(error.status_code, error.detail, code=code, headers=error.headers or {}))
+        return self.refuse(request, Refusal(error.status_code, error.detail, code=code, headers=error.headers or {}))
 
     async def _failed(self, request: Request, error: Exception) -> Response:
-        return refused(refusal_of(error))
+        return self.refuse(request, refusal_of(error))
+
+    def refuse(self, request: Request, refusal: Refusal) -> Response:
+        body = refusal.body_for(request.url.path, request.scope[RECORD]["id"])
+        return json_response(body, refusal.status, refusal.headers)
 
     async def _gone(self, request: Request, error: Exception) -> Response:
         return Response(status_code=CLIENT_LEFT)
-
-
-def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    if isinstance(body, dict) and len(body.get("choices") or []) > 1:
-        return Response(_in_pieces(body), status, headers, "application/json")
-    return Response(dumped(body), status, headers, "application/json")
-
-
-def _in_pieces(body: dict[str, Any]) -> bytes:
-    """JSON of a body, choice by choice: the library lets no other thread run while it writes one value."""
-    choices = b"[" + b",".join([dumped(choice) for choice in body["choices"]]) + b"]"
-    parts = [dumped(name) + b":" + (choices if name == "choices" else dumped(value)) for name, value in body.items()]
-    return b"{" + b",".join(parts) + b"}"
-
-
-def refused(refusal: Refusal) -> Response:
-    return json_response(refusal.body(), refusal.status, refusal.headers)

@@ -10,10 +10,11 @@ from typing import Any
 from uuid import uuid4
 
 from ..errors import CapacityError, ParameterError
-from ..types import RequestOptions, SamplingParams
+from ..types import RequestOptions, Result, SamplingParams
 from .calls import CLOSE, ForcedReader, Reader, ToolReader
 from .constraints import constraint_of
 from .conversation import conversation
+from .infill import infill
 from .protocol import ChatRequest, CompletionRequest, Generate
 from .service import Ask, ServingEngine
 from .shape import Shape
@@ -38,6 +39,7 @@ class Limits:
     stop_ids: int = 1024
     grammar_bytes: int = 1 << 16  # of a schema, an expression or a grammar
     listed: int = 1 << 20  # log-probabilities of a whole response
+    echoed: int = 1 << 17  # those of its prompts, with echo
     shape: Shape = _SHAPE  # of a body
 
 
@@ -52,6 +54,8 @@ class Call:
     trace: bool
     logprobs: int | None
     tools: Plan | None = None  # calls that may be in the output
+    echo: list[str] | None = None  # the prompts as text, to stand before their outputs
+    silent: bool = False  # max_tokens 0: nothing is written, what comes behind the prompt is dropped
     ignored: list[str] = field(default_factory=list)  # fields of the body that had no effect
     log: dict[str, Any] = field(default_factory=dict)  # what a log with prompts shows
 
@@ -59,6 +63,13 @@ class Call:
     def prompt_tokens(self) -> int:
         """Of all prompts, each counted once."""
         return sum(len(ask.tokens) for ask in self.asks[:: self.n])
+
+    def answered(self, result: Result) -> Result:
+        """As the client gets it."""
+        if not self.silent:
+            return result
+        nothing: dict[str, Any] = {} if result.logprobs is None else {"logprobs": [], "top_logprobs": []}
+        return replace(result, text="", token_ids=[], sources=[], finish_reason="length", stopped_by=None, **nothing)
 
     def reader(self) -> Reader | None:
         """For the calls in one output; None if there can be none."""
@@ -89,7 +100,7 @@ def chat_call(body: ChatRequest, engine: ServingEngine, owner: str, limits: Limi
         raise ParameterError("top_logprobs needs logprobs: true")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     most = _most_tokens(body, body.max_completion_tokens)
-    _check_prompt(tokens, engine, limits)
+    check_prompt(tokens, engine, limits)
     if most is None:
         most = min(engine.room(tokens), limits.answer_tokens)
     params = _params(body, limits, most, logprobs, constraint, stops)
@@ -102,17 +113,61 @@ def completion_call(body: CompletionRequest, engine: ServingEngine, owner: str, 
     """The same for /v1/completions."""
     given = _prompts(body.prompt)
     _check_choices(body, len(given), limits)
+    if body.suffix is not None:
+        return _infill_call(body, given, engine, owner, limits)
     prompts = []
     for prompt in given:
         if isinstance(prompt, str):
             check_fits([prompt], engine, limits)
             prompt = engine.tokenizer.prompt(prompt)
         prompt = prompt[-(body.truncate_prompt_tokens or 0) :]
-        _check_prompt(prompt, engine, limits)
+        check_prompt(prompt, engine, limits)
         prompts.append(prompt)
     most = _most_tokens(body)
+    silent = most == 0 and bool(body.echo)
+    if most == 0 and not silent:
+        raise ParameterError("max_tokens=0 writes nothing: it goes with echo")
+    most = COMPLETION_TOKENS if most is None else max(most, 1)
+    params = _params(body, limits, most, body.logprobs, constraint_of(body)[1])
+    if body.echo:
+        params["prompt_logprobs"] = body.logprobs
+        listed = (body.n or 1) * sum(map(len, prompts)) * ((body.logprobs or 0) + 1)
+        if body.logprobs is not None and listed > limits.echoed:
+            raise ParameterError(
+                f"logprobs: {listed} log-probabilities of prompts in one response, at most {limits.echoed} are given: "
+                "ask for fewer, or send less text"
+            )
+    call = _call(body, prompts, params, engine, owner, limits, {"prompt": body.prompt})
+    if not body.echo:
+        return call
+    texts = [
+        p if isinstance(p, str) and not body.truncate_prompt_tokens else engine.tokenizer.decode(tokens)
+        for p, tokens in zip(given, prompts, strict=True)
+    ]
+    return replace(call, echo=texts, silent=silent)
+
+
+def _infill_call(
+    body: CompletionRequest, given: Sequence[str | list[int]], engine: ServingEngine, owner: str, limits: Limits
+) -> Call:
+    """What stands between each prompt and the suffix."""
+    assert body.suffix is not None
+    for name in ("echo", "truncate_prompt_tokens"):
+        if getattr(body, name):
+            raise ParameterError(f"suffix and {name} cannot go together: drop one of them")
+    prompts, ends = [], list(body.stop_token_ids or [])
+    for text in given:
+        if not isinstance(text, str):
+            raise ParameterError("suffix needs a prompt that is text, not token ids")
+        check_fits([text, body.suffix], engine, limits)
+        tokens, more = infill(engine.tokenizer, text, body.suffix)
+        check_prompt(tokens, engine, limits)
+        prompts.append(tokens)
+        ends += [id for id in more if id not in ends]
+    most = _most_tokens(body)
     params = _params(body, limits, COMPLETION_TOKENS if most is None else most, body.logprobs, constraint_of(body)[1])
-    return _call(body, prompts, params, engine, owner, limits, {"prompt": body.prompt})
+    params["stop_token_ids"] = ends
+    return _call(body, prompts, params, engine, owner, limits, {"prompt": body.prompt, "suffix": body.suffix})
 
 
 def _most_tokens(body: Generate, completion: int | None = None) -> int | None:
@@ -272,7 +327,7 @@ def strings(value: Any) -> Iterator[str]:
             yield from strings(item)
 
 
-def _check_prompt(tokens: Sequence[int], engine: ServingEngine, limits: Limits) -> None:
+def check_prompt(tokens: Sequence[int], engine: ServingEngine, limits: Limits) -> None:
     if limits.prompt_tokens is not None and len(tokens) > limits.prompt_tokens:
         raise ParameterError(f"the prompt has {len(tokens)} tokens: at most {limits.prompt_tokens} are taken here")
     if tokens:

@@ -47,13 +47,20 @@ def chat_body(call: Call, results: Sequence[Result], engine: ServingEngine) -> d
 def completion_body(call: Call, results: Sequence[Result], engine: ServingEngine) -> dict[str, Any]:
     """Of /v1/completions."""
     choices = []
+    results = [call.answered(result) for result in results]
     for i, result in enumerate(results):
         logprobs = None
+        shown, before = Shown(engine.tokenizer, call.asks[i].params), ""
+        parts = []
+        if call.echo is not None:
+            before = call.echo[i // call.n]
+            if result.prompt is not None:
+                parts.append(shown.prompt(call.asks[i].tokens, result.prompt, len(before)))
         if result.logprobs is not None:
-            shown = Shown(engine.tokenizer, call.asks[i].params)
-            logprobs = shown.legacy(shown.whole(result))
+            parts.append(shown.legacy(shown.whole(result)))
+            logprobs = {name: [item for part in parts for item in part[name]] for name in parts[0]}
         reason = FINISH[result.finish_reason]
-        choices.append({"index": i, "text": result.text, "logprobs": logprobs, "finish_reason": reason})
+        choices.append({"index": i, "text": before + result.text, "logprobs": logprobs, "finish_reason": reason})
     return _with_figures(head("text_completion", "cmpl", engine), choices, call, results)
 
 

@@ -24,12 +24,12 @@ class Keys:
     def needed(self) -> bool:
         return bool(self._digests)
 
-    def check(self, authorization: str | None) -> str | None:
-        """The key of an `Authorization: Bearer` header if it opens the server, "" if none is needed, else None. Every
-        key is compared, in constant time."""
+    def check(self, authorization: str | None, api_key: str | None = None) -> str | None:
+        """The key of an `Authorization: Bearer` header, or else of an `x-api-key` header, if it opens the server, "" if
+        none is needed, else None. Every key is compared, in constant time."""
         if not self._digests:
             return ""
-        scheme, _, key = (authorization or "").partition(" ")
+        scheme, _, key = (authorization or f"Bearer {api_key or ''}").partition(" ")
         given = _digest(key.strip())
         same = [hmac.compare_digest(given, known) for known in self._digests]
         return key.strip() if any(same) and scheme.lower() == "bearer" else None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..models.tokenizer import Tokenizer
-from ..types import Result, SamplingParams
+from ..types import PromptReading, Result, SamplingParams
 
 LOWEST = -9999.0  # stands for a probability of zero, which JSON cannot say
 Judged = tuple[int, float, list[tuple[int, float]]]  # token, log-probability, the likeliest with theirs
@@ -25,6 +25,7 @@ class Shown:
         self._held: list[Judged] = []  # of a text that may yet be cut
         self._seen = self._written = 0  # bytes of all tokens before those, and of the text so far
         self._begun = False
+        self._echo = False  # the prompt was shown
 
     def token(self, id: int) -> tuple[str, bytes]:
         """A control token is shown by its name."""
@@ -43,7 +44,7 @@ class Shown:
     def certain(self, tokens: Sequence[Judged], text: str, result: Result | None) -> list[Judged]:
         """Those that are certain to stay, of `tokens` and of what was held back. `text` is what has become certain with
         them, `result` the whole output when it is over."""
-        self._held += [one for one in tokens if not self.ends(one[0])]
+        self._held += [one for one in tokens if self._echo or not self.ends(one[0])]
         self._written += len(text.encode("utf-8", "surrogatepass"))
         if not self._stops:
             found, self._held = self._held, []
@@ -89,6 +90,24 @@ class Shown:
             "top_logprobs": [self._named(top) for _, _, top in tokens],
             "text_offset": offsets,
             "bytes": [list(self.token(id)[1]) for id, _, _ in tokens],
+        }
+
+    def prompt(self, tokens: Sequence[int], reading: PromptReading, characters: int) -> dict[str, Any]:
+        """The same of a prompt, whose text has so many characters; control tokens are no part of it. Nothing was said
+        of the first token. The token that ends the output is shown as well then: whoever counts tokens counts it."""
+        assert reading.logprobs is not None and reading.top_logprobs is not None
+        self._echo = True
+        decoder, offsets, at = codecs.getincrementaldecoder("utf-8")("replace"), [], 0
+        for id in tokens:
+            offsets.append(min(at, characters))
+            at += 0 if id in self._vocabulary.control else len(decoder.decode(self._vocabulary.text([id])))
+        self._offset = characters
+        return {
+            "tokens": [self._name(id) for id in tokens],
+            "token_logprobs": [None, *(max(logprob, LOWEST) for logprob in reading.logprobs)],
+            "top_logprobs": [None, *map(self._named, reading.top_logprobs)],
+            "text_offset": offsets,
+            "bytes": [list(self.token(id)[1]) for id in tokens],
         }
 
     def _named(self, top: Sequence[tuple[int, float]]) -> dict[str, float]:

@@ -50,6 +50,7 @@ class Metrics:
         self._prompt = counter("outpace_prompt_tokens", "Prompt tokens of choices that ended")
         self._cached = counter("outpace_cached_prompt_tokens", "Those of them found in the prefix cache")
         self._steps = counter("outpace_decoding_steps", "Target steps that choices which ended took part in")
+        self._embedded = counter("outpace_embedded_tokens", "Tokens of texts that were embedded")
         self._first = histogram("outpace_time_to_first_token_seconds", "From a request to its first token", _SECONDS)
         self._gap = histogram("outpace_time_between_events_seconds", "Between two steps' tokens of a choice", _GAPS)
         self._whole = histogram("outpace_request_seconds", "From a request to its end", _SECONDS)
@@ -57,6 +58,9 @@ class Metrics:
 
     def response(self, route: str, status: int) -> None:
         self._responses.labels(route, str(status)).inc()
+
+    def embedded(self, tokens: int) -> None:
+        self._embedded.inc(tokens)
 
     def follow(self, arrived: float) -> Follower:
         return Follower(self, arrived)

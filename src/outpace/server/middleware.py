@@ -21,13 +21,13 @@ from .refusals import Refusal, refusal_of
 RECORD, KEY = "outpace", "outpace.key"  # where a scope keeps what its log line will tell, and who asks
 requests_log = logging.getLogger("outpace.server.requests")
 errors_log = logging.getLogger("outpace.server")
-KEYED = ("/v1", "/metrics")  # the rest tells nothing of anybody
+KEYED = ("/v1", "/metrics", "/tokenize", "/detokenize")  # the rest tells nothing of anybody
 QUIET = {"/health", "/metrics"}  # asked all the time: counted, not logged
 
 
 NO_KEY = Refusal(
     401,
-    "a key is needed: send it as  Authorization: Bearer KEY",
+    "a key is needed: send it as  Authorization: Bearer KEY  or as  x-api-key: KEY",
     code="invalid_api_key",
     headers={"www-authenticate": "Bearer"},
 )
@@ -66,21 +66,22 @@ class Around:
         async def sending(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record["status"] = message["status"]
-                message = {**message, "headers": [*message["headers"], (b"x-request-id", record["id"].encode())]}
+                named = [(name, record["id"].encode()) for name in (b"x-request-id", b"request-id")]
+                message = {**message, "headers": [*message["headers"], *named]}
             await send(message)
 
-        key = self._keys.check(_header(scope, b"authorization"))
+        key = self._keys.check(_header(scope, b"authorization"), _header(scope, b"x-api-key"))
         scope[KEY] = key or ""
         try:
             if self._hosts is not None and _host(scope) not in self._hosts:
-                await self._refuse(sending, record, WRONG_HOST)
+                await self._refuse(scope, sending, record, WRONG_HOST)
             elif key is None and scope["path"].startswith(KEYED):
-                await self._refuse(sending, record, NO_KEY)
+                await self._refuse(scope, sending, record, NO_KEY)
             else:
                 await self._app(scope, self._limited(scope, receive), sending)
         except Exception as error:
             errors_log.error("request %s failed: %s", record["id"], type(error).__name__, exc_info=error)
-            await self._refuse(sending, record, refusal_of(error))
+            await self._refuse(scope, sending, record, refusal_of(error))
         finally:
             self._tell(scope, record)
 
@@ -102,10 +103,10 @@ class Around:
 
         return receiving
 
-    async def _refuse(self, send: Send, record: dict[str, Any], refusal: Refusal) -> None:
+    async def _refuse(self, scope: Scope, send: Send, record: dict[str, Any], refusal: Refusal) -> None:
         if record["status"] is not None:  # a response has begun: all that is left is to break it off
             return
-        body = dumped(refusal.body())
+        body = dumped(refusal.body_for(scope["path"], record["id"]))
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         headers += [(name.encode(), value.encode()) for name, value in refusal.headers.items()]
         with suppress(OSError):
@@ -118,7 +119,8 @@ class Around:
         return HTTPException(413, text, headers={"connection": "close"})
 
     def _tell(self, scope: Scope, record: dict[str, Any]) -> None:
-        route = scope["path"] if scope["path"] in self._routes else "other"
+        template = getattr(scope.get("route"), "path", scope["path"])
+        route = template if template in self._routes else "other"
         status = record.pop("status") or 499  # the client left before there was an answer
         self._metrics.response(route, status)
         if scope["path"] in QUIET:

@@ -273,7 +273,7 @@ class ChatRequest(Generate):
     continue_final_message: bool | None = Field(None, description="the output goes on with the last message")
 
 
-def _prompt(value: Any) -> Any:
+def prompts_of(value: Any) -> Any:
     """Looks once at each id: a union of lists would try, and report, every item as every kind."""
     if isinstance(value, list):
         inner = set(map(type, value))
@@ -291,14 +291,10 @@ def _prompt(value: Any) -> Any:
 class CompletionRequest(Generate):
     """Body of /v1/completions."""
 
-    rules: ClassVar[dict[str, vendor.Rule]] = {
-        **vendor.REQUEST,
-        "suffix": vendor.Refused("text is written forwards only; put what follows into the prompt"),
-        "echo": vendor.Refused("a prompt is read without the logits of its tokens"),
-    }
-
     prompt: Annotated[
         str | list[str] | list[int] | list[list[int]],
-        PlainValidator(_prompt, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
+        PlainValidator(prompts_of, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
     ]
     logprobs: int | None = Field(None, description="log-probabilities of the chosen token and of this many likeliest")
+    echo: bool | None = Field(None, description="the prompt comes before the output, with log-probabilities as well")
+    suffix: str | None = Field(None, description="what follows the output: it fills the middle, with models that can")

@@ -13,6 +13,8 @@ from ..errors import CapacityError, OutpaceError, QueueFull
 from .service import ServiceError
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+_ANTHROPIC = _TYPES | {413: "request_too_large", 503: "overloaded_error"}
+ANTHROPIC = "/v1/messages"  # where paths of Anthropic's API begin
 _NAMED = re.compile(r"([a-z_]{1,40})(?==|: | is out of range)")
 _FIELD = re.compile(r"[a-z][a-z_0-9]*|[0-9]+")
 _SHOWN = 200  # characters of what was sent
@@ -33,6 +35,23 @@ class Refusal:
         kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
+    def anthropic_body(self, request_id: str | None) -> dict[str, Any]:
+        """The same as Anthropic's API says it."""
+        kind = _ANTHROPIC.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
+        return {"type": "error", "error": {"type": kind, "message": self.message}, "request_id": request_id}
+
+    def body_for(self, path: str, request_id: str | None) -> dict[str, Any]:
+        """In the form of the API that the path belongs to."""
+        return self.anthropic_body(request_id) if path.startswith(ANTHROPIC) else self.body()
+
+
+class Refused(Exception):
+    """Raised where a route has the whole answer."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.message)
+        self.refusal = refusal
+
 
 def refusal_of(error: Exception) -> Refusal:
     """What a client is told of an exception. Of one that nobody foresaw, nothing but that."""
@@ -43,6 +62,8 @@ def refusal_of(error: Exception) -> Refusal:
 
 
 def _refusal_of(error: Exception) -> Refusal:
+    if isinstance(error, Refused):
+        return error.refusal
     if isinstance(error, QueueFull):
         seconds = max(1, ceil(error.retry_after_s))
         return Refusal(429, str(error), code="queue_full", headers={"retry-after": str(seconds)})

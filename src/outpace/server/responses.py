@@ -10,34 +10,34 @@ from pydantic import BaseModel, ConfigDict
 from ..types import Exactness
 
 
-class Told(BaseModel):
+class Described(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class ErrorDetail(Told):
+class ErrorDetail(Described):
     message: str
     type: str
     param: str | None
     code: str | None
 
 
-class Error(Told):
+class Error(Described):
     error: ErrorDetail
 
 
-class Health(Told):
+class Health(Described):
     status: Literal["ready", "draining", "broken"]
     model: str
     open_calls: int
 
 
-class ModelFigures(Told):
+class ModelFigures(Described):
     methods: list[str]
     method: str
     precision: str
 
 
-class Model(Told):
+class Model(Described):
     id: str
     object: Literal["model"]
     created: int
@@ -45,22 +45,22 @@ class Model(Told):
     outpace: ModelFigures
 
 
-class ModelList(Told):
+class ModelList(Described):
     object: Literal["list"]
     data: list[Model]
 
 
-class PromptDetails(Told):
+class PromptDetails(Described):
     cached_tokens: int
 
 
-class CompletionDetails(Told):
+class CompletionDetails(Described):
     accepted_prediction_tokens: int
     rejected_prediction_tokens: int
     reasoning_tokens: int
 
 
-class Usage(Told):
+class Usage(Described):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
@@ -68,7 +68,7 @@ class Usage(Told):
     completion_tokens_details: CompletionDetails
 
 
-class Stats(Told):
+class Stats(Described):
     tokens: int
     steps: int
     mean_accepted: float
@@ -82,7 +82,7 @@ class Stats(Told):
     drafted_by_source: dict[str, int]
 
 
-class Decoding(Told):
+class Decoding(Described):
     """How a choice was decoded, and the seed that repeats it."""
 
     method: str
@@ -94,14 +94,14 @@ class Decoding(Told):
     ignored: list[str] | None = None  # fields of the request that had no effect, if there were any
 
 
-class Decodings(Told):
+class Decodings(Described):
     """Of several choices."""
 
     choices: list[Decoding]
     ignored: list[str] | None = None
 
 
-class Likely(Told):
+class Likely(Described):
     token: str
     logprob: float
     bytes: list[int]
@@ -111,37 +111,37 @@ class Judged(Likely):
     top_logprobs: list[Likely]
 
 
-class ChatLogprobs(Told):
+class ChatLogprobs(Described):
     content: list[Judged]
     refusal: None
 
 
-class CalledFunction(Told):
+class CalledFunction(Described):
     name: str
     arguments: str
 
 
-class ToolCall(Told):
+class ToolCall(Described):
     id: str
     type: Literal["function"]
     function: CalledFunction
 
 
-class Answer(Told):
+class Answer(Described):
     role: Literal["assistant"]
     content: str | None
     refusal: None
     tool_calls: list[ToolCall] | None = None
 
 
-class ChatChoice(Told):
+class ChatChoice(Described):
     index: int
     message: Answer
     logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length", "tool_calls"]
 
 
-class ChatCompletion(Told):
+class ChatCompletion(Described):
     id: str
     object: Literal["chat.completion"]
     created: int
@@ -152,22 +152,22 @@ class ChatCompletion(Told):
     outpace: Decoding | Decodings
 
 
-class Logprobs(Told):
+class Logprobs(Described):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
     bytes: list[list[int]]
 
 
-class CompletionChoice(Told):
+class CompletionChoice(Described):
     index: int
     text: str
     logprobs: Logprobs | None
     finish_reason: Literal["stop", "length"]
 
 
-class Completion(Told):
+class Completion(Described):
     id: str
     object: Literal["text_completion"]
     created: int
@@ -191,3 +191,5 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     }.items()
 }
 STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
+_NAMED = {"event": {"type": "string"}, "data": {"type": "string"}}
+NAMED_STREAM = {"text/event-stream": {"schema": {"type": "object", "properties": _NAMED, "required": list(_NAMED)}}}

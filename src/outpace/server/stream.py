@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
 from time import perf_counter
 from typing import Any
@@ -19,11 +19,25 @@ from .bodies import FINISH, decoding, finish_of, head, ignored, tool_call, usage
 from .calls import Begun, Ended, Item, Piece, new_id
 from .calls import Call as MadeCall
 from .logprobs import Judged, Shown
+from .refusals import Refusal
 from .service import ServingEngine, Ticket
 
 KEEP_ALIVE_S = 10.0  # a comment, when there was nothing to say for so long
 KEEP_ALIVE = b": still here\n\n"
 DONE = b"data: [DONE]\n\n"
+
+
+def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    if isinstance(body, dict) and len(body.get("choices") or []) > 1:
+        return Response(_in_pieces(body), status, headers, "application/json")
+    return Response(dumped(body), status, headers, "application/json")
+
+
+def _in_pieces(body: dict[str, Any]) -> bytes:
+    """JSON of a body, choice by choice: the library lets no other thread run while it writes one value."""
+    choices = b"[" + b",".join([dumped(choice) for choice in body["choices"]]) + b"]"
+    parts = [dumped(name) + b":" + (choices if name == "choices" else dumped(value)) for name, value in body.items()]
+    return b"{" + b",".join(parts) + b"}"
 
 
 def sse(value: Any) -> bytes:
@@ -79,6 +93,7 @@ class Chunks:
     """Makes the chunks of one response. `arrived`: when the request came, by perf_counter."""
 
     kind, prefix = "", ""
+    keep_alive = KEEP_ALIVE
 
     def __init__(self, call: Call, engine: ServingEngine, arrived: float) -> None:
         self.call, self.arrived = call, arrived
@@ -100,11 +115,23 @@ class Chunks:
             found = [self._chunk(first, own), *(self._chunk(part) for part in rest)]
         if last is not None:
             assert event.result is not None
-            found.append(self._chunk(last, decoding(self.call, index, event.result) | ignored(self.call)))
+            found.append(self._chunk(last, self.figures(index, event.result)))
         return b"".join(found)
 
-    def usage(self, results: list[Result]) -> bytes:
-        return sse({**self.head, "choices": [], "usage": usage(self.call, results)})
+    async def end(self, results: list[Result]) -> bytes:
+        """What follows the last event of the last choice."""
+        if not self.call.usage_chunk:
+            return DONE
+        told = usage(self.call, [self.call.answered(result) for result in results])
+        return sse({**self.head, "choices": [], "usage": told}) + DONE
+
+    def failed(self, refusal: Refusal) -> bytes:
+        """What ends a stream that cannot go on."""
+        return sse(refusal.body())
+
+    def figures(self, index: int, result: Result) -> dict[str, Any]:
+        """How a choice was decoded."""
+        return decoding(self.call, index, result) | ignored(self.call)
 
     def _since(self) -> float:
         return round(perf_counter() - self.arrived, 5)
@@ -187,17 +214,27 @@ class CompletionChunks(Chunks):
     kind, prefix = "text_completion", "cmpl"
 
     def parts(self, choice: Choice, event: StepEvent) -> list[dict[str, Any]]:
+        found = [] if choice.begun or self.call.echo is None else [self._prompt(choice, event, self.call.echo)]
+        choice.begun = True
+        if self.call.silent:
+            return found
         judged = choice.judged(event)
         logprobs = None if judged is None else choice.shown.legacy(judged)
-        if not event.text and not (logprobs and logprobs["tokens"]):
-            return []
-        return [{"index": choice.index, "text": event.text, "logprobs": logprobs, "finish_reason": None}]
+        if event.text or (logprobs and logprobs["tokens"]):
+            found.append({"index": choice.index, "text": event.text, "logprobs": logprobs, "finish_reason": None})
+        return found
+
+    def _prompt(self, choice: Choice, event: StepEvent, texts: list[str]) -> dict[str, Any]:
+        text, logprobs = texts[choice.index // self.call.n], None
+        if event.prompt is not None:
+            logprobs = choice.shown.prompt(self.call.asks[choice.index].tokens, event.prompt, len(text))
+        return {**self.nothing(choice), "text": text, "logprobs": logprobs}
 
     def nothing(self, choice: Choice) -> dict[str, Any]:
         return {"index": choice.index, "text": "", "logprobs": None, "finish_reason": None}
 
     def last(self, choice: Choice, result: Result) -> dict[str, Any]:
-        return {**self.nothing(choice), "finish_reason": FINISH[result.finish_reason]}
+        return {**self.nothing(choice), "finish_reason": FINISH[self.call.answered(result).finish_reason]}
 
 
 async def chunks_of(
@@ -207,13 +244,11 @@ async def chunks_of(
     while not ticket.finished:
         batch = await ticket.take(KEEP_ALIVE_S)
         if not batch:
-            yield KEEP_ALIVE
+            yield chunks.keep_alive
             continue
         seen(batch)
         yield b"".join([chunks.event(index, event) for index, event in batch])
-    if chunks.call.usage_chunk:
-        yield chunks.usage([result for result in ticket.results if result is not None])
-    yield DONE
+    yield await chunks.end([result for result in ticket.results if result is not None])
 
 
 class EventStream(Response):

@@ -1,0 +1,141 @@
+"""Responses that are kept for later: in SQLite, in memory or in a file, each for its owner alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...errors import ParameterError
+
+_VERSION = 1
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS responses (
+    id TEXT PRIMARY KEY, owner TEXT NOT NULL, created REAL NOT NULL, bytes INTEGER NOT NULL,
+    previous TEXT, input TEXT NOT NULL, response TEXT NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS by_owner ON responses (owner, created, bytes);
+CREATE INDEX IF NOT EXISTS by_age ON responses (created);
+"""
+LONGEST_CONVERSATION = 1000  # responses that one leads back to
+
+
+@dataclass(frozen=True, slots=True)
+class StoreLimits:
+    """What is kept at most. Beyond it the oldest responses of whoever has most go."""
+
+    entries: int = 100_000
+    bytes: int = 256 << 20  # of input and output as JSON
+    age_s: float = 30 * 86400.0
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A response with the input items that it answered."""
+
+    input: list[dict[str, Any]]
+    response: dict[str, Any]
+
+
+class ResponseStore:
+    """Safe to use from several threads. Raises ParameterError if the file cannot be used."""
+
+    def __init__(
+        self, file: Path | None = None, limits: StoreLimits | None = None, clock: Callable[[], float] = time.time
+    ) -> None:
+        self.limits, self._clock = limits or StoreLimits(), clock
+        self._lock = threading.Lock()
+        try:
+            if file is not None:  # what users wrote is for nobody else on this machine
+                os.close(os.open(file, os.O_CREAT | os.O_RDWR, 0o600))
+            self._db = sqlite3.connect(file or ":memory:", timeout=1, check_same_thread=False, isolation_level=None)
+            self._open()
+        except (OSError, sqlite3.Error) as error:
+            raise ParameterError(
+                f"--responses-file {str(file)!r} cannot be used: {error}; name another file, or remove this one"
+            ) from None
+
+    def _open(self) -> None:
+        self._db.execute("PRAGMA locking_mode = EXCLUSIVE")  # one server writes it, which counts what is there
+        (version,) = self._db.execute("PRAGMA user_version").fetchone()
+        if version not in (0, _VERSION):
+            raise sqlite3.DatabaseError(f"it is of format {version}, and this version of Outpace writes {_VERSION}")
+        self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute("PRAGMA synchronous = NORMAL")
+        self._db.executescript(_SCHEMA)
+        self._db.execute(f"PRAGMA user_version = {_VERSION}")
+        (self._entries, self._bytes) = self._db.execute("SELECT COUNT(*), TOTAL(bytes) FROM responses").fetchone()
+
+    def __len__(self) -> int:
+        with self._lock:
+            self._expire()
+            return int(self._entries)
+
+    def put(self, owner: str, kept: Kept) -> bool:
+        """Keep a response under its own id. False if it alone is larger than what may be kept."""
+        given, response = json.dumps(kept.input), json.dumps(kept.response)
+        size = len(given) + len(response)
+        if size > self.limits.bytes or self.limits.entries < 1:
+            return False
+        values = (kept.response["id"], owner, self._clock(), size, kept.response["previous_response_id"])
+        with self._lock:
+            self._expire()
+            while self._bytes + size > self.limits.bytes or self._entries + 1 > self.limits.entries:
+                self._evict()
+            self._db.execute("INSERT INTO responses VALUES (?, ?, ?, ?, ?, ?, ?)", (*values, given, response))
+            self._entries += 1
+            self._bytes += size
+        return True
+
+    def get(self, owner: str, id: str) -> Kept | None:
+        with self._lock:
+            self._expire()
+            row = self._db.execute(
+                "SELECT input, response FROM responses WHERE id = ? AND owner = ?", (id, owner)
+            ).fetchone()
+        return None if row is None else Kept(*map(json.loads, row))
+
+    def delete(self, owner: str, id: str) -> bool:
+        """Whether there was one."""
+        with self._lock:
+            self._expire()
+            return self._remove("id = ? AND owner = ?", (id, owner))
+
+    def conversation(self, owner: str, id: str) -> list[Kept] | None:
+        """The response and those before it, the first one first. None if one of them is gone, or they are too many."""
+        found: list[Kept] = []
+        at: str | None = id
+        while at is not None:
+            kept = self.get(owner, at) if len(found) < LONGEST_CONVERSATION else None
+            if kept is None:
+                return None
+            found.append(kept)
+            at = kept.response["previous_response_id"]
+        return found[::-1]
+
+    def close(self) -> None:
+        with self._lock:
+            self._db.close()
+
+    def _expire(self) -> None:
+        self._remove("created < ?", (self._clock() - self.limits.age_s,))
+
+    def _evict(self) -> None:
+        """The oldest response of the owner who has most bytes: nobody loses theirs to another's many."""
+        (owner,) = self._db.execute(
+            "SELECT owner FROM responses GROUP BY owner ORDER BY SUM(bytes) DESC LIMIT 1"
+        ).fetchone()
+        oldest = "SELECT id FROM responses WHERE owner = ? ORDER BY created, id LIMIT 1"
+        self._remove(f"id = ({oldest})", (owner,))
+
+    def _remove(self, where: str, values: tuple[Any, ...]) -> bool:
+        rows = self._db.execute(f"DELETE FROM responses WHERE {where} RETURNING bytes", values).fetchall()
+        self._entries -= len(rows)
+        self._bytes -= sum(size for (size,) in rows)
+        return bool(rows)
