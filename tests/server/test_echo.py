@@ -47,6 +47,7 @@ def test_log_probabilities_of_prompt_and_output_in_one_list(client: openai.OpenA
     assert first.top_logprobs is not None and first.top_logprobs[0] is None and len(first.top_logprobs) == 5
     assert len(first.top_logprobs[1]) == len(first.top_logprobs[4]) == 2
     assert second.text_offset == [0, 1, 1, 1, 2, 3], "three tokens make one character"
+    assert second.tokens == ["d", "bytes:\\xe2", "bytes:\\x82", "bytes:\\xac", "S", "e"]
     assert server.engine.asked[-1].params.prompt_logprobs == 2
 
 
