@@ -75,3 +75,10 @@ def test_help_loads_no_server() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "--playground" in out and out.endswith("[]\n")
+
+
+def test_a_file_for_responses_that_cannot_be_used_is_refused_before_loading(
+    tmp_path: Path, outpace: Callable[..., Result]
+) -> None:
+    line = one_line(outpace("serve", "-m", "missing", "--responses-file", str(tmp_path / "none" / "kept.db")), 2)
+    assert "--responses-file" in line and "cannot be used" in line and "name another file" in line

@@ -11,7 +11,7 @@ import httpx
 import numpy as np
 import openai
 import pytest
-from fake import TOOL_TEMPLATE, FakeEngine
+from fake import TEMPLATE, TOOL_TEMPLATE, FakeEngine
 from live import Live
 
 from outpace.server.asks import Limits
@@ -124,6 +124,7 @@ def test_keys_are_needed(serve: Callable[..., Live]) -> None:
     live = serve(FakeEngine(), keys=Keys(["a-long-key"]))
     for path, body in (("/v1/embeddings", {"input": "a"}), ("/tokenize", {"content": "a"}), ("/detokenize", {})):
         assert post(live, path, body).status_code == 401
+    assert httpx.get(f"{live.url}/tokenizer_info").status_code == 401
 
 
 # -- tokens ----------------------------------------------------------------------------------------------------------
@@ -138,13 +139,23 @@ def test_text_to_tokens_as_vllm_and_as_llama_cpp_ask(server: Live) -> None:
     assert [t["piece"] for t in got["tokens"]] == ["h", [0xC3], [0xA9]] and [t["id"] for t in got["tokens"]] == ids
 
 
-def test_control_tokens_are_letters_unless_asked_for(server: Live) -> None:
-    plain = post(server, "/tokenize", {"content": "</s>"}).json()["tokens"]
-    special = post(server, "/tokenize", {"content": "</s>", "parse_special": True, "add_special": True}).json()[
-        "tokens"
-    ]
+def test_control_tokens_are_read_as_such_unless_letters_are_asked_for(server: Live) -> None:
+    special = post(server, "/tokenize", {"content": "</s>", "add_special": True}).json()["tokens"]
+    plain = post(server, "/tokenize", {"content": "</s>", "parse_special": False}).json()["tokens"]
     assert len(plain) == 4 and special == [257]
     assert post(server, "/detokenize", {"tokens": special}).json() == {"content": "</s>", "prompt": "</s>"}
+
+
+def test_what_the_tokenizer_names(server: Live) -> None:
+    told = httpx.get(f"{server.url}/tokenizer_info").json()
+    assert told == {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": None,
+        "pad_token": None,
+        "chat_template": TEMPLATE,
+        "model_max_length": 4096,
+    }
 
 
 def test_a_conversation_as_tokens(serve: Callable[..., Live]) -> None:

@@ -90,9 +90,30 @@ def _seconds(flag: str, default: float, help: str) -> Any:
 @_seconds("--body-timeout", 30.0, "For a body to arrive, and a second more for each 10 kB that came.")
 @_seconds("--idle-timeout", 30.0, "Between two requests of a connection.")
 @_seconds("--write-timeout", 60.0, "For a client that does not read what it is sent.")
+@click.option(
+    "--responses-file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Keep the answers of /v1/responses there, for the next start too.  [default: in memory]",
+)
+@click.option(
+    "--responses-mb",
+    type=click.IntRange(min=0),
+    default=256,
+    show_default=True,
+    help="Most of them, in MB; beyond it the oldest of whoever has most go.  0: none are kept.",
+)
+@click.option(
+    "--responses-days",
+    type=click.FloatRange(min=0, min_open=True),
+    default=30.0,
+    show_default=True,
+    help="Forget them after so many days.",
+)
 @click.option("--log-prompts", is_flag=True, help="Write prompts and answers into the log.")
 def serve(**options: Any) -> None:
-    """Serve a model over HTTP, as OpenAI's API does: /v1/chat/completions, /v1/completions, /v1/models, and /health and
+    """Serve a model over HTTP, as OpenAI's API does: /v1/chat/completions, /v1/completions, /v1/responses,
+    /v1/embeddings, /v1/models, and as Anthropic's: /v1/messages. Further routes are /tokenize, /detokenize, /health and
     /metrics. The log, one line of JSON for each request, goes to stderr.
 
     Ctrl-C or SIGTERM finishes what runs and refuses what comes; once more ends at once.
@@ -102,11 +123,14 @@ def serve(**options: Any) -> None:
         raise ParameterError(f'serving needs {", ".join(missing)}: python -m pip install "outpace[serve]"')
     from ..server.keys import Keys, read_keys
     from ..server.names import model_names, origins
+    from ..server.routes.response_store import ResponseStore, StoreLimits
     from ..server.run import bind
 
     options |= {"aliases": model_names(options["aliases"]), "origins": origins(options["origins"])}
 
     keys = Keys(read_keys(options["api_key_file"]), options["share_prefixes"])
+    limits = StoreLimits(bytes=options["responses_mb"] * 1_000_000, age_s=options["responses_days"] * 86400)
+    options["store"] = ResponseStore(options["responses_file"], limits)
     listener = bind(options["host"], options["port"])
     with listener:
         say(f"outpace: loading {options['model']} …")
@@ -137,6 +161,7 @@ def _serve(llm: LLM, keys: Any, listener: Any, options: dict[str, Any]) -> None:
         hosts=allowed_hosts(options["host"], options["names"], keys.needed),
         aliases=options["aliases"],
         origins=options["origins"],
+        store=options["store"],
     )
     address = listener.getsockname()
     url = f"http://{_shown(options['host'])}:{address[1]}"

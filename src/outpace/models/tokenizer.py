@@ -60,6 +60,15 @@ class Tokenizer:
         return self._template is not None
 
     @property
+    def chat_template(self) -> str | None:
+        return self._template
+
+    @property
+    def named_tokens(self) -> dict[str, str | None]:
+        """`bos_token`, `eos_token`, `unk_token` and `pad_token`, as far as the model names them."""
+        return dict(self._named)
+
+    @property
     def takes_tools(self) -> bool:
         """Whether the chat template has a place for tools."""
         return self.template_has("tools")

@@ -21,7 +21,7 @@ from .refusals import Refusal, refusal_of
 RECORD, KEY = "outpace", "outpace.key"  # where a scope keeps what its log line will tell, and who asks
 requests_log = logging.getLogger("outpace.server.requests")
 errors_log = logging.getLogger("outpace.server")
-KEYED = ("/v1", "/metrics", "/tokenize", "/detokenize")  # the rest tells nothing of anybody
+KEYED = ("/v1", "/metrics", "/tokenize", "/detokenize", "/tokenizer_info")  # the rest tells nothing of anybody
 QUIET = {"/health", "/metrics"}  # asked all the time: counted, not logged
 
 

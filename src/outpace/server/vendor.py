@@ -98,6 +98,8 @@ REQUEST: dict[str, Rule] = {
         ),
         Honoured(),
     ),
+    "echo": Honoured("of text completions: the prompt comes before the output"),
+    "suffix": Honoured("of text completions: what follows the output"),
     "best_of": Honoured("only the value of n: choices are not ranked"),
     "reasoning_effort": Honoured("a value of the chat template; without effect where that has none of this name"),
     "metadata": Harmless("nothing is stored"),

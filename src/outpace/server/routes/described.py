@@ -191,6 +191,15 @@ class Tokenized(Described):
     token_strs: list[str] | None = None
 
 
+class TokenizerInfo(Described):
+    bos_token: str | None
+    eos_token: str | None
+    unk_token: str | None
+    pad_token: str | None
+    chat_template: str | None
+    model_max_length: int
+
+
 class Detokenized(Described):
     content: str
     prompt: str

@@ -1,4 +1,4 @@
-"""/tokenize and /detokenize, in the form of vLLM and of llama.cpp: fields of both are understood and answered."""
+"""/tokenize, /detokenize and /tokenizer_info, in the form of vLLM and of llama.cpp: fields of both are understood and answered."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class TokenizeRequest(Body):
     add_generation_prompt: bool | None = None
     add_special_tokens: bool | None = Field(None, description="the beginning token; default true with prompt")
     add_special: bool | None = Field(None, description="the same; default false with content")
-    parse_special: bool | None = Field(None, description="true: control tokens in the text are read as such")
+    parse_special: bool | None = Field(None, description="false: control tokens in the text are letters, as in prompts")
     return_token_strs: bool | None = None
     with_pieces: bool | None = None
 
@@ -58,6 +58,7 @@ class Tokens:
         return [
             ("/tokenize", self.tokenize, "POST", described.Tokenized, "Token ids of a text or a conversation"),
             ("/detokenize", self.detokenize, "POST", described.Detokenized, "The text of token ids"),
+            ("/tokenizer_info", self.info, "GET", described.TokenizerInfo, "Named tokens and the chat template"),
         ]
 
     async def tokenize(self, request: Request, body: TokenizeRequest) -> Response:
@@ -68,6 +69,12 @@ class Tokens:
     async def detokenize(self, request: Request, body: DetokenizeRequest) -> Response:
         self._api.check_model(body.model)
         return json_response(await self._api.intake.run(request, detokenized, body, self._api.service.engine))
+
+    async def info(self) -> Response:
+        engine = self._api.service.engine
+        named = engine.tokenizer.named_tokens
+        more = {"chat_template": engine.tokenizer.chat_template, "model_max_length": engine.room([])}
+        return json_response({**named, **more})
 
 
 def tokenized(body: TokenizeRequest, engine: ServingEngine, limits: Limits) -> dict[str, Any]:
@@ -105,7 +112,7 @@ def _tokens(body: TokenizeRequest, engine: ServingEngine, limits: Limits) -> lis
     assert text is not None
     check_fits([text], engine, limits)
     wanted = next((v for v in (body.add_special_tokens, body.add_special) if v is not None), body.prompt is not None)
-    special = bool(body.parse_special)
+    special = body.parse_special is not False
     if wanted:
         return engine.tokenizer.prompt(text, special=special)
     return engine.tokenizer.encode(text, special=special)
