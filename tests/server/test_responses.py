@@ -251,6 +251,8 @@ def test_nobody_reads_what_another_was_answered(serve: Callable[..., Live]) -> N
         ({"input": [{"type": "reasoning", "summary": []}]}, "'reasoning'"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input"),
         ({"input": "x", "n": 2}, "unknown field 'n'"),
+        ({"input": "x", "tools": [{"type": "function", "name": "a b"}]}, "tools.0.name"),
+        ({"input": "x", "reasoning": {"effort": "x" * 50}}, "reasoning_effort"),
         ({"input": "x", "outpace": {"trace": True}}, "outpace.trace belongs to"),
         ({"input": "x", "text": {"format": {"type": "json_schema", "name": "n"}}}, "needs schema"),
         ({"input": [{"type": "function_call_output", "call_id": "c", "output": "x"}]}, "tool_call_id"),

@@ -16,6 +16,7 @@ from ..asks import Call, Limits, chat_call
 from ..bodies import chat_body
 from ..protocol import Body, ChatRequest, OutpaceOptions
 from ..service import ServingEngine
+from .translation import NAME, chat_request
 
 _CACHED = {"cache_control": vendor.MESSAGE["cache_control"]}
 _TOOLSET = {"toolset_name": vendor.Refused("tools are named one by one")}
@@ -70,7 +71,7 @@ class MessagesTool(Body):
     }
 
     type: Literal["custom"] | None = None
-    name: str
+    name: str = Field(pattern=NAME)
     description: str | None = None
     input_schema: dict[str, Any] = Field(description="a JSON schema of the input")
 
@@ -186,7 +187,7 @@ def as_chat(body: CountRequest) -> ChatRequest:
             said["stop"] = body.stop_sequences
         if body.outpace is not None:
             said["outpace"] = body.outpace.model_dump(exclude_none=True)
-    return ChatRequest.model_validate(said)
+    return chat_request(said)
 
 
 def _turns(body: CountRequest) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from ..asks import Call, Limits, chat_call
 from ..bodies import chat_body
 from ..protocol import Body, ChatRequest, OutpaceOptions, Prediction
 from ..service import ServingEngine
+from .translation import NAME, chat_request
 
 _STATUS = {"status": vendor.Harmless("an item of a request is complete", ("completed", "incomplete"))}
 
@@ -90,7 +91,7 @@ class FunctionTool(Body):
     }
 
     type: Literal["function"]
-    name: str
+    name: str = Field(pattern=NAME)
     description: str | None = None
     parameters: dict[str, Any] | None = Field(None, description="a JSON schema of the arguments")
 
@@ -245,7 +246,7 @@ def as_chat(body: ResponsesRequest, earlier: Sequence[Mapping[str, Any]] = ()) -
         part: Body | None = getattr(body, name)
         if part is not None:
             said[name] = part.model_dump(exclude_none=True)
-    return ChatRequest.model_validate(said)
+    return chat_request(said)
 
 
 def _format(form: TextFormat) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""/tokenize, /detokenize and /tokenizer_info, in the form of vLLM and of llama.cpp: fields of both are understood and answered."""
+"""/tokenize, /detokenize and /tokenizer_info, with the fields of vLLM and of llama.cpp."""
 
 from __future__ import annotations
 
