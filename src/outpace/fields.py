@@ -18,10 +18,11 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from .errors import ParameterError, did_you_mean
 
+T = TypeVar("T", bound=type)
 OUT_OF_RANGE, WRONG_TYPE, UNKNOWN = "is out of range", "is of the wrong type", "is unknown"
 
 
@@ -210,6 +211,16 @@ def same(record: type, name: str, default: Any = dataclasses.MISSING) -> Any:
     other = field_of(record, name)
     given = other.default if default is dataclasses.MISSING else default
     return dataclasses.field(default=given, metadata={**other.metadata, "none": given is None})
+
+
+def documented(record: T) -> T:
+    """A class decorator: the docstring lists the fields, each with its default and its help."""
+    lines = [
+        f"{field.name} ({field.metadata.get('unset', field.default)}): {field.metadata['help']}"
+        for field in dataclasses.fields(record)  # type: ignore[arg-type]
+    ]
+    record.__doc__ = f"{record.__doc__}\n\n" + "\n".join(lines)
+    return record
 
 
 def field_of(record: Any, name: str) -> dataclasses.Field[Any]:

@@ -28,12 +28,11 @@ def usage_of(url: str, body: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_cached_tokens_are_of_prompts_not_of_choices(serve: Callable[..., Any], stream: bool) -> None:
-    with LLM(toy_loaded(), method="plain", kv_tokens=4096) as llm:
-        url = serve(llm).url
-        body = {"prompt": TEXTS, "n": 3, "max_tokens": 4, "temperature": 0, "stream": stream}
-        first = usage_of(url, body)
-        # the other choices found what the first one had read, which no prompt had been spared
-        assert first["prompt_tokens"] == 120 and first["prompt_tokens_details"]["cached_tokens"] == 0
-        assert first["completion_tokens"] == 24 and first["total_tokens"] == 144
-        again = usage_of(url, body)
-        assert again["prompt_tokens_details"]["cached_tokens"] == 49 + 69  # all but the last token of each
+    url = serve(LLM(toy_loaded(), method="plain", kv_tokens=4096)).url
+    body = {"prompt": TEXTS, "n": 3, "max_tokens": 4, "temperature": 0, "stream": stream}
+    first = usage_of(url, body)
+    # the other choices found what the first one had read, which no prompt had been spared
+    assert first["prompt_tokens"] == 120 and first["prompt_tokens_details"]["cached_tokens"] == 0
+    assert first["completion_tokens"] == 24 and first["total_tokens"] == 144
+    again = usage_of(url, body)
+    assert again["prompt_tokens_details"]["cached_tokens"] == 49 + 69  # all but the last token of each

@@ -244,7 +244,11 @@ def test_choices_without_effect_are_refused(llm: LLM) -> None:
         LLM(llm.loaded, draft_precision="int4")
     with pytest.raises(ParameterError, match=r"draft_precision='int8' contradicts small.*float32"):
         LLM(llm.loaded, draft_model=toy_loaded("small"), draft_precision="int8")
-    for wrong, why in (({"verifier": "rejection"}, "nothing to verify"), ({"max_rows": 4}, "max_rows=4 has no use")):
+    for wrong, why in (
+        ({"verifier": "rejection"}, "nothing to verify"),
+        ({"max_rows": 4}, "max_rows=4 has no use"),
+        ({"max_step_rows": 9}, "max_step_rows=9 has no use"),
+    ):
         with pytest.raises(MethodError, match=why):
             LLM(llm.loaded, method="plain", **wrong)
         LLM(llm.loaded, method="plain", methods=["ngram"], kv_tokens=64, **wrong).close()  # requests may draft

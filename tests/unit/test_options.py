@@ -79,7 +79,7 @@ def test_another_method_leaves_out_what_it_has_no_use_for(llm: LLM) -> None:
         with opened.with_method("ngram") as other:
             assert other.options == opened.options.changed(method="ngram", draft_model=None, draft_precision="auto")
         with opened.with_method("plain") as plain:
-            left = {"verifier": "auto", "planner": "auto", "max_rows": None}
+            left = {"verifier": "auto", "planner": "auto", "max_rows": None, "max_step_rows": None}
             assert plain.options == other.options.changed(method="plain", **left)
         with opened.with_method("ngram", max_batch=2, kv_tokens=None) as other:
             assert other.options.max_batch == 2 and other.options.kv_tokens is None
@@ -142,6 +142,19 @@ def test_values_are_held_to_their_rules(wrong: dict[str, Any], why: str) -> None
         EngineOptions(**wrong)
     with pytest.raises(ParameterError, match=f"^{name}="):
         LLM("no such model", **wrong)  # before anything is looked for
+
+
+def test_options_are_described_in_the_record_itself() -> None:
+    text = EngineOptions.__doc__ or ""
+    assert all(f"\n{field.name} " in text and field.metadata["help"][:30] in text for field in fields(EngineOptions))
+    assert "max_batch (8): Requests that decode at once." in text
+
+
+def test_rows_of_one_sequence_are_rows_of_a_step(llm: LLM) -> None:
+    with pytest.raises(
+        MethodError, match="max_rows=9 of one sequence cannot be had in steps of max_step_rows=8: lower"
+    ):
+        LLM(llm.loaded, method="ngram", max_rows=9, max_step_rows=8)
 
 
 def test_numbers_of_other_libraries_are_numbers() -> None:

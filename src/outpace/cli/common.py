@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, Field, fields
+from dataclasses import Field, fields
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -26,7 +26,11 @@ if TYPE_CHECKING:
     from ..engine.llm import LLM
 
 F = TypeVar("F", bound=Callable[..., Any])
-DEFAULTS = {f.name: f.default for f in fields(SamplingParams) if f.default is not MISSING}
+#: Of SamplingParams, those whose option is the field
+SAMPLING = (
+    *("temperature", "top_k", "top_p", "min_p"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty", "seed"),
+)
 
 
 def _apply(options: list[Callable[[Any], Any]], function: F) -> F:
@@ -37,12 +41,17 @@ def _apply(options: list[Callable[[Any], Any]], function: F) -> F:
 
 def engine_options(*names: str, **defaults: Any) -> Callable[[F], F]:
     """Options made from the fields of EngineOptions: of these names, or all. `defaults`: where a command has others."""
-    known = {field.name: field for field in fields(EngineOptions)}
-    options = [_engine_option(known[name], defaults) for name in names or known]
+    options = [_option(field, defaults) for field in _fields(EngineOptions, names)]
     return lambda function: _apply(options, function)
 
 
-def _engine_option(field: Field[Any], defaults: dict[str, Any]) -> Callable[[Any], Any]:
+def _fields(record: type[Any], names: Sequence[str]) -> list[Field[Any]]:
+    known = {field.name: field for field in fields(record)}
+    return [known[name] for name in names or known]
+
+
+def _option(field: Field[Any], defaults: dict[str, Any], ranges: bool = True) -> Callable[[Any], Any]:
+    """`ranges`: refused by the command line; else by the record, in its own words."""
     rule, about = field.metadata["rule"], field.metadata
     flag = about.get("flag", "--" + field.name.replace("_", "-"))
     scale = about.get("scale", 1.0)
@@ -50,7 +59,9 @@ def _engine_option(field: Field[Any], defaults: dict[str, Any]) -> Callable[[Any
     kind: Any = str
     if isinstance(rule, Flag):
         return click.option(f"{flag}/--no-{flag[2:]}", default=default, show_default=True, help=about["help"])
-    if isinstance(rule, Whole):
+    if not ranges and isinstance(rule, Whole | Number):
+        kind = int if isinstance(rule, Whole) else float
+    elif isinstance(rule, Whole):
         kind = click.IntRange(rule.low, rule.high)
     elif isinstance(rule, Number):
         most = None if rule.high == math.inf else rule.high * scale
@@ -110,12 +121,7 @@ def model_options(function: F) -> F:
 
 
 def sampling_options(function: F) -> F:
-    """How tokens are chosen; defaults are those of SamplingParams."""
-
-    def option(flag: str, kind: type, text: str) -> Callable[[Any], Any]:
-        name = flag[2:].replace("-", "_")
-        return click.option(flag, type=kind, default=DEFAULTS[name], show_default=True, help=text)
-
+    """How tokens are chosen, from the fields of SamplingParams."""
     options = [
         click.option(
             "-n",
@@ -124,17 +130,10 @@ def sampling_options(function: F) -> F:
             help="Longest answer.  [default: until the model ends it, as far as the context goes; at most 1024 tokens, "
             "in a chat 4096]",
         ),
-        option("--temperature", float, "0 takes the likeliest token, higher is more varied."),
-        option("--top-k", int, "Sample among the k likeliest tokens; 0: all."),
-        option("--top-p", float, "Sample among the likeliest tokens that make up this probability."),
-        option("--min-p", float, "Leave out tokens less likely than this share of the likeliest."),
-        option("--repetition-penalty", float, "Above 1: tokens of the prompt and the answer become less likely."),
-        option("--presence-penalty", float, "Subtracted from the logits of tokens that the answer has."),
-        option("--frequency-penalty", float, "The same for each time that it has them."),
+        *(_option(field, {}, ranges=False) for field in _fields(SamplingParams, SAMPLING)),
         click.option(
             "--logit-bias", multiple=True, metavar="TOKEN=BIAS", help="Added to a token id's logit; may be repeated."
         ),
-        option("--seed", int, "The same seed gives the same text."),
         click.option("--json-schema", metavar="FILE|JSON", help="The answer is JSON that this schema describes."),
         click.option("--regex", metavar="REGEX", help="The whole answer matches this regular expression."),
         click.option("--grammar", metavar="FILE", help="The answer is a sentence of this grammar (Lark or GBNF)."),
@@ -146,14 +145,10 @@ def sampling_options(function: F) -> F:
 
 def sampling_params(options: dict[str, Any]) -> SamplingParams:
     """From the options of `sampling_options`; ParameterError for a value out of range."""
-    names = (
-        *("temperature", "top_k", "top_p", "min_p", "seed", "stop", "regex"),
-        *("repetition_penalty", "presence_penalty", "frequency_penalty"),
-    )
     limit, schema, grammar = options["max_tokens"], options["json_schema"], options["grammar"]
     most = {} if limit is None else {"max_tokens": limit}
     return SamplingParams(
-        **{name: options[name] for name in names},
+        **{name: options[name] for name in (*SAMPLING, "stop", "regex")},
         **most,
         logit_bias=dict(map(_bias, options["logit_bias"])),
         logprobs=options.get("logprobs"),

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple, Protocol
 
 from ..errors import CapacityError
 from ..fields import Flag, Number, Whole, check, same, value
-from .options import FIXED_ROWS, EngineOptions
+from .options import FIXED_ROWS, STEP_ROWS, EngineOptions
 
 Preemption = Literal["swap", "recompute"]
 
@@ -44,7 +44,7 @@ class SchedulerLimits:
     max_position: int = value(MISSING, Whole(1))
     max_batch: int = same(EngineOptions, "max_batch")
     max_rows: int = same(EngineOptions, "max_rows", FIXED_ROWS)
-    max_step_rows: int = same(EngineOptions, "max_step_rows", 32)
+    max_step_rows: int = same(EngineOptions, "max_step_rows", STEP_ROWS)
     prefill_rows: int = same(EngineOptions, "prefill_rows")
     max_queue: int | None = same(EngineOptions, "max_queue")
     max_step_s: float | None = same(EngineOptions, "max_step_s")

@@ -63,11 +63,17 @@ def check_options(options: EngineOptions) -> Verifier:
                 f"verifier={options.verifier!r} has nothing to verify with method 'plain', which drafts nothing: "
                 "leave it out, or name a method that drafts"
             )
-        if options.max_rows is not None:
-            raise MethodError(
-                f"max_rows={options.max_rows} has no use with method 'plain', whose steps have one row of each "
-                "sequence: leave it out, or name a method that drafts"
-            )
+        for name in ("max_rows", "max_step_rows"):
+            if getattr(options, name) is not None:
+                raise MethodError(
+                    f"{name}={getattr(options, name)} has no use with method 'plain', whose steps have one row of each "
+                    "sequence: leave it out, or name a method that drafts"
+                )
+    if options.rows > options.step_rows:
+        raise MethodError(
+            f"max_rows={options.rows} of one sequence cannot be had in steps of max_step_rows={options.step_rows}: "
+            "lower the one or raise the other"
+        )
     return verifier
 
 
@@ -83,7 +89,7 @@ def for_method(
     if method == "plain":
         unused["planner"] = "auto"
     if all(spec == "plain" for spec in specs):
-        unused |= {"verifier": "auto", "max_rows": None}
+        unused |= {"verifier": "auto", "max_rows": None, "max_step_rows": None}
     return changed.changed(**{name: value for name, value in unused.items() if name not in changes})
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, get_args
 
 from ..errors import ParameterError
-from ..fields import WRONG_TYPE, Choice, Each, Flag, Number, Text, Whole, check, nearest, value
+from ..fields import WRONG_TYPE, Choice, Each, Flag, Number, Text, Whole, check, documented, nearest, value
 from ..types import Precision
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 MOST_ROWS = 4096  # of a step: beyond it nothing gains, and buffers grow with it
 MOST_TOKENS = 2**31 - 1  # of a cache; the memory sets the real limit when the cache is made
 GOODPUT_ROWS, FIXED_ROWS = 32, 16  # of one sequence, by who plans
+STEP_ROWS = 32  # of all of them
 PRECISIONS = ("auto", *get_args(Precision))
 
 
@@ -36,6 +37,7 @@ class Model(Text):
         return os.fspath(value) if isinstance(value, str | os.PathLike) else value
 
 
+@documented
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
     """How a model is opened, how it decodes and what it may use. Raises ParameterError for a value that is not of its
@@ -86,7 +88,7 @@ class EngineOptions:
         None,
         Whole(1, MOST_ROWS),
         "Most rows of all decoding sequences in a step.",
-        unset="max-rows, and at least 32",
+        unset=f"as max-rows, at least {STEP_ROWS}",
     )
     prefill_rows: int = value(512, Whole(1, MOST_ROWS), "Most prompt tokens that one step reads.")
     kv_tokens: int | None = value(
@@ -134,9 +136,10 @@ class EngineOptions:
     @property
     def rows(self) -> int:
         """Most rows of one sequence in a step."""
-        return self.max_rows or (GOODPUT_ROWS if self.chosen_planner == "goodput" else FIXED_ROWS)
+        most = GOODPUT_ROWS if self.chosen_planner == "goodput" else FIXED_ROWS
+        return self.max_rows or min(most, self.max_step_rows or most)
 
     @property
     def step_rows(self) -> int:
         """Most rows of all decoding sequences in a step."""
-        return self.max_step_rows or max(32, self.rows)
+        return self.max_step_rows or max(STEP_ROWS, self.rows)
