@@ -57,6 +57,10 @@ def read_json(text: str | bytes, what: str) -> Any:
         raise ParameterError(f"{what} is no JSON: it is not text in {e.encoding} ({e.reason})") from None
     except RecursionError:
         raise ParameterError(f"{what} is nested too deeply") from None
+    except ParameterError:
+        raise
+    except ValueError as e:  # a number of thousands of digits
+        raise ParameterError(f"{what} cannot be read: {e}") from None
 
 
 def check_schema(schema: Any, what: str = "json_schema") -> None:

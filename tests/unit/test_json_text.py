@@ -20,6 +20,8 @@ from outpace.json_text import KEYWORDS, check_schema, read_json
         ('{"a": ', "no JSON: Expecting value at line 1, column 7"),
         (b'{"\xff": 1}', "not text in utf-8"),
         ("[" * 200_000, "nested too deeply"),
+        ("[" + "1" * 10_000 + "]", "cannot be read: .*digits"),
+        ("{" + ", ".join(f'"{i}": 1' for i in [*range(200_000), 199_999]) + "}", "the key '199999' twice"),  # at once
     ],
 )
 def test_what_is_no_sound_json_is_refused(text: str | bytes, why: str) -> None:
