@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 import pytest
 
-from outpace.cli import main
+from outpace.cli import HABITS, main
 from outpace.decoding.methods import parse_spec
 from outpace.errors import OutpaceError
 
@@ -54,6 +54,7 @@ def check(words: list[str]) -> None:
     name, *args = words
     if name in ("COMMAND", "--help", "--version"):
         return
+    name, *args = (*HABITS.get(name, (name,)), *args)
     context = main.make_context("outpace", ["--help-not-run"], resilient_parsing=True)
     command = main.get_command(context, name)
     if command is None:
