@@ -1,4 +1,5 @@
-"""Perplexity of one model in several precisions on the same text.
+"""Perplexity of one model in several precisions on the same text, and the positions where they differ most from the
+first one.
 
     python benchmarks/perplexity.py --model smollm2-135m --precision float32 --precision bfloat16 --precision int8
 
@@ -10,12 +11,15 @@ result file names together with the text's digest.
 from __future__ import annotations
 
 import hashlib
+import json
+from contextlib import ExitStack
 from time import perf_counter
 from typing import Any
 
 import click
 from common import note, public_name, save, table
 
+from outpace.bench.divergence import diverge, openings
 from outpace.bench.quality.likelihood import build_text
 from outpace.bench.teacher import perplexity
 from outpace.engine.llm import LLM
@@ -34,15 +38,21 @@ QUESTION = "What does the precision of the arithmetic cost in quality, measured 
 def main(**options: Any) -> None:
     text = build_text(options["size"])
     rows: dict[str, dict[str, Any]] = {}
-    for precision in options["precisions"]:
-        with LLM(
-            options["model"],
-            method="plain",
-            precision=precision,
-            threads=options["threads"],
-            device=options["device"],
-            max_batch=1,
-        ) as llm:
+    with ExitStack() as stack:
+        llms = {
+            precision: stack.enter_context(
+                LLM(
+                    options["model"],
+                    method="plain",
+                    precision=precision,
+                    threads=options["threads"],
+                    device=options["device"],
+                    max_batch=1,
+                )
+            )
+            for precision in options["precisions"]
+        }
+        for precision, llm in llms.items():
             tokens = llm.tokenizer.encode(text)
             began = perf_counter()
             for so_far in perplexity(llm.decoder, tokens, window=options["window"], bos=llm.config.bos_id):
@@ -54,6 +64,7 @@ def main(**options: Any) -> None:
                 "seconds": round(perf_counter() - began, 2),
                 "weight_bytes": llm.decoder.weight_bytes,
             }
+        compare(llms, tokens, options["window"], rows)
     base_name = "bfloat16" if "bfloat16" in rows else next(iter(rows))
     base = rows[base_name]["perplexity"]
     for row in rows.values():
@@ -70,7 +81,51 @@ def main(**options: Any) -> None:
         for p, r in rows.items()
     ]
     body = table(["precision", "perplexity", f"against {base_name}", "predictions", "seconds"], cells)
+    body += worst_positions(rows)
     save(options["name"] or f"perplexity-{public_name(options['model'])}", QUESTION, config, rows, body)
+
+
+def compare(llms: dict[str, LLM], tokens: list[int], window: int, rows: dict[str, dict[str, Any]]) -> None:
+    """Add to the rows how far each precision is from the first, on the text and on texts without a control token."""
+    first = next(iter(llms.values()))
+    bos = [] if first.config.bos_id is None else [first.config.bos_id]
+    sets = {
+        "divergence": [[*bos, *tokens[i : i + window]] for i in range(0, len(tokens), window)],
+        "openings": [first.tokenizer.encode(t) for t in openings()],
+    }
+    for name, sequences in sets.items():
+        note(f"{name}: position by position")
+        found = diverge({p: llm.decoder for p, llm in llms.items()}, sequences)
+        for precision, divergence in found.items():
+            rows[precision][name] = divergence.summary(sequences, first.tokenizer.decode)
+
+
+def worst_positions(rows: dict[str, dict[str, Any]]) -> str:
+    """The page's tables of divergence from the first precision."""
+    reference, *others = rows
+    titles = {
+        "divergence": f"## Divergence from {reference}, of the same text (KL in nats for a position)",
+        "openings": f"## Divergence from {reference}, of short texts that begin without a control token",
+    }
+    body = ""
+    for name, title in titles.items():
+        head = ["precision", "positions", "mean", "median", "99.9 % below", "above 0.1", "worst"]
+        keys = ("positions", "mean", "median", "quantile_99.9", "above_0.1")
+        cells = [[p, *(rows[p][name][k] for k in keys), rows[p][name]["worst"][0]["kl"]] for p in others]
+        body += f"\n\n{title}\n\n{table(head, cells)}"
+        for p in others:
+            lines = [
+                [w["kl"], code(w["context"]), code(w["token"]), w["reference"], w["probability"]]
+                for w in rows[p][name]["worst"]
+            ]
+            body += f"\n\nThe worst of {p}:\n\n"
+            body += table(["KL", "behind", "likeliest token", f"by {reference}", f"by {p}"], lines)
+    return body
+
+
+def code(text: str) -> str:
+    """A text in a cell of a table."""
+    return f"`{json.dumps(text, ensure_ascii=False)[1:-1].replace('`', chr(39)).replace('|', '¦')}`"
 
 
 if __name__ == "__main__":
