@@ -15,6 +15,7 @@ StepSeconds = Callable[[int, float], float]  # of so many rows behind so many ca
 
 
 _TINY_S, _MOST_SLOWER = 1e-9, 1000.0
+_FIRST_ROWS = 128
 
 
 def largest(most: int, holds: Callable[[int], bool]) -> int:
@@ -37,6 +38,7 @@ class Rows:
             raise ParameterError("max_step_s needs measured step times: give `step_seconds`, or leave max_step_s out")
         self._limits, self._step_seconds = limits, step_seconds
         self._slower = 1.0  # measured seconds for each of the table's
+        self._proven = _FIRST_ROWS  # rows of the largest step that was not too long; twice as many may be tried
 
     def took(self, running: Collection[Job], rows: int, seconds: float) -> None:
         """A step of so many rows, chunks among them, has been measured."""
@@ -45,6 +47,10 @@ class Rows:
         expected = max(self._step_seconds(rows, _context(running)), _TINY_S)
         ratio = min(max(seconds / expected, 1 / _MOST_SLOWER), _MOST_SLOWER)
         self._slower += (ratio - self._slower) / 2
+        if self._limits.max_step_s is not None and seconds > self._limits.max_step_s:
+            self._proven = max(int(rows * self._limits.max_step_s / seconds), 1)
+        else:
+            self._proven = max(self._proven, rows)
 
     def cap(self, job: Job) -> int:
         """Most draft rows of a decoding job: no more than could still be emitted."""
@@ -61,7 +67,7 @@ class Rows:
         spare = min(drafts + unread, max(drafts, limits.prefill_rows))
         if limits.max_step_s is not None:
             seconds = limits.max_step_s / self._slower
-            spare = max(self._within(seconds, own + spare, _context(running)) - own, 0)
+            spare = max(self._within(seconds, min(own + spare, 2 * self._proven), _context(running)) - own, 0)
         drafts = min(drafts, max(int(limits.draft_share * spare), spare - unread))
         return min(unread, max(spare - drafts, limits.least_chunk)), drafts
 
