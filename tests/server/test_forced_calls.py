@@ -187,6 +187,12 @@ def test_a_call_that_max_tokens_cuts_is_a_part_of_a_call(forced: bool, said: str
     assert "".join(t.function.arguments for c in chunks for t in c.delta.tool_calls or []) == '{"city": "Be'
 
 
+def test_text_that_is_cut_behind_a_whole_call_is_cut(serve: Callable[..., Live]) -> None:
+    said = f"<tool_call>{ONE}</tool_call> And more"
+    answer = ask(says(serve, said), tool_choice="auto", max_tokens=len(said) - 3).choices[0]
+    assert answer.finish_reason == "length" and len(answer.message.tool_calls) == 1
+
+
 def test_too_little_for_a_name_is_no_call_and_no_content(serve: Callable[..., Live]) -> None:
     live = says(serve, ONE)
     answer = ask(live, max_tokens=6).choices[0]

@@ -154,6 +154,11 @@ def test_what_is_no_call(text: str) -> None:
     assert parse_call(text) is None
 
 
+def test_a_name_that_only_begins_one_is_known_at_its_end() -> None:
+    reader = ToolReader(["foo"])
+    assert reader.push('{"name": "f') == [] and reader.push('"') == ['{"name": "f"']
+
+
 def test_arguments_as_text_are_taken() -> None:
     assert parse_call('{"name": "f", "arguments": "{}"}') == Call("f", "{}")
 
