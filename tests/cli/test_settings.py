@@ -45,6 +45,7 @@ def test_the_narrower_wins(outpace: Run, settings: Callable[[str], Path], monkey
     assert found["seed"] == (3, "OUTPACE_RUN_SEED") and found["top_p"] == (0.25, "OUTPACE_TOP_P")
     assert found["min_p"] == (0.0, "default")
     assert in_force(outpace, "chat")["seed"] == (2, "OUTPACE_SEED")
+    assert in_force(outpace, "chat")["temperature"] == (None, "as the model's makers say")
     assert in_force(outpace, "serve")["port"] == (9000, "config.toml [serve]")
     record = json.loads(outpace("run", "hi", "-n", "2", "--json").stdout)
     assert record["model"] == "toy"
@@ -93,6 +94,11 @@ def test_a_wrong_variable_is_refused_by_its_name(outpace: Run, monkeypatch: pyte
     for command in (("run", "hi"), ("config",)):
         result = outpace(*command)
         assert result.exit_code == USAGE and "OUTPACE_TEMPERATURE: 'hot' is not a valid float" in result.stderr
+
+
+def test_help_of_chat_says_no_default_that_it_does_not_have(outpace: Run) -> None:
+    text = " ".join(outpace("chat", "--help").stdout.split())
+    assert text.count("[default: (as the model's makers say)]") == 5 and "(another one each time)" in text
 
 
 def test_a_misspelt_variable_is_said(outpace: Run, monkeypatch: pytest.MonkeyPatch) -> None:

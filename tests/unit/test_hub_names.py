@@ -86,6 +86,8 @@ def test_files_that_are_not_to_be_had() -> None:
     with pytest.raises(ModelNotFound, match="neither safetensors nor GGUF"):
         choose(["README.md"], HubName("o/n"))
     assert choose(["odd-name.gguf"], HubName("o/n")) == "odd-name.gguf"
+    with pytest.raises(ModelNotFound):  # the part that sees pictures is no language model
+        choose(["mmproj-q8_0.gguf"], HubName("o/n", "Q8_0"))
 
 
 def test_a_file_is_fetched_by_the_quantisation_and_named_by_the_short_name(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +25,15 @@ if TYPE_CHECKING:
 LONGEST = 4096  # tokens of an answer where nobody set a limit and the context has more room
 
 
+def chat_sampling(function: Callable[..., None]) -> Callable[..., None]:
+    recommended = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    shown = dict.fromkeys(recommended, "as the model's makers say") | {"seed": "another one each time"}
+    return sampling_options(function, shown)
+
+
 @click.command(short_help="Talk to a model in the terminal.")
 @model_options
-@sampling_options
+@chat_sampling
 @click.option("--continue", "go_on", is_flag=True, help="Go on with the last conversation.")
 @click.option(
     "--history/--no-history",

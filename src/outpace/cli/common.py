@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import Field, fields
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -31,6 +31,7 @@ SAMPLING = (
     *("temperature", "top_k", "top_p", "min_p"),
     *("repetition_penalty", "presence_penalty", "frequency_penalty", "seed"),
 )
+NO_WORDS: Mapping[str, str] = MappingProxyType({})
 
 
 def _apply(options: list[Callable[[Any], Any]], function: F) -> F:
@@ -50,8 +51,10 @@ def _fields(record: type[Any], names: Sequence[str]) -> list[Field[Any]]:
     return [known[name] for name in names or known]
 
 
-def _option(field: Field[Any], defaults: dict[str, Any], ranges: bool = True) -> Callable[[Any], Any]:
-    """`ranges`: refused by the command line; else by the record, in its own words."""
+def _option(
+    field: Field[Any], defaults: dict[str, Any], ranges: bool = True, shown: str | None = None
+) -> Callable[[Any], Any]:
+    """`ranges`: refused by the command line; else by the record, in its own words. `shown`: for the default."""
     rule, about = field.metadata["rule"], field.metadata
     flag = about.get("flag", "--" + field.name.replace("_", "-"))
     scale = about.get("scale", 1.0)
@@ -76,7 +79,7 @@ def _option(field: Field[Any], defaults: dict[str, Any], ranges: bool = True) ->
         field.name,
         type=kind,
         default=default,
-        show_default=default not in (None, ()),
+        show_default=shown or default not in (None, ()),
         metavar=about.get("metavar"),
         shell_complete=complete.OF_OPTION.get(field.name),
         callback=None if scale == 1 else lambda _, __, value: None if value is None else value / scale,
@@ -120,8 +123,9 @@ def model_options(function: F) -> F:
     return weights_options(engine_options(*decoding)(function))
 
 
-def sampling_options(function: F) -> F:
-    """How tokens are chosen, from the fields of SamplingParams."""
+def sampling_options(function: F, shown: Mapping[str, str] = NO_WORDS) -> F:
+    """How tokens are chosen, from the fields of SamplingParams. `shown`: of an option whose default the command chooses
+    itself, what help says of it."""
     options = [
         click.option(
             "-n",
@@ -130,7 +134,7 @@ def sampling_options(function: F) -> F:
             help="Longest answer.  [default: until the model ends it, as far as the context goes; at most 1024 tokens, "
             "in a chat 4096]",
         ),
-        *(_option(field, {}, ranges=False) for field in _fields(SamplingParams, SAMPLING)),
+        *(_option(field, {}, ranges=False, shown=shown.get(field.name)) for field in _fields(SamplingParams, SAMPLING)),
         click.option(
             "--logit-bias", multiple=True, metavar="TOKEN=BIAS", help="Added to a token id's logit; may be repeated."
         ),

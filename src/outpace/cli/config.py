@@ -79,7 +79,8 @@ def in_force(settings: Settings, name: str) -> list[dict[str, Any]]:
             table = key in settings.tables.get(name, {})
             origin = f"{settings.path.name}{f' [{name}]' if table else ''}"
         else:
-            origin = "default"
+            own = isinstance(option.show_default, str)  # a default that the command chooses itself
+            value, origin = (None, f"{option.show_default}") if own else (value, "default")
         if origin != "default" or is_shared(name, key):
             plain = list(value) if isinstance(value, tuple) else value
             rows.append({"name": key, "value": plain if _is_json(plain) else str(plain), "from": origin})
