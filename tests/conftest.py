@@ -67,9 +67,9 @@ def step_times_of_hash_decoders(monkeypatch: pytest.MonkeyPatch) -> None:
 
     measured = llm.step_costs
 
-    def step_costs(decoder, name, told=None):
+    def step_costs(decoder, name, progress=None):
         if not isinstance(decoder, hashing.HashDecoder):
-            return measured(decoder, name, told)
+            return measured(decoder, name, progress)
         return StepCosts((1, 8, 32), (64,), np.array([[1e-3], [1.1e-3], [1.4e-3]], dtype=np.float32))
 
     monkeypatch.setattr(llm, "step_costs", step_costs)

@@ -28,7 +28,7 @@ def tuned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
         measured.append("bandwidth")
         return [9e9, 1e10]
 
-    def costs(decoder: object, name: str, told: object = None, again: bool = False) -> StepCosts:
+    def costs(decoder: object, name: str, progress: object = None, again: bool = False) -> StepCosts:
         measured.append("steps again" if again else "steps")
         return COSTS
 
@@ -133,7 +133,7 @@ def test_no_share_is_told_of_a_memory_that_is_slower_than_the_steps(
     done = outpace(*ARGS)
     assert done.exit_code == 0 and "faster than the memory was measured to be" in done.stdout
     steps = done.stdout[done.stdout.index("steps") : done.stdout.index("a draft for")]
-    assert steps.count("not told") == 6
+    assert steps.count("not shown") == 6
     assert json.loads(outpace(*ARGS, "--json").stdout)["share_of_bandwidth"] is None
 
 

@@ -212,9 +212,9 @@ def test_capacity_is_refused_when_asked_for() -> None:
         engine.add([1] * 100, SamplingParams(max_tokens=1))
     with pytest.raises(CapacityError, match=r"KV cache holds 64 tokens.*kv_tokens"):
         engine.add([1] * 50, SamplingParams(max_tokens=20))
-    assert engine.room(50) == 14
+    assert engine.max_new_tokens(50) == 14
     with pytest.raises(CapacityError, match="no room"):
-        engine.room(64)
+        engine.max_new_tokens(64)
     assert engine.idle
     engine.check_integrity()
 

@@ -98,7 +98,7 @@ class FakeEngine:
         assert self._thread in (None, me), "the engine is used by two threads"
         self._thread = me
 
-    def room(self, prompt: Sequence[int]) -> int:
+    def max_new_tokens(self, prompt: Sequence[int]) -> int:
         if len(prompt) >= self._context:
             raise CapacityError(f"the prompt has {len(prompt)} tokens and leaves no room")
         return self._context - len(prompt)

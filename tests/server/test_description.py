@@ -21,7 +21,7 @@ from schemathesis.specs.openapi.checks import (
     unsupported_method,
 )
 
-from outpace.server.asks import Limits
+from outpace.server.submissions import Limits
 
 CHECKS = [
     not_a_server_error,

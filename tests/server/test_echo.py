@@ -16,8 +16,8 @@ from tokenizers import Tokenizer as RustTokenizer
 from outpace.errors import ParameterError
 from outpace.models.checkpoint import TokenizerFiles
 from outpace.models.tokenizer import Tokenizer
-from outpace.server.asks import Limits
 from outpace.server.infill import infill
+from outpace.server.submissions import Limits
 
 
 @pytest.fixture(scope="module")

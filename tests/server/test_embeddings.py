@@ -14,9 +14,9 @@ import pytest
 from fake import TEMPLATE, TOOL_TEMPLATE, FakeEngine
 from live import Live
 
-from outpace.server.asks import Limits
 from outpace.server.keys import Keys
 from outpace.server.routes.embeddings import MOST_INPUTS, PORTION
+from outpace.server.submissions import Limits
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from fake import TOOL_TEMPLATE, FakeEngine, lines
 from live import Live
 
 from outpace.cli.serve import LOOPBACK, allowed_hosts
-from outpace.server.asks import Limits
 from outpace.server.keys import Keys
+from outpace.server.submissions import Limits
 
 HELLO: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}]}
 TOOL = {"type": "function", "function": {"name": "f"}}

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from live import Live
 
-from outpace.server.asks import Limits
 from outpace.server.protocol import ChatRequest, CompletionRequest
+from outpace.server.submissions import Limits
 
 JSON = {"content-type": "application/json"}
 FINE = {200, 400, 404, 405, 413, 429}

@@ -22,10 +22,10 @@ from outpace.errors import ParameterError
 from outpace.models.tokenizer import Tokenizer
 from outpace.server import shape
 from outpace.server.app import json_response
-from outpace.server.asks import Limits
 from outpace.server.intake import LIGHT, Intake, Lease
 from outpace.server.service import ServiceError
 from outpace.server.shape import Shape, check_shape, parse, shape_of
+from outpace.server.submissions import Limits
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 JSON = {"content-type": "application/json"}

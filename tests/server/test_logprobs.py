@@ -17,7 +17,7 @@ from live import Live
 
 from outpace.engine.llm import LLM
 from outpace.engine.text import TextStream
-from outpace.server.logprobs import Judged, Shown
+from outpace.server.logprobs import ScoredToken, Shown
 from outpace.types import DecodingStats, Result, SamplingParams
 
 TOKENIZER = byte_tokenizer(None)
@@ -71,8 +71,8 @@ def test_the_list_has_the_tokens_of_the_text_and_no_others(text: str, stops: lis
     assert b"".join(TOKENIZER.vocabulary.text([id]) for id, _, _ in whole).decode() == stream.text
     shown, streamed, written = Shown(TOKENIZER, params), [], ""
     for i, (step, new) in enumerate(steps):
-        judged: list[Judged] = [(id, -0.25, [(id, -0.5)]) for id in step]
-        streamed += shown.certain(judged, new, result if i == len(steps) - 1 else None)
+        scored: list[ScoredToken] = [(id, -0.25, [(id, -0.5)]) for id in step]
+        streamed += shown.certain(scored, new, result if i == len(steps) - 1 else None)
         written += new
         data = b"".join(TOKENIZER.vocabulary.text([id]) for id, _, _ in streamed)
         assert not stops or i == len(steps) - 1 or written.encode().startswith(data), "none before its text"

@@ -225,9 +225,9 @@ def test_nobody_reads_what_another_was_answered(serve: Callable[..., Live]) -> N
     made = first.responses.create(model="fake", input="secret")
     named = first.responses.create(model="fake", input="secret", user="ann")
     for other, id, query in ((second, made.id, None), (first, named.id, None), (first, named.id, {"user": "bob"})):
-        for ask in (other.responses.retrieve, other.responses.delete, other.responses.cancel):
+        for call in (other.responses.retrieve, other.responses.delete, other.responses.cancel):
             with pytest.raises(openai.NotFoundError):
-                ask(id, extra_query=query)
+                call(id, extra_query=query)
         with pytest.raises(openai.NotFoundError):
             other.responses.input_items.list(id, extra_query=query)
         with pytest.raises(openai.BadRequestError, match="previous_response_id"):

@@ -23,7 +23,7 @@ from live import Live
 from outpace.errors import GrammarError, ParameterError, QueueFull
 from outpace.server import service as service_module
 from outpace.server import stream as stream_module
-from outpace.server.service import Ask, EngineService, Gone, ServiceError
+from outpace.server.service import EngineService, Gone, ServiceError, Submission
 from outpace.types import SamplingParams
 
 HELLO: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}]}
@@ -37,8 +37,8 @@ def until(what: Callable[[], Any], seconds: float = 60.0) -> None:
         time.sleep(0.005)
 
 
-def ask(seed: int = 1) -> Ask:
-    return Ask([1, 2, 3], SamplingParams(seed=seed))
+def ask(seed: int = 1) -> Submission:
+    return Submission([1, 2, 3], SamplingParams(seed=seed))
 
 
 def with_service(engine: FakeEngine, use: Callable[[EngineService], Any]) -> Any:
@@ -83,7 +83,7 @@ def test_all_or_none_is_submitted() -> None:
             await service.submit([ask(), ask(), ask()])
         assert engine.cancelled == [1, 2] and engine.idle and service.open_calls == 0
         with pytest.raises(ParameterError):
-            await service.submit([Ask([], SamplingParams())])
+            await service.submit([Submission([], SamplingParams())])
         await service.submit([ask(), ask()])
 
     with_service(engine, use)
@@ -95,14 +95,14 @@ def test_a_heavy_grammar_holds_up_nobody_else() -> None:
     engine.prepared.clear()
 
     async def use(service: EngineService) -> None:
-        slow = asyncio.create_task(service.submit([Ask([1], SamplingParams(regex="a+"))] * 3))
+        slow = asyncio.create_task(service.submit([Submission([1], SamplingParams(regex="a+"))] * 3))
         quick = await service.submit([ask(7)])
         assert len(await quick.wait()) == 1
         assert not slow.done() and len(engine.asked) == 1, "it waits for its grammar, in nobody's way"
         engine.prepared.set()
         assert len(await (await slow).wait()) == 3
         with pytest.raises(GrammarError, match="unclosed"):
-            await service.submit([ask(1), Ask([1], SamplingParams(regex="("))])
+            await service.submit([ask(1), Submission([1], SamplingParams(regex="("))])
         assert len(engine.asked) == 4, "all or none"
 
     with_service(engine, use)

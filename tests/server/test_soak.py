@@ -25,7 +25,7 @@ from outpace.cache.pages import PagedKVCache
 from outpace.cache.storage import PAGE_SIZE
 from outpace.engine.llm import LLM
 from outpace.engine.text import TextStream
-from outpace.server.asks import Limits
+from outpace.server.submissions import Limits
 from outpace.types import SamplingParams
 
 CHAT = "/v1/chat/completions"

@@ -166,7 +166,7 @@ def test_refusals_leave_nothing_behind(llm: LLM) -> None:
 
 
 def test_room_is_what_fits(llm: LLM) -> None:
-    room = llm.room("abc")
+    room = llm.max_new_tokens("abc")
     assert room == 4096 - len(llm.tokens("abc"))
     assert llm.stream("abc", SamplingParams(max_tokens=room)).result is None
     with pytest.raises(CapacityError):
@@ -180,7 +180,7 @@ def test_a_closed_llm_says_so() -> None:
     with pytest.raises(ParameterError, match="closed"):
         llm.generate("x")
     with pytest.raises(ParameterError, match="closed"):
-        llm.room("x")
+        llm.max_new_tokens("x")
     with pytest.raises(ParameterError, match="closed"):
         llm.superposed("x")
 

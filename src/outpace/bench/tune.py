@@ -35,7 +35,7 @@ _PREFILL_ROWS, _PREFILL_ROUNDS = 512, 4
 _FORMAT = 2
 _EXACT = 1.1  # how exact a measured bandwidth is
 
-Told = Callable[[str, int, int], None]
+Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +149,7 @@ def _list(value: Any) -> list[Any]:
 
 def tune(
     llm: LLM, prompts: Sequence[Prompt], names: Iterable[str] | None = None, max_tokens: int = 48, *,
-    again: bool = False, told: Told = lambda what, done, total: None,
+    again: bool = False, progress: Progress = lambda what, done, total: None,
 ) -> Tuning:  # fmt: skip
     """What was kept of this machine, model and number of threads, or everything anew (`again`, or if nothing was kept):
     memory and steps in the same seconds, so that one can be held against the other. What was measured while something
@@ -166,8 +166,8 @@ def tune(
     missing = [name for name in chosen if name not in have]
     total = len(missing) + (3 if kept is None else 0)
     with watched(_threads(llm)) as load:
-        kept = _measured(llm, kept, missing, prompts, max_tokens, total, told)
-    told("", total, total)
+        kept = _measured(llm, kept, missing, prompts, max_tokens, total, progress)
+    progress("", total, total)
     if load.busy:
         kept = replace(kept, busy=str(load))
     elif total:
@@ -181,17 +181,17 @@ def tune(
 
 def _measured(
     llm: LLM, kept: Tuning | None, missing: Sequence[str], prompts: Sequence[Prompt], max_tokens: int, total: int,
-    told: Told,
+    progress: Progress,
 ) -> Tuning:  # fmt: skip
     """What was kept, and what is missing of it."""
     if kept is None:
-        kept = _measure(llm, total, told)
+        kept = _measure(llm, total, progress)
     done = total - len(missing)
     if missing:
         plain = _drafter(llm, "plain", prompts, max_tokens)
         drafters, skipped = list(kept.drafters), list(kept.skipped)
         for name in missing:
-            told(name, done, total)
+            progress(name, done, total)
             try:
                 drafters.append(_drafter(llm, name, prompts, max_tokens))
             except MethodError as error:
@@ -205,14 +205,14 @@ def _threads(llm: LLM) -> int:
     return int(getattr(llm.decoder, "threads", usable_cores()))
 
 
-def _measure(llm: LLM, total: int, told: Told) -> Tuning:
+def _measure(llm: LLM, total: int, progress: Progress) -> Tuning:
     """Memory before and after the steps, whose times are measured again wherever the engine has some."""
     decoder, threads = llm.decoder, _threads(llm)
-    told("memory bandwidth", 0, total)
+    progress("memory bandwidth", 0, total)
     before = read_bandwidth(threads, decoder.device, size=1 << 28)
-    told("step times", 1, total)
+    progress("step times", 1, total)
     costs = step_costs(decoder, llm.name, again=True)
-    told("prompts", 2, total)
+    progress("prompts", 2, total)
     rows, prefill_s = _prefill(llm)
     bandwidth = max(*before, *read_bandwidth(threads, decoder.device, size=1 << 28))
     storage = decoder.new_storage(1)

@@ -87,8 +87,8 @@ def batch(input: Path, output: Path, **options: Any) -> None:
 def _answer(source: BatchInput, journal: Journal, options: dict[str, Any]) -> bool:
     """Run what is not answered yet; False if it was stopped. The model is opened even if everything is answered: only
     then is it known whether it would still give the same answers."""
-    from ..server.asks import Limits
     from ..server.batchrun import BatchRun, settings
+    from ..server.submissions import Limits
 
     limits = Limits(answer_tokens=options["answer_tokens"])
     with open_llm(options) as llm:

@@ -129,7 +129,7 @@ class Talk:
         params = replace(self.params, seed=(self.params.seed + self.answers) % 2**63)
         try:
             if not self.limited:
-                params = replace(params, max_tokens=min(LONGEST, self.llm.room(messages)))
+                params = replace(params, max_tokens=min(LONGEST, self.llm.max_new_tokens(messages)))
             stream = self.llm.stream(messages, params)
         except CapacityError as error:
             say(f"outpace: {error}. /clear starts anew.")

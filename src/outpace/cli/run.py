@@ -171,7 +171,7 @@ def prepare(
         else:
             say(f"({llm.name} has no chat template: the text is continued as it is)")
     if options["max_tokens"] is None:
-        params = replace(params, max_tokens=min(LONGEST, llm.room(ask)))
+        params = replace(params, max_tokens=min(LONGEST, llm.max_new_tokens(ask)))
     return ask, params
 
 

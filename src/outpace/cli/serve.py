@@ -139,10 +139,10 @@ def serve(**options: Any) -> None:
 
 def _serve(llm: LLM, keys: Any, listener: Any, options: dict[str, Any]) -> None:
     from ..server.app import create_app
-    from ..server.asks import Limits
     from ..server.connections import Patience
     from ..server.run import files_for, log_to_stderr, make_server
     from ..server.service import EngineService
+    from ..server.submissions import Limits
 
     limits = Limits(
         body_bytes=options["max_body"],

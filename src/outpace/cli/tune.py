@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 PROMPTS, TOKENS = 5, 48
 IMPOSSIBLE = (
-    "faster than the memory was measured to be, so that no share of it is told: either the weights fit into the "
+    "faster than the memory was measured to be, so that no share of it is shown: either the weights fit into the "
     "processor's cache, or other programs used the memory"
 )
 
@@ -60,7 +60,7 @@ def tune(**options: Any) -> None:
                 options["methods"] or None,
                 options["max_tokens"],
                 again=options["again"],
-                told=progress,
+                progress=progress,
             )
     if options["as_json"]:
         click.echo(json.dumps({**found.to_json(), **verdicts(found)}, ensure_ascii=False))
@@ -96,7 +96,7 @@ def show(found: Tuning) -> None:
     one, floor = costs.step(1, CONTEXT), found.floor()
 
     def of_memory(seconds: float) -> str:
-        return f"{100 * floor / seconds:.0f} %" if found.possible else "not told"
+        return f"{100 * floor / seconds:.0f} %" if found.possible else "not shown"
 
     weights, cache, read_ms = found.weight_bytes / 1e6, CONTEXT * found.kv_bytes / 1e6, 1e3 * floor
     prompt, peak = found.prefill_rows / found.prefill_s, found.peak / 1e12

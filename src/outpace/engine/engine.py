@@ -172,8 +172,9 @@ class Engine:
                 )
 
     def prepare(self, params: SamplingParams) -> None:
-        """Compile the grammar of `params`, if it has one, so that `add` need not. The only method, beside `room`, that
-        other threads may call. Raises GrammarError, and ParameterError without a tokenizer or the library."""
+        """Compile the grammar of `params`, if it has one, so that `add` need not. The only method, beside
+        `max_new_tokens`, that other threads may call. Raises GrammarError, and ParameterError without a tokenizer or
+        the library."""
         if params.constraint is not None:
             if self._grammars is None:
                 name = params.constraint[0]
@@ -379,7 +380,7 @@ class Engine:
         if not self._requests:
             assert self.cache.available_pages == self.cache.storage.num_pages, "pages are lost"
 
-    def room(self, prompt_tokens: int) -> int:
+    def max_new_tokens(self, prompt_tokens: int) -> int:
         """The largest max_tokens that a prompt of this length may ask for; CapacityError when there is none."""
         room = min(self.decoder.config.max_position, self.cache.storage.num_pages * PAGE_SIZE) - prompt_tokens
         if room < 1:

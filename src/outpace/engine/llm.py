@@ -231,9 +231,9 @@ class LLM:
         """The token ids that the model reads for a prompt."""
         return token_ids(self.tokenizer, prompt)
 
-    def room(self, prompt: Prompt) -> int:
+    def max_new_tokens(self, prompt: Prompt) -> int:
         """The largest `max_tokens` that fits behind a prompt; CapacityError if there is no room at all."""
-        return self._engine.room(len(self.tokens(prompt)))
+        return self._engine.max_new_tokens(len(self.tokens(prompt)))
 
     # -- for servers: many requests, one loop that steps -----------------------------------------------------------
 

@@ -28,10 +28,10 @@ _FORMAT = 5
 _LARGEST, _LONGEST_S = 1 << 24, 1000.0  # of what a table may hold
 _MOST_ROUNDS, _LEAST_ROUNDS, _ENOUGH_S = 12, 3, 2.0
 
-Told = Callable[[int, int], None]
+Progress = Callable[[int, int], None]
 
 
-def measure(decoder: Decoder, told: Told | None = None) -> StepCosts:
+def measure(decoder: Decoder, progress: Progress | None = None) -> StepCosts:
     """Time steps of `ROWS` rows behind `CONTEXTS` tokens, round after round, and keep the quickest of each: what
     disturbs a step only ever adds to it. Takes seconds with a large model."""
     contexts = [c for c in CONTEXTS if c + ROWS[-1] <= decoder.config.max_position] or [1]
@@ -50,14 +50,14 @@ def measure(decoder: Decoder, told: Told | None = None) -> StepCosts:
             decoder.forward(batches[cell], storage).rows[-1, 0].item()  # waits for the device
             if done:  # the first round warms up
                 seconds[cell] = min(seconds[cell], perf_counter() - start)
-        if told is not None:
-            told(done + 1, _MOST_ROUNDS)
+        if progress is not None:
+            progress(done + 1, _MOST_ROUNDS)
         if done >= _LEAST_ROUNDS and perf_counter() - began > _ENOUGH_S:
             break
     return StepCosts(ROWS, tuple(contexts), seconds)
 
 
-def step_costs(decoder: Decoder, name: str, told: Told | None = None, again: bool = False) -> StepCosts:
+def step_costs(decoder: Decoder, name: str, progress: Progress | None = None, again: bool = False) -> StepCosts:
     """The table of this machine, model, precision and number of threads; measured if it is not there yet, or `again`
     whatever is there. What was measured while the machine was busy serves this process alone, which is said on
     stderr."""
@@ -71,7 +71,7 @@ def step_costs(decoder: Decoder, name: str, told: Told | None = None, again: boo
             except ValueError as error:
                 say_damaged(f"step times of {name}", str(error))
     with watched(int(getattr(decoder, "threads", 1))) as load:
-        costs = measure(decoder, told)
+        costs = measure(decoder, progress)
     _of_this_process.pop(path, None)
     if load.busy:
         _of_this_process[path] = costs

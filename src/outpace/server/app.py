@@ -27,13 +27,12 @@ from .. import __version__
 from ..engine.request import StepEvent
 from ..errors import OutpaceError
 from ..types import Result, SamplingParams
-from .asks import Call, Limits, chat_call, completion_call
 from .bodies import chat_body, completion_body
 from .connections import Connections
 from .intake import BodyRoute, Intake
 from .keys import Keys
 from .metrics import CONTENT_TYPE, Follower, Metrics
-from .middleware import KEY, RECORD, Around
+from .middleware import KEY, RECORD, RequestMiddleware
 from .numbers import Figures
 from .protocol import ChatRequest, CompletionRequest
 from .refusals import ANTHROPIC, Refusal, Refused, refusal_of, refusal_of_body
@@ -44,8 +43,9 @@ from .routes.messages_routes import Messages
 from .routes.response_store import ResponseStore
 from .routes.responses_routes import Responses
 from .routes.tokens import Tokens
-from .service import Ask, EngineService, Gone, ServiceError, ServingEngine, Ticket
+from .service import EngineService, Gone, ServiceError, ServingEngine, Submission, Ticket
 from .stream import ChatChunks, Chunks, CompletionChunks, EventStream, chunks_of, json_response, watch
+from .submissions import Call, Limits, chat_call, completion_call
 
 log = logging.getLogger("outpace.server")
 PLAYGROUND = Path(__file__).parent / "playground"
@@ -99,7 +99,7 @@ def create_app(
     app = FastAPI(title="Outpace", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.intake = api.intake
     app.router.route_class = BodyRoute
-    guard = [Security(HTTPBearer(auto_error=False))] if keys.needed else []  # for the description: Around checks
+    guard = [Security(HTTPBearer(auto_error=False))] if keys.needed else []  # to be described; the middleware checks
     for path, route, verb, model, description in api.routes():
         more = _responses(path, route, verb, description)
         app.add_api_route(
@@ -120,7 +120,9 @@ def create_app(
         app.mount("/playground", Pages(directory=PLAYGROUND, html=True))
         app.add_route("/", lambda request: RedirectResponse("/playground/"), include_in_schema=False)
     names = frozenset(path for path, *_ in api.routes())
-    app.add_middleware(Around, metrics=metrics, keys=keys, body_bytes=limits.body_bytes, routes=names, hosts=hosts)
+    app.add_middleware(
+        RequestMiddleware, metrics=metrics, keys=keys, body_bytes=limits.body_bytes, routes=names, hosts=hosts
+    )
     if origins:  # outermost: what is refused must be readable to pages too
         app.add_middleware(
             CORSMiddleware,
@@ -136,7 +138,7 @@ def create_app(
 def _warm_up(engine: ServingEngine, app: FastAPI) -> None:
     """What takes a second once, before anybody waits: the vocabulary, that of grammars, the description of the API."""
     engine.tokenizer.vocabulary  # noqa: B018
-    with suppress(OutpaceError):  # grammars need a library that may be missing; who asks for one is told
+    with suppress(OutpaceError):  # grammars need a library that may be missing; a request for one is refused then
         engine.prepare(SamplingParams(regex="a"))
     app.openapi()
 
@@ -247,11 +249,11 @@ class Api:
         self.check_model(body.model)
         call = await self.intake.run(request, understand, body, engine, owner, self.limits)
         del body  # it may be large, and the answer long
-        record |= {"stream": call.stream, "choices": len(call.asks), "prompt_tokens": call.prompt_tokens}
+        record |= {"stream": call.stream, "choices": len(call.submissions), "prompt_tokens": call.prompt_tokens}
         if self.log_prompts:
             record["request"] = call.log
         follow = self.metrics.follow(record["arrived"])
-        ticket = await self.service.submit(call.asks)
+        ticket = await self.service.submit(call.submissions)
         if call.stream:
             made = chunks(call, engine, record["arrived"])
             source = self._guarded(chunks_of(ticket, made, follow), made, record)
@@ -269,9 +271,9 @@ class Api:
             await keep(answer)
         return json_response(answer) if call.logprobs is None else await self.intake.run(request, json_response, answer)
 
-    async def results(self, request: Request, asks: Sequence[Ask]) -> list[Result]:
+    async def results(self, request: Request, submissions: Sequence[Submission]) -> list[Result]:
         """What comes of them, all or none. Whoever leaves gets nothing."""
-        ticket = await self.service.submit(asks)
+        ticket = await self.service.submit(submissions)
         try:
             return await self._wait(request, ticket, lambda batch: None)
         finally:

@@ -19,12 +19,12 @@ from ..engine.grouping import NONE, group
 from ..engine.request import StepEvent
 from ..errors import OutpaceError, ParameterError, QueueFull
 from ..types import Result
-from .asks import Call, Limits, chat_call, completion_call
 from .batchfile import BadLine, BatchInput, BatchLine, Journal
 from .bodies import chat_body, completion_body
 from .protocol import ChatRequest, CompletionRequest
 from .refusals import Refusal, refusal_of, refusal_of_body
 from .service import ServingEngine
+from .submissions import Call, Limits, chat_call, completion_call
 
 if TYPE_CHECKING:
     from ..engine.llm import LLM
@@ -75,7 +75,7 @@ class Progress:
 
 @dataclass(slots=True)
 class _Open:
-    """A line whose asks are in the engine."""
+    """A line whose submissions are in the engine."""
 
     line: BatchLine
     place: int
@@ -162,8 +162,8 @@ class BatchRun:
             call = found[1]
             places.append(place)
             if self.order == "grouped":
-                prompts.append(np.array(call.asks[0].tokens, dtype=np.int32))
-                outputs.append(sum(ask.params.max_tokens for ask in call.asks))
+                prompts.append(np.array(call.submissions[0].tokens, dtype=np.int32))
+                outputs.append(sum(submission.params.max_tokens for submission in call.submissions))
                 held += len(prompts[-1])
             if len(places) == BLOCK_LINES or held > BLOCK_TOKENS:
                 yield self._arranged(places, prompts, outputs)
@@ -248,11 +248,11 @@ class BatchRun:
         if found is None:
             return True
         line, call = found
-        open = self._open[place] = _Open(line, place, call, [], [None] * len(call.asks))
+        open = self._open[place] = _Open(line, place, call, [], [None] * len(call.submissions))
         try:
-            for choice, ask in enumerate(call.asks):
-                options = ask.options if name is None else replace(ask.options, group=name)
-                id = self.engine.submit(ask.tokens, ask.params, ask.prediction, options)
+            for choice, submission in enumerate(call.submissions):
+                options = submission.options if name is None else replace(submission.options, group=name)
+                id = self.engine.submit(submission.tokens, submission.params, submission.prediction, options)
                 open.ids.append(id)
                 self._asked[id] = place, choice
         except QueueFull as error:

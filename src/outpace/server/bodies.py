@@ -10,11 +10,11 @@ from uuid import uuid4
 
 from .. import __version__
 from ..types import Result
-from .asks import Call
 from .calls import Call as MadeCall
 from .calls import new_id, read
 from .logprobs import Shown
 from .service import ServingEngine
+from .submissions import Call
 
 FINISH = {"stop": "stop", "length": "length", "cancelled": "stop", "error": "stop"}
 
@@ -38,7 +38,7 @@ def chat_body(call: Call, results: Sequence[Result], engine: ServingEngine) -> d
         message, reason = _message(call, result)
         logprobs = None
         if result.logprobs is not None:
-            shown = Shown(engine.tokenizer, call.asks[i].params)
+            shown = Shown(engine.tokenizer, call.submissions[i].params)
             logprobs = {"content": shown.chat(shown.whole(result)), "refusal": None}
         choices.append({"index": i, "message": message, "logprobs": logprobs, "finish_reason": reason})
     return _with_figures(head("chat.completion", "chatcmpl", engine), choices, call, results)
@@ -50,12 +50,12 @@ def completion_body(call: Call, results: Sequence[Result], engine: ServingEngine
     results = [call.answered(result) for result in results]
     for i, result in enumerate(results):
         logprobs = None
-        shown, before = Shown(engine.tokenizer, call.asks[i].params), ""
+        shown, before = Shown(engine.tokenizer, call.submissions[i].params), ""
         parts = []
         if call.echo is not None:
             before = call.echo[i // call.n]
             if result.prompt is not None:
-                parts.append(shown.prompt(call.asks[i].tokens, result.prompt, len(before)))
+                parts.append(shown.prompt(call.submissions[i].tokens, result.prompt, len(before)))
         if result.logprobs is not None:
             parts.append(shown.legacy(shown.whole(result)))
             logprobs = {name: [item for part in parts for item in part[name]] for name in parts[0]}
@@ -115,7 +115,7 @@ def usage(call: Call, results: Sequence[Result]) -> dict[str, Any]:
 
 def decoding(call: Call, index: int, result: Result) -> dict[str, Any]:
     """`outpace` of a body, or of the last chunk of a choice: how it was decoded, and the seed that repeats it."""
-    stats, params = result.stats, call.asks[index].params
+    stats, params = result.stats, call.submissions[index].params
     listed = {} if params.logprobs is None else {"logprobs": "raw" if params.raw_logprobs else "processed"}
     return {
         "method": result.method,

@@ -10,7 +10,7 @@ from ..models.tokenizer import Tokenizer
 from ..types import PromptReading, Result, SamplingParams
 
 LOWEST = -9999.0  # stands for a probability of zero, which JSON cannot say
-Judged = tuple[int, float, list[tuple[int, float]]]  # token, log-probability, the likeliest with theirs
+ScoredToken = tuple[int, float, list[tuple[int, float]]]  # token, log-probability, the likeliest with theirs
 
 
 class Shown:
@@ -22,7 +22,7 @@ class Shown:
         self._stops = bool(params.stop)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._offset = 0  # characters so far
-        self._held: list[Judged] = []  # of a text that may yet be cut
+        self._held: list[ScoredToken] = []  # of a text that may yet be cut
         self._seen = self._written = 0  # bytes of all tokens before those, and of the text so far
         self._begun = False
         self._echo = False  # the prompt was shown
@@ -36,12 +36,12 @@ class Shown:
     def ends(self, id: int) -> bool:
         return id in self._ends
 
-    def whole(self, result: Result) -> list[Judged]:
+    def whole(self, result: Result) -> list[ScoredToken]:
         """Of a whole output."""
         found = zip(result.token_ids, result.logprobs or [], result.top_logprobs or [], strict=True)
         return self.certain(list(found), result.text, result)
 
-    def certain(self, tokens: Sequence[Judged], text: str, result: Result | None) -> list[Judged]:
+    def certain(self, tokens: Sequence[ScoredToken], text: str, result: Result | None) -> list[ScoredToken]:
         """Those that are certain to stay, of `tokens` and of what was held back. `text` is what has become certain with
         them, `result` the whole output when it is over."""
         self._held += [one for one in tokens if self._echo or not self.ends(one[0])]
@@ -71,14 +71,14 @@ class Shown:
         """Whether a stop string ended it."""
         return result.finish_reason == "stop" and bool(result.token_ids) and not self.ends(result.token_ids[-1])
 
-    def chat(self, tokens: Sequence[Judged]) -> list[dict[str, Any]]:
+    def chat(self, tokens: Sequence[ScoredToken]) -> list[dict[str, Any]]:
         """OpenAI's `logprobs.content`."""
         return [
             {**self._entry(id, logprob), "top_logprobs": [self._entry(i, p) for i, p in top]}
             for id, logprob, top in tokens
         ]
 
-    def legacy(self, tokens: Sequence[Judged]) -> dict[str, Any]:
+    def legacy(self, tokens: Sequence[ScoredToken]) -> dict[str, Any]:
         """`logprobs` of /v1/completions."""
         offsets = []
         for id, _, _ in tokens:

@@ -1,4 +1,4 @@
-"""Around every request: an id, a limit on the body, a line in the log, a count. Plain ASGI: streams pass."""
+"""RequestMiddleware every request: an id, a limit on the body, a line in the log, a count. Plain ASGI: streams pass."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from uuid import uuid4
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .asks import dumped
 from .keys import Keys
 from .metrics import Metrics
 from .refusals import Refusal, refusal_of
+from .submissions import dumped
 
 RECORD, KEY = "outpace", "outpace.key"  # where a scope keeps what its log line will tell, and who asks
 requests_log = logging.getLogger("outpace.server.requests")
@@ -40,7 +40,7 @@ WRONG_HOST = Refusal(
 )
 
 
-class Around:
+class RequestMiddleware:
     """`routes`: the paths that are counted by name; all others are one. `hosts`: the names by which the server may be
     called (None: any). A page whose own name its owner lets point to this machine sends that name, and is refused."""
 

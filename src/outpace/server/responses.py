@@ -101,18 +101,18 @@ class Decodings(Described):
     ignored: list[str] | None = None
 
 
-class Likely(Described):
+class TopLogprob(Described):
     token: str
     logprob: float
     bytes: list[int]
 
 
-class Judged(Likely):
-    top_logprobs: list[Likely]
+class ScoredToken(TopLogprob):
+    top_logprobs: list[TopLogprob]
 
 
 class ChatLogprobs(Described):
-    content: list[Judged]
+    content: list[ScoredToken]
     refusal: None
 
 

@@ -28,7 +28,7 @@ IDLE_CHECK_S = 1.0  # the books are compared when the engine has been idle for s
 
 class ServingEngine(Protocol):
     """What is served: an `LLM`, or whatever keeps to this. Used by one thread at a time, but for `tokenizer`, `name`,
-    `method`, `precision` and `room`, which only read what never changes, and `prepare`."""
+    `method`, `precision` and `max_new_tokens`, which only read what never changes, and `prepare`."""
 
     @property
     def name(self) -> str: ...
@@ -46,7 +46,7 @@ class ServingEngine(Protocol):
     def in_step(self) -> Sequence[int]: ...
     @property
     def methods(self) -> Sequence[str]: ...
-    def room(self, prompt: Sequence[int]) -> int: ...
+    def max_new_tokens(self, prompt: Sequence[int]) -> int: ...
     def prepare(self, params: SamplingParams) -> None: ...
     def submit(
         self,
@@ -75,7 +75,7 @@ class Gone(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class Submission:
     """One request to the engine."""
 
     tokens: Sequence[int]
@@ -87,14 +87,14 @@ class Ask:
 class Ticket:
     """The requests of one call, all or none of them, and what comes of them. Belongs to the event loop."""
 
-    def __init__(self, service: EngineService, asks: Sequence[Ask]) -> None:
+    def __init__(self, service: EngineService, submissions: Sequence[Submission]) -> None:
         self._service = service
-        self.asks = list(asks)
-        self.results: list[Result | None] = [None] * len(asks)
+        self.submissions = list(submissions)
+        self.results: list[Result | None] = [None] * len(submissions)
         self.closed = False
         self._events: deque[tuple[int, StepEvent]] = deque()
         self._error: Exception | None = None
-        self._open = len(asks)
+        self._open = len(submissions)
         self._waiter: asyncio.Future[None] | None = None
 
     @property
@@ -103,8 +103,9 @@ class Ticket:
         return not self._open and not self._events and self._error is None
 
     async def take(self, patience: float | None = None) -> list[tuple[int, StepEvent]]:
-        """(index of the ask, event) of all that has happened since; waits until something has. Empty after `patience`
-        seconds without any. Raises what ended the requests: ServiceError, Gone, or an OutpaceError of the engine."""
+        """(index of the submission, event) of all that has happened since; waits until something has. Empty after
+        `patience` seconds without any. Raises what ended the requests: ServiceError, Gone, or an OutpaceError of the
+        engine."""
         if not self._events and self._open and self._error is None and not self.closed:
             self._waiter = asyncio.get_running_loop().create_future()
             timer = None if patience is None else self._waiter.get_loop().call_later(patience, self._wake)
@@ -123,7 +124,7 @@ class Ticket:
         return events
 
     async def wait(self) -> list[Result]:
-        """All results, in the order of the asks."""
+        """All results, in the order of the submissions."""
         while not self.finished:
             await self.take()
         return [result for result in self.results if result is not None]
@@ -199,16 +200,20 @@ class EngineService:
         if self.broken is not None:
             raise ServiceError(f"the engine is out of order: {self.broken}; restart the server", 503, "engine_broken")
         if self.draining:
-            raise ServiceError("the server is stopping and takes nothing new; ask another one", 503, "draining")
+            raise ServiceError("the server is stopping and takes nothing new: use another one", 503, "draining")
 
-    async def submit(self, asks: Sequence[Ask]) -> Ticket:
-        """Queue all asks, or none. Raises what the engine refuses them with, QueueFull among it, and ServiceError."""
+    async def submit(self, submissions: Sequence[Submission]) -> Ticket:
+        """Queue all, or none. Raises what the engine refuses them with, QueueFull among it, and ServiceError."""
         self.check_open()
-        for params in {ask.params.constraint: ask.params for ask in asks if ask.params.constraint}.values():
+        for params in {
+            submission.params.constraint: submission.params
+            for submission in submissions
+            if submission.params.constraint
+        }.values():
             # others go on while a heavy grammar is compiled, those among them too whose grammar is there
             await asyncio.get_running_loop().run_in_executor(self._compilers, self.engine.prepare, params)
         self.check_open()
-        ticket = Ticket(self, asks)
+        ticket = Ticket(self, submissions)
         self._tickets.add(ticket)
         assert self._quiet is not None
         self._quiet.clear()
@@ -349,8 +354,8 @@ class EngineService:
 
     def _submit(self, ticket: Ticket) -> None:
         try:
-            for index, ask in enumerate(ticket.asks):
-                id = self.engine.submit(ask.tokens, ask.params, ask.prediction, ask.options)
+            for index, submission in enumerate(ticket.submissions):
+                id = self.engine.submit(submission.tokens, submission.params, submission.prediction, submission.options)
                 self._live[id] = ticket, index
         except BaseException:
             self._drop(ticket)

@@ -14,13 +14,13 @@ from starlette.types import Receive, Scope, Send
 from ..engine.request import StepEvent
 from ..engine.text import TextStream
 from ..types import Result
-from .asks import Call, dumped
 from .bodies import FINISH, decoding, finish_of, head, ignored, tool_call, usage
 from .calls import Begun, Ended, Item, Piece, new_id
 from .calls import Call as MadeCall
-from .logprobs import Judged, Shown
+from .logprobs import ScoredToken, Shown
 from .refusals import Refusal
 from .service import ServingEngine, Ticket
+from .submissions import Call, dumped
 
 KEEP_ALIVE_S = 10.0  # a comment, when there was nothing to say for so long
 KEEP_ALIVE = b": still here\n\n"
@@ -49,7 +49,7 @@ class Choice:
 
     def __init__(self, call: Call, index: int, engine: ServingEngine) -> None:
         self.call, self.index = call, index
-        params = call.asks[index].params
+        params = call.submissions[index].params
         self.begun = False
         self.shown = Shown(engine.tokenizer, params)
         self.reader = call.reader()
@@ -58,7 +58,7 @@ class Choice:
         self.called = False  # the last of them is complete
         self.tracer = TextStream(engine.tokenizer.detokenizer(), params.stop, params.min_tokens) if call.trace else None
 
-    def judged(self, event: StepEvent) -> list[Judged] | None:
+    def scored(self, event: StepEvent) -> list[ScoredToken] | None:
         if event.logprobs is None:
             return None
         found = list(zip(event.token_ids, event.logprobs, event.top_logprobs or [], strict=True))
@@ -100,7 +100,7 @@ class Chunks:
         self.head: dict[str, Any] = head(self.kind, self.prefix, engine)
         if call.usage_chunk:
             self.head["usage"] = None
-        self.choices = [Choice(call, i, engine) for i in range(len(call.asks))]
+        self.choices = [Choice(call, i, engine) for i in range(len(call.submissions))]
 
     def event(self, index: int, event: StepEvent) -> bytes:
         """All chunks that one step's event makes; none if nothing has become certain."""
@@ -158,8 +158,8 @@ class ChatChunks(Chunks):
     kind, prefix = "chat.completion.chunk", "chatcmpl"
 
     def parts(self, choice: Choice, event: StepEvent) -> list[dict[str, Any]]:
-        judged = choice.judged(event)
-        logprobs = None if judged is None else {"content": choice.shown.chat(judged), "refusal": None}
+        scored = choice.scored(event)
+        logprobs = None if scored is None else {"content": choice.shown.chat(scored), "refusal": None}
         deltas = [delta for item in self._items(choice, event) for delta in self._deltas(choice, item)]
         if logprobs is not None and logprobs["content"] and not deltas:
             deltas = [{"content": ""}]
@@ -218,8 +218,8 @@ class CompletionChunks(Chunks):
         choice.begun = True
         if self.call.silent:
             return found
-        judged = choice.judged(event)
-        logprobs = None if judged is None else choice.shown.legacy(judged)
+        scored = choice.scored(event)
+        logprobs = None if scored is None else choice.shown.legacy(scored)
         if event.text or (logprobs and logprobs["tokens"]):
             found.append({"index": choice.index, "text": event.text, "logprobs": logprobs, "finish_reason": None})
         return found
@@ -227,7 +227,7 @@ class CompletionChunks(Chunks):
     def _prompt(self, choice: Choice, event: StepEvent, texts: list[str]) -> dict[str, Any]:
         text, logprobs = texts[choice.index // self.call.n], None
         if event.prompt is not None:
-            logprobs = choice.shown.prompt(self.call.asks[choice.index].tokens, event.prompt, len(text))
+            logprobs = choice.shown.prompt(self.call.submissions[choice.index].tokens, event.prompt, len(text))
         return {**self.nothing(choice), "text": text, "logprobs": logprobs}
 
     def nothing(self, choice: Choice) -> dict[str, Any]:

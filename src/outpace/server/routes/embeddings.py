@@ -16,10 +16,10 @@ from starlette.responses import Response
 from ...errors import ParameterError
 from ...types import Pooling, RequestOptions, Result, SamplingParams
 from .. import vendor
-from ..asks import Ask, Limits, check_fits, check_prompt
 from ..middleware import KEY, RECORD
 from ..protocol import Body, prompts_of
 from ..service import ServingEngine
+from ..submissions import Limits, Submission, check_fits, check_prompt
 from . import described
 
 if TYPE_CHECKING:
@@ -65,14 +65,14 @@ class Embeddings:
         record["owner"] = owner = api.keys.owner(request.scope[KEY], body.user)
         api.service.check_open()
         api.check_model(body.model)
-        asks = await api.intake.run(request, embedding_asks, body, api.service.engine, owner, api.limits)
-        tokens = sum(len(ask.tokens) for ask in asks)
-        record |= {"inputs": len(asks), "prompt_tokens": tokens}
+        submissions = await api.intake.run(request, submissions_of, body, api.service.engine, owner, api.limits)
+        tokens = sum(len(submission.tokens) for submission in submissions)
+        record |= {"inputs": len(submissions), "prompt_tokens": tokens}
         if api.log_prompts:
             record["request"] = {"input": body.input}
         parts: list[bytes] = []
-        for start in range(0, len(asks), PORTION):
-            results = await api.results(request, asks[start : start + PORTION])
+        for start in range(0, len(submissions), PORTION):
+            results = await api.results(request, submissions[start : start + PORTION])
             parts.append(await asyncio.to_thread(_written, results, start, body.encoding_format or "float"))
         api.metrics.embedded(tokens)
         end = {
@@ -90,7 +90,7 @@ class Embeddings:
         return Response(text, media_type="application/json")
 
 
-def embedding_asks(body: EmbeddingRequest, engine: ServingEngine, owner: str, limits: Limits) -> list[Ask]:
+def submissions_of(body: EmbeddingRequest, engine: ServingEngine, owner: str, limits: Limits) -> list[Submission]:
     """Raises ParameterError for what does not work, CapacityError for a text that is too long."""
     if body.dimensions is not None and body.dimensions != engine.width:
         raise ParameterError(
@@ -105,7 +105,7 @@ def embedding_asks(body: EmbeddingRequest, engine: ServingEngine, owner: str, li
     options = RequestOptions(
         owner=owner, priority=body.priority or 0, method="plain", max_draft=0, pooling=body.pooling or "mean"
     )
-    asks = []
+    submissions = []
     for place, text in enumerate(given):
         if isinstance(text, str):
             if not text:
@@ -113,8 +113,8 @@ def embedding_asks(body: EmbeddingRequest, engine: ServingEngine, owner: str, li
             check_fits([text], engine, limits)
             text = engine.tokenizer.prompt(text)
         check_prompt(text, engine, limits)
-        asks.append(Ask(text, _ONE, options=options))
-    return asks
+        submissions.append(Submission(text, _ONE, options=options))
+    return submissions
 
 
 def _written(results: Sequence[Result], start: int, form: str) -> bytes:

@@ -12,10 +12,10 @@ from pydantic import Field
 from ...errors import ParameterError
 from ...types import Result
 from .. import vendor
-from ..asks import Call, Limits, chat_call
 from ..bodies import chat_body
 from ..protocol import Body, ChatRequest, OutpaceOptions
 from ..service import ServingEngine
+from ..submissions import Call, Limits, chat_call
 from .translation import NAME, chat_request
 
 _CACHED = {"cache_control": vendor.MESSAGE["cache_control"]}

@@ -6,10 +6,10 @@ from typing import Any
 
 from ...engine.request import StepEvent
 from ...types import Result
-from ..asks import Call, dumped
 from ..refusals import Refusal
 from ..service import ServingEngine
 from ..stream import ChatChunks, Chunks
+from ..submissions import Call, dumped
 from .messages import ended, message_head, tool_use, usage
 
 

@@ -12,10 +12,10 @@ from pydantic import Field, model_validator
 from ...errors import ParameterError
 from ...types import Result
 from .. import vendor
-from ..asks import Call, Limits, chat_call
 from ..bodies import chat_body
 from ..protocol import Body, ChatRequest, OutpaceOptions, Prediction
 from ..service import ServingEngine
+from ..submissions import Call, Limits, chat_call
 from .translation import NAME, chat_request
 
 _STATUS = {"status": vendor.Harmless("an item of a request is complete", ("completed", "incomplete"))}
@@ -292,7 +292,7 @@ def _joined(content: str | Sequence[Mapping[str, Any]]) -> str:
 
 def response_head(turn: Turn, created: int, model: str, call: Call) -> dict[str, Any]:
     """A response before anything is written: what was asked, with the defaults that hold."""
-    body, params = turn.body, call.asks[0].params
+    body, params = turn.body, call.submissions[0].params
     form = None if body.text is None or body.text.format is None else body.text.format
     return {
         "id": turn.id,

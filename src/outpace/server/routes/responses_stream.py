@@ -8,11 +8,11 @@ from typing import Any
 
 from ...engine.request import StepEvent
 from ...types import Result
-from ..asks import Call
 from ..bodies import usage
 from ..refusals import Refusal
 from ..service import ServingEngine
 from ..stream import ChatChunks, Chunks
+from ..submissions import Call
 from .messages_stream import named
 from .responses import Turn, call_item, message_item, over, response_head
 

@@ -11,12 +11,12 @@ from starlette.responses import Response
 from ...errors import ParameterError
 from ...types import SamplingParams
 from .. import vendor
-from ..asks import Limits, check_fits, strings
 from ..conversation import template_messages
 from ..logprobs import Shown
 from ..protocol import Body, Message, Tool
 from ..service import ServingEngine
 from ..stream import json_response
+from ..submissions import Limits, check_fits, strings
 from . import described
 
 if TYPE_CHECKING:
@@ -73,14 +73,14 @@ class Tokens:
     async def info(self) -> Response:
         engine = self._api.service.engine
         named = engine.tokenizer.named_tokens
-        more = {"chat_template": engine.tokenizer.chat_template, "model_max_length": engine.room([])}
+        more = {"chat_template": engine.tokenizer.chat_template, "model_max_length": engine.max_new_tokens([])}
         return json_response({**named, **more})
 
 
 def tokenized(body: TokenizeRequest, engine: ServingEngine, limits: Limits) -> dict[str, Any]:
     """Raises ParameterError for what does not work, CapacityError for a text that no prompt could hold."""
     tokens = _tokens(body, engine, limits)
-    found: dict[str, Any] = {"count": len(tokens), "max_model_len": engine.room([]), "tokens": tokens}
+    found: dict[str, Any] = {"count": len(tokens), "max_model_len": engine.max_new_tokens([]), "tokens": tokens}
     shown = Shown(engine.tokenizer, SamplingParams())
     if body.return_token_strs:
         found["token_strs"] = [shown.token(id)[0] for id in tokens]

@@ -1,4 +1,4 @@
-"""From a body of a request to what the engine is asked: prompts as tokens, sampling parameters, options."""
+"""From a body of a request to submissions to the engine: prompts as tokens, sampling parameters, options."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .constraints import constraint_of
 from .conversation import conversation
 from .infill import infill
 from .protocol import ChatRequest, CompletionRequest, Generate
-from .service import Ask, ServingEngine
+from .service import ServingEngine, Submission
 from .shape import Shape
 from .tools import Plan, constraint_of_calls, form_of, plan
 
@@ -47,8 +47,8 @@ class Limits:
 class Call:
     """A request, understood."""
 
-    asks: list[Ask]
-    n: int  # choices of each prompt: ask i * n + j is choice j of prompt i
+    submissions: list[Submission]
+    n: int  # choices of each prompt: submission i * n + j is choice j of prompt i
     stream: bool
     usage_chunk: bool  # a stream ends with a chunk that has the usage
     trace: bool
@@ -62,7 +62,7 @@ class Call:
     @property
     def prompt_tokens(self) -> int:
         """Of all prompts, each counted once."""
-        return sum(len(ask.tokens) for ask in self.asks[:: self.n])
+        return sum(len(submission.tokens) for submission in self.submissions[:: self.n])
 
     def answered(self, result: Result) -> Result:
         """As the client gets it."""
@@ -79,7 +79,7 @@ class Call:
 
 
 def chat_call(body: ChatRequest, engine: ServingEngine, owner: str, limits: Limits) -> Call:
-    """Raises ParameterError for what does not work, CapacityError for a prompt that leaves no room."""
+    """Raises ParameterError for what does not work, CapacityError for a prompt that fills the context."""
     tools = plan(body.tools, body.tool_choice, body.parallel_tool_calls)
     field, constraint = constraint_of(body)
     said = conversation(body, tools, engine.tokenizer)
@@ -102,7 +102,7 @@ def chat_call(body: ChatRequest, engine: ServingEngine, owner: str, limits: Limi
     most = _most_tokens(body, body.max_completion_tokens)
     check_prompt(tokens, engine, limits)
     if most is None:
-        most = min(engine.room(tokens), limits.answer_tokens)
+        most = min(engine.max_new_tokens(tokens), limits.answer_tokens)
     params = _params(body, limits, most, logprobs, constraint, stops)
     shown = {"messages": [m.model_dump(exclude_none=True) for m in body.messages]}
     call = _call(body, [tokens], params, engine, owner, limits, shown)
@@ -215,12 +215,12 @@ def _call(
     chosen = {} if own is None else own.model_dump(exclude={"trace", "logprobs"}, exclude_none=True)
     if body.priority is not None and chosen.setdefault("priority", body.priority) != body.priority:
         raise ParameterError("priority and outpace.priority differ: give one of them")
-    asks = []
+    submissions: list[Submission] = []
     for tokens in prompts:
         options = RequestOptions(owner=owner, group=uuid4().hex if n > 1 else None, **chosen)
-        asks += [Ask(tokens, one, expected, options) for one in each]
+        submissions += [Submission(tokens, one, expected, options) for one in each]
     return Call(
-        asks=asks,
+        submissions=submissions,
         n=n,
         stream=stream,
         usage_chunk=body.stream_options is not None and bool(body.stream_options.include_usage),
@@ -310,7 +310,7 @@ def _check_choices(body: Generate, prompts: int, limits: Limits) -> int:
 
 def check_fits(texts: Sequence[str], engine: ServingEngine, limits: Limits) -> None:
     """Raises CapacityError for a prompt of these texts that is far too long, before it is tokenized."""
-    most = engine.room([])
+    most = engine.max_new_tokens([])
     engine.tokenizer.check_fits(texts, most if limits.prompt_tokens is None else min(most, limits.prompt_tokens))
 
 
@@ -331,7 +331,7 @@ def check_prompt(tokens: Sequence[int], engine: ServingEngine, limits: Limits) -
     if limits.prompt_tokens is not None and len(tokens) > limits.prompt_tokens:
         raise ParameterError(f"the prompt has {len(tokens)} tokens: at most {limits.prompt_tokens} are taken here")
     if tokens:
-        engine.room(tokens)  # CapacityError, before it is copied for each choice
+        engine.max_new_tokens(tokens)  # CapacityError, before it is copied for each choice
 
 
 def dumped(value: Any) -> bytes:
