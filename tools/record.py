@@ -3,7 +3,8 @@ README.md.
 
     python tools/record.py docs/images/run.svg -- outpace run --show-draft --against-plain "Name three rivers."
 
-Needs a POSIX system. The picture is of that run and no other: measure on an idle machine.
+Needs a POSIX system. The picture is of that run and no other: run the command once before, so that nothing is fetched,
+packed or compiled in it, and record on an idle machine.
 """
 
 from __future__ import annotations
