@@ -57,6 +57,8 @@ def run(tests: Path, model: str, arguments: list[str]) -> list[dict[str, Any]]:
     env = {**os.environ, "PYTHONPATH": path, "OUTPACE_TEST_MODEL": model, "OUTPACE_TEST_RESULT": str(result)}
     options = ["-p", "tools.llamacpp_tests.plugin", "-p", "no:cacheprovider", "-q", "--rootdir", str(tests)]
     subprocess.run([sys.executable, "-m", "pytest", *options, *(arguments or ["unit"])], cwd=tests, env=env)
+    if not result.exists():
+        raise SystemExit("the tests did not run; see above")
     return json.loads(result.read_text("utf-8"))
 
 

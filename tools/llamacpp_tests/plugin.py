@@ -25,6 +25,7 @@ from .by_design import reason_of
 #: Names of models that the tests use; ours answers to all of them.
 NAMES = ("davinci-002", "gpt-3.5-turbo", "gpt-3.5-turbo-instruct", "gpt-4.1", "codellama70b", "test", "tinyllama-2")
 STORY_WORDS = re.compile(r"^[(^]|^But she|^Whill|\|")
+sys.modules.setdefault("wget", types.ModuleType("wget"))  # the tests fetch models by it; here they do not
 outcomes: list[dict[str, Any]] = []
 _servers: dict[tuple[str, ...], tuple[subprocess.Popen[bytes], int]] = {}
 
@@ -120,7 +121,6 @@ def adapt(utils: Any) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    sys.modules.setdefault("wget", types.ModuleType("wget"))  # the tests fetch models by it; here they do not
     sys.path.insert(0, os.getcwd())
     import utils
 
