@@ -1,6 +1,6 @@
 """Runs llama.cpp's own server tests against `outpace serve`, and writes a table of what passed.
 
-    python -m tools.llamacpp_tests [--source FOLDER] [--model NAME] [--out FOLDER] [PYTEST ARGUMENT ...]
+    python -m tools.llamacpp_tests [--source FOLDER] [--model NAME] [--tool-model NAME] [--out FOLDER] [PYTEST ARGUMENT]
 
 The tests come from the source archive of `llama-cpp-python`, by pip, and are changed on the way: routes and the names
 of fields (translate.py), words and token counts of the tiny model that they were written for, and the beginning of
@@ -30,7 +30,9 @@ INSIDE = "vendor/llama.cpp/tools/server/tests/"
 #: What is changed in the tests' text: counts of another vocabulary, and what is said of llama.cpp's own build.
 CHANGES = [
     (r"== n_prompt\b", "> 0"),
+    (r"== n_cache\b", ">= (n_cache > 0)"),
     (r'startswith\("b"\)', 'startswith("op_")'),
+    (r'server_port}"(\)|,)', r'server_port}/v1"\1'),  # OpenAI's clients: our routes stand below /v1 alone
 ]
 
 
@@ -46,7 +48,7 @@ def fetch(folder: Path) -> Path:
     return found
 
 
-def run(tests: Path, model: str, arguments: list[str]) -> list[dict[str, Any]]:
+def run(tests: Path, model: str, tool_model: str, arguments: list[str]) -> list[dict[str, Any]]:
     for file in (tests / "unit").glob("*.py"):
         text = file.read_text("utf-8")
         for pattern, better in CHANGES:
@@ -54,7 +56,13 @@ def run(tests: Path, model: str, arguments: list[str]) -> list[dict[str, Any]]:
         file.write_text(text, "utf-8")
     result = tests / "outcomes.json"
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    env = {**os.environ, "PYTHONPATH": path, "OUTPACE_TEST_MODEL": model, "OUTPACE_TEST_RESULT": str(result)}
+    env = {
+        **os.environ,
+        "PYTHONPATH": path,
+        "OUTPACE_TEST_MODEL": model,
+        "OUTPACE_TEST_TOOL_MODEL": tool_model,
+        "OUTPACE_TEST_RESULT": str(result),
+    }
     options = ["-p", "tools.llamacpp_tests.plugin", "-p", "no:cacheprovider", "-q", "--rootdir", str(tests)]
     subprocess.run([sys.executable, "-m", "pytest", *options, *(arguments or ["unit"])], cwd=tests, env=env)
     if not result.exists():
@@ -94,12 +102,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="llama.cpp's server tests against outpace serve")
     parser.add_argument("--source", type=Path, help="tools/server/tests of a llama.cpp checkout; default: by pip")
     parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--tool-model", default="qwen2.5-coder-0.5b", help="for the tests of tools")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     known, rest = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as work:
         tests = Path(work) / "tests"
         shutil.copytree(known.source or fetch(Path(work)), tests)
-        rows = run(tests, known.model, rest)
+        rows = run(tests, known.model, known.tool_model, rest)
     record = {"source": SOURCE, "model": known.model, "outpace": metadata.version("outpace"), "tests": rows}
     (known.out / "llamacpp-server-tests.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
     (known.out / "llamacpp-server-tests.md").write_text(page(record), "utf-8")

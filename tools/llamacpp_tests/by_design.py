@@ -32,6 +32,29 @@ _ROWS = [
     (r"completion_unified", "llama.cpp's pool of slots, where requests abort each other; here they queue"),
     (r"pooling_none", "one vector for each text: mean or last token"),
     (r"thinking", "no thinking blocks: the models served here have none"),
+    (
+        r"test_invalid_chat_completion_req\[messages7\]",
+        "the template decides on two answers in a row",
+    ),
+    (r"test_chat_completion_stream\[|test_logprobs_stream", "the first chunk has text beside the role"),
+    (r"context_size_exceeded", "errors have OpenAI's type and code (context_length_exceeded), not llama.cpp's"),
+    (r"anthropic_empty_messages", "an empty list of messages is refused, as Anthropic's API does"),
+    (r"test_completion\[Write a joke", "`return_tokens` is llama.cpp's own"),
+    (r"test_completion_stream\[", "llama.cpp's native form of streams (generation_settings, token ids)"),
+    (r"nocache_long_input", "counts tokens of llama.cpp's tiny model: the prompt fits into ours"),
+    (
+        r"completion_with_tokens_input|mixed_input\[(input[035789]|input10|-False)|content_text_same",
+        "prompts are text, token ids, or a list of either: no mixtures, no objects, nothing empty",
+    ),
+    (r"test_completion\.py::test_logit_bias\[False", "logit_bias names token ids, not texts"),
+    (r"embedding_usage|with_bos", "counts tokens of another vocabulary"),
+    (r"embedding_error_prompt_too_long", "another wording of the same refusal"),
+    (
+        r"cors_options|cors_origins_localhost|cors_origins_defaults",
+        "origins are named whole (--cors-origin), and `*` is answered with `*`, without credentials",
+    ),
+    (r"cors_proxy", "the server fetches nothing for others"),
+    (r"with_and_without_draft|multi_requests_parallel", "fetches a draft model of llama.cpp's test collection"),
     (r"token_count", "llama.cpp's own route; here /tokenize and /v1/messages/count_tokens"),
 ]
 BY_DESIGN = [(re.compile(pattern), reason) for pattern, reason in _ROWS]

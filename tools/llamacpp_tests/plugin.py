@@ -18,14 +18,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from requests.structures import CaseInsensitiveDict
 
 from . import translate
 from .by_design import reason_of
 
 #: Names of models that the tests use; ours answers to all of them.
-NAMES = ("davinci-002", "gpt-3.5-turbo", "gpt-3.5-turbo-instruct", "gpt-4.1", "codellama70b", "test", "tinyllama-2")
+NAMES = (
+    "text-embedding-3-small",
+    "davinci-002",
+    "gpt-3.5-turbo",
+    "gpt-3.5-turbo-instruct",
+    "gpt-4.1",
+    "codellama70b",
+    "test",
+    "tinyllama-2",
+)
 STORY_WORDS = re.compile(r"^[(^]|^But she|^Whill|\|")
 sys.modules.setdefault("wget", types.ModuleType("wget"))  # the tests fetch models by it; here they do not
+current = ""  # the test that runs
 outcomes: list[dict[str, Any]] = []
 _servers: dict[tuple[str, ...], tuple[subprocess.Popen[bytes], int]] = {}
 
@@ -41,6 +52,8 @@ def options_of(server: Any) -> tuple[str, ...]:
     alias = (server.model_alias or "").split(",")
     names = [*dict.fromkeys([*filter(None, alias), *NAMES])]
     found = ["--threads", os.environ.get("OUTPACE_TEST_THREADS", "2"), "--answer-tokens", "64"]
+    if current.endswith("test_server_models"):  # it counts the names
+        names = names[:1]
     found += [word for name in names for word in ("--served-model-name", name)]
     if server.n_slots:
         found += ["--max-batch", str(server.n_slots)]
@@ -53,16 +66,18 @@ def options_of(server: Any) -> tuple[str, ...]:
 
 def start(server: Any, timeout_seconds: int = 60) -> None:
     options = options_of(server)
-    key = (*options, server.api_key or "")
+    tools = re.search("anthropic|tool-call", server.model_alias or "")
+    model = os.environ["OUTPACE_TEST_TOOL_MODEL" if tools else "OUTPACE_TEST_MODEL"]
+    key = (model, *options, server.api_key or "")
     if key not in _servers or _servers[key][0].poll() is not None:
         if len(_servers) >= 3:
             _end(next(iter(_servers)))
         port = free_port()
-        command = [sys.executable, "-m", "outpace", "serve", "-m", os.environ["OUTPACE_TEST_MODEL"], "--port"]
+        command = [sys.executable, "-m", "outpace", "serve", "-m", model, "--port"]
         env = {**os.environ, **({"OUTPACE_API_KEYS": server.api_key} if server.api_key else {})}
         _servers[key] = subprocess.Popen([*command, str(port), *options], env=env), port
     process, server.server_port = _servers[key]
-    until = time.monotonic() + 120
+    until = time.monotonic() + 600  # kernels may have to be compiled
     while time.monotonic() < until:
         if process.poll() is not None:
             raise RuntimeError(f"outpace serve ended with exit code {process.returncode}")
@@ -90,12 +105,17 @@ def adapt(utils: Any) -> None:
     process = utils.ServerProcess
     ask, stream, match = process.make_request, process.make_stream_request, utils.match_regex
 
-    def make_request(self: Any, method: str, path: str, data: Any = None, *args: Any, **more: Any) -> Any:
+    def make_request(
+        self: Any, method: str, path: str, data: Any = None, headers: Any = None, *args: Any, **more: Any
+    ) -> Any:
         native = method == "POST" and path in translate.NATIVE and isinstance(data, dict)
         if native:
             data = translate.request(data, self.temperature, self.seed)
-        more["headers"] = {k: v for k, v in (more.get("headers") or {}).items() if v is not None}
-        response = ask(self, method, translate.PATHS.get(path, path), data, *args, **more)
+        elif method == "POST" and path.endswith("/chat/completions") and isinstance(data, dict):
+            data.setdefault("ignore_eos", "tools" not in data)  # the tests' own model never ends
+        sent = {name: value for name, value in (headers or {}).items() if value is not None}
+        response = ask(self, method, translate.PATHS.get(path, path), data, sent, *args, **more)
+        response.headers = CaseInsensitiveDict(response.headers)  # which HTTP's are
         if native and isinstance(response.body, dict):
             response.body = translate.answer(response.body)
         return response
@@ -105,6 +125,8 @@ def adapt(utils: Any) -> None:
         if native:
             data = translate.request(data, self.temperature, self.seed)
             data["stream_options"] = {"include_usage": True}
+        elif path.endswith("/chat/completions"):
+            data.setdefault("ignore_eos", "tools" not in data)
         for item in stream(self, method, translate.PATHS.get(path, path), data, *args, **more):
             if not native:
                 yield item
@@ -137,9 +159,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.when == "call" or (report.when == "setup" and report.outcome != "passed"):
-        why = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr or "")
-        told = why.removeprefix("Skipped: ") if report.skipped else (why.strip().splitlines() or [""])[-1]
-        outcomes.append({"test": report.nodeid, "outcome": report.outcome, "why": told[-400:]})
+        crash = getattr(report.longrepr, "reprcrash", None)
+        why = report.longrepr[2].removeprefix("Skipped: ") if report.skipped else crash.message if crash else ""
+        outcomes.append({"test": report.nodeid, "outcome": report.outcome, "why": why[:400]})
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    global current
+    current = item.nodeid
 
 
 def pytest_sessionfinish() -> None:
