@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from toy import ARCHITECTURES, MemoryCheckpoint, Rig, random_tokens, toy_checkpoint
@@ -20,6 +21,8 @@ from outpace.errors import CorruptModel, ParameterError
 from outpace.models import digests, packed
 from outpace.models.config import ModelConfig
 from outpace.models.native import NativeDecoder
+from outpace.ops.cpu.rotation import rotate_weights
+from outpace.ops.reference import rotate
 from outpace.types import Precision
 
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "int8", "int4")
@@ -292,3 +295,9 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ParameterError, match="OUTPACE_CACHE"):
         packed.save({"a": np.ones(4, np.float32)}, tmp_path / "file" / "weights.bin")
+
+
+@pytest.mark.parametrize(("rows", "width", "threads"), [(1, 64, 1), (16, 128, 3), (33, 576, 2)])
+def test_the_compiled_rotation_has_the_bits_of_the_reference(rows: int, width: int, threads: int) -> None:
+    w = torch.randn(rows, width) * torch.logspace(-6, 6, width)
+    assert torch.equal(torch.from_numpy(rotate_weights(w.numpy(), threads)), rotate(w))

@@ -97,9 +97,9 @@ def pack_product(w: torch.Tensor, precision: Precision) -> tuple[NDArray[Any], N
     if precision == "int4":
         return _pack_int4(w), scales.numpy()
     if precision == "int8":
-        from ..ops.reference import ROTATION, rotate
+        from ..ops.cpu.rotation import BLOCK, rotate_weights
 
-        w = rotate(w) / ROTATION
+        w = torch.from_numpy(rotate_weights(w.contiguous().numpy(), torch.get_num_threads())) / BLOCK
         scales = w.abs().amax(dim=1) / 127
         w = (w / scales.clamp_min(1e-30)[:, None]).round_().to(torch.int8)
         return _panels(w, 4), scales.numpy()
