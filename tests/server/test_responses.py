@@ -185,6 +185,16 @@ def test_a_forced_call(choice: Any, serve: Callable[..., Live]) -> None:
     assert [(item.name, item.arguments) for item in last.response.output] == [("weather", call.arguments)]
 
 
+def test_where_a_call_is_forced_there_is_no_text_to_have_a_format(serve: Callable[..., Live]) -> None:
+    live = serve(FakeEngine(lambda asked: '{"name": "weather", "arguments": {"city": "Bern"}}', TOOL_TEMPLATE))
+    form: Any = {"format": {"type": "json_schema", "name": "n", "schema": EXAMPLE}}
+    made: dict[str, Any] = dict(model="fake", input="Hi", tools=[WEATHER], text=form)
+    (call,) = client_of(live).responses.create(**made, tool_choice="required").output
+    assert call.type == "function_call"
+    with pytest.raises(openai.BadRequestError, match="leaves no way to call a tool"):
+        client_of(live).responses.create(**made)
+
+
 def test_a_conversation_goes_on_without_the_instructions_of_before(client: openai.OpenAI, server: Live) -> None:
     first = client.responses.create(model="fake", input="One", instructions="A", extra_body={"seed": 1})
     second = client.responses.create(

@@ -238,7 +238,8 @@ def as_chat(body: ResponsesRequest, earlier: Sequence[Mapping[str, Any]] = ()) -
         said["tool_choice"] = {"type": "function", "function": {"name": body.tool_choice.name}}
     elif body.tool_choice is not None and (body.tools or body.tool_choice == "required"):
         said["tool_choice"] = body.tool_choice
-    if body.text is not None and body.text.format is not None:
+    forced = body.tool_choice == "required" or isinstance(body.tool_choice, NamedChoice)
+    if body.text is not None and body.text.format is not None and not forced:  # where a call is forced there is no text
         said["response_format"] = _format(body.text.format)
     if body.reasoning is not None and body.reasoning.effort is not None:
         said["reasoning_effort"] = body.reasoning.effort
