@@ -51,8 +51,8 @@ def test_litellm(small: Any, coder: Any) -> None:
 
     tool = {"type": "function", "function": {"name": "weather", "parameters": Weather.model_json_schema()}}
     called = litellm.completion(
-        model=f"openai/{coder.model}", messages=[{"role": "user", "content": RAIN}], tools=[tool], tool_choice="required",
-        api_base=coder.url, api_key="none", temperature=0,
+        model=f"openai/{coder.model}", messages=[{"role": "user", "content": RAIN}], tools=[tool],
+        tool_choice="required", api_base=coder.url, api_key="none", temperature=0,
     )  # fmt: skip
     assert called.choices[0].message.tool_calls[0].function.name == "weather"
     typed = litellm.completion(
