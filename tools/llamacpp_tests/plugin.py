@@ -100,6 +100,12 @@ def _end(key: tuple[str, ...]) -> None:
         process.kill()
 
 
+def endless(body: dict[str, Any]) -> None:
+    """The tests' own model never ends an answer by itself."""
+    if not body.keys() & {"tools", "response_format", "json_schema", "grammar"}:
+        body.setdefault("ignore_eos", True)
+
+
 def adapt(utils: Any) -> None:
     """Change the tests' own helpers in place."""
     process = utils.ServerProcess
@@ -112,7 +118,7 @@ def adapt(utils: Any) -> None:
         if native:
             data = translate.request(data, self.temperature, self.seed)
         elif method == "POST" and path.endswith("/chat/completions") and isinstance(data, dict):
-            data.setdefault("ignore_eos", "tools" not in data)  # the tests' own model never ends
+            endless(data)
         sent = {name: value for name, value in (headers or {}).items() if value is not None}
         response = ask(self, method, translate.PATHS.get(path, path), data, sent, *args, **more)
         response.headers = CaseInsensitiveDict(response.headers)  # which HTTP's are
@@ -126,7 +132,7 @@ def adapt(utils: Any) -> None:
             data = translate.request(data, self.temperature, self.seed)
             data["stream_options"] = {"include_usage": True}
         elif path.endswith("/chat/completions"):
-            data.setdefault("ignore_eos", "tools" not in data)
+            endless(data)
         for item in stream(self, method, translate.PATHS.get(path, path), data, *args, **more):
             if not native:
                 yield item
