@@ -127,7 +127,7 @@ def decoders(architecture: str) -> list[Decoder]:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@torch.inference_mode()
+@torch.no_grad()
 def test_vectors_are_pooled_from_the_final_hidden_states(architecture: str) -> None:
     _, model = toy_checkpoint(architecture)
     texts = [random_tokens(n, seed=n).tolist() for n in (41, 3, 24)]
