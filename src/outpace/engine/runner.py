@@ -59,7 +59,7 @@ class Runner:
     ) -> None:
         self.decoder, self.cache, self.drafter, self.verifier = decoder, cache, drafter, verifier
         self.planner = planner
-        self.threads = decoder.threads  # idle while tokens are chosen
+        self.threads = int(getattr(decoder, "threads", 1))  # idle while tokens are chosen
         self.draft_s = self.forward_s = self.sample_s = 0.0  # so far: proposing, the target's forwards, choosing tokens
 
     def end(self, request: Request) -> None:

@@ -69,8 +69,6 @@ class Decoder(ABC):
     device: Device
     weight_bytes: int  # read by one decoding step: all weights but the embedding rows not looked up
 
-    threads: int = 1  # of the team that runs its kernels; 1 where there is none
-
     #: Whether a row's result is the same whatever other rows share the step. Without it `identical` is not promised.
     row_invariant: bool
 

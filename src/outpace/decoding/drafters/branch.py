@@ -69,7 +69,7 @@ class BranchSource(ModelSource):
     def in_background(self, threads: int) -> None:
         """Use so many threads in the background, where that can be chosen; 0: as in the foreground."""
         view = getattr(self.foreground, "view", None)  # of decoders that run on a team of threads
-        if threads and view is not None and self.foreground.threads != threads:
+        if threads and view is not None and getattr(self.foreground, "threads", threads) != threads:
             self.background = view(threads)
 
     def keep(self, sequence: Sequence, rows: list[int], ready: list[int]) -> None:
