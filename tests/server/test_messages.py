@@ -240,4 +240,4 @@ def test_a_step_that_fails_ends_a_stream_with_an_error(serve: Callable[..., Live
     engine.hold.set()
     engine.fail = RuntimeError("secret")
     got = post(live, {"max_tokens": 5, "stream": True})
-    assert got.text.startswith("event: error\n") and "secret" not in got.text and "message_stop" not in got.text
+    assert "\nevent: error\n" in got.text and "secret" not in got.text and "message_stop" not in got.text

@@ -135,7 +135,8 @@ def test_a_step_that_fails_ends_a_stream_with_an_event(serve: Callable[..., Live
     engine.hold.set()
     stream = client_of(live).responses.create(model="fake", input="x", stream=True)
     engine.fail = RuntimeError("secret")
-    (last,) = list(stream)
+    created, _, last = list(stream)
+    assert created.type == "response.created" and last.sequence_number == 2
     assert last.type == "response.failed" and last.response.error is not None
     assert last.response.error.code == "server_error" and "secret" not in last.response.error.message
 
@@ -245,6 +246,15 @@ def test_nobody_reads_what_another_was_answered(serve: Callable[..., Live]) -> N
     assert first.responses.retrieve(named.id, extra_query={"user": "ann"}).id == named.id
     with pytest.raises(openai.BadRequestError, match="none is made in the background"):
         first.responses.cancel(made.id)
+
+
+def test_owners_who_share_prefixes_do_not_share_what_they_were_told(serve: Callable[..., Live]) -> None:
+    live = serve(FakeEngine(), keys=Keys(["first-key", "second-key"], share=True))
+    made = client_of(live, "first-key").responses.create(model="fake", input="secret")
+    assert asked(live).options.owner == ""
+    with pytest.raises(openai.NotFoundError):
+        client_of(live, "second-key").responses.retrieve(made.id)
+    assert client_of(live, "first-key").responses.retrieve(made.id).id == made.id
 
 
 @pytest.mark.parametrize(

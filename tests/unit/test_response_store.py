@@ -127,3 +127,10 @@ def test_many_threads(tmp_path: Path) -> None:
         found = [one for each in pool.map(work, "abcd") for one in each]
     assert len(store) == 50 and sum(one is not None for one in found) >= 40
     store.close()
+
+
+def test_a_file_that_fails_costs_nobody_the_answer(tmp_path: Path) -> None:
+    store = ResponseStore(tmp_path / "kept.db")
+    store.put("a", kept("1"))
+    store._db.execute("PRAGMA query_only = ON")
+    assert not store.put("a", kept("2")) and store.get("a", "1") == kept("1") and len(store) == 1

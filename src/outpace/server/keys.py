@@ -35,8 +35,14 @@ class Keys:
         return key.strip() if any(same) and scheme.lower() == "bearer" else None
 
     def owner(self, key: str, user: str | None) -> str:
-        """A name for the pair of key and user that tells neither."""
-        if self._share or (not key and not user):
+        """Whose a request is in the engine: all are one owner's if they share."""
+        return "" if self._share else self.person(key, user)
+
+    @staticmethod
+    def person(key: str, user: str | None) -> str:
+        """A name for the pair of key and user that tells neither. What people are told is kept apart by it, whatever
+        their requests share."""
+        if not key and not user:
             return ""
         return hashlib.sha256(_digest(key) + (user or "").encode("utf-8", "surrogatepass")).hexdigest()[:24]
 

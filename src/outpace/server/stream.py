@@ -118,6 +118,10 @@ class Chunks:
             found.append(self._chunk(last, self.figures(index, event.result)))
         return b"".join(found)
 
+    def begin(self) -> bytes:
+        """What is sent before anything is written."""
+        return b""
+
     async def end(self, results: list[Result]) -> bytes:
         """What follows the last event of the last choice."""
         if not self.call.usage_chunk:
@@ -241,6 +245,8 @@ async def chunks_of(
     ticket: Ticket, chunks: Chunks, seen: Callable[[list[tuple[int, StepEvent]]], None]
 ) -> AsyncIterator[bytes]:
     """The whole stream. `seen` is told of every batch of events."""
+    if beginning := chunks.begin():
+        yield beginning
     while not ticket.finished:
         batch = await ticket.take(KEEP_ALIVE_S)
         if not batch:

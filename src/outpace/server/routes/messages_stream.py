@@ -28,11 +28,9 @@ class MessageEvents(Chunks):
         self._chat = ChatChunks(call, engine, arrived)
         self._open: str | None = None  # the type of the open block
         self._index = -1
-        self._begun = False
 
     def event(self, index: int, event: StepEvent) -> bytes:
-        choice = self._chat.choices[index]
-        found = [] if self._begun else self._begin()
+        choice, found = self._chat.choices[index], list[dict[str, Any]]()
         for part in self._chat.parts(choice, event):
             found += self._delta(part["delta"])
         if event.result is not None:
@@ -46,8 +44,7 @@ class MessageEvents(Chunks):
     def failed(self, refusal: Refusal) -> bytes:
         return named(refusal.anthropic_body(None))
 
-    def _begin(self) -> list[dict[str, Any]]:
-        self._begun = True
+    def begin(self) -> bytes:
         counted = {
             "input_tokens": self.call.prompt_tokens,
             "cache_creation_input_tokens": 0,
@@ -55,7 +52,7 @@ class MessageEvents(Chunks):
             "output_tokens": 0,
         }
         message = {**message_head(self._engine.name, self._chat.head["id"]), "usage": counted}
-        return [{"type": "message_start", "message": message}, {"type": "ping"}]
+        return named({"type": "message_start", "message": message}) + named({"type": "ping"})
 
     def _delta(self, delta: dict[str, Any]) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []

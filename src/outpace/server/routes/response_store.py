@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sqlite3
 import threading
@@ -14,6 +15,7 @@ from typing import Any
 
 from ...errors import ParameterError
 
+log = logging.getLogger("outpace.server")
 _VERSION = 1
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS responses (
@@ -73,39 +75,44 @@ class ResponseStore:
         (self._entries, self._bytes) = self._db.execute("SELECT COUNT(*), TOTAL(bytes) FROM responses").fetchone()
 
     def __len__(self) -> int:
+        """Responses that are not too old."""
         with self._lock:
-            self._expire()
-            return int(self._entries)
+            return int(
+                self._db.execute("SELECT COUNT(*) FROM responses WHERE created >= ?", (self._oldest,)).fetchone()[0]
+            )
 
     def put(self, owner: str, kept: Kept) -> bool:
-        """Keep a response under its own id. False if it alone is larger than what may be kept."""
+        """Keep a response under its own id. False if it alone is larger than what may be kept, or the file fails."""
         given, response = json.dumps(kept.input), json.dumps(kept.response)
         size = len(given) + len(response)
         if size > self.limits.bytes or self.limits.entries < 1:
             return False
         values = (kept.response["id"], owner, self._clock(), size, kept.response["previous_response_id"])
         with self._lock:
-            self._expire()
-            while self._bytes + size > self.limits.bytes or self._entries + 1 > self.limits.entries:
-                self._evict()
-            self._db.execute("INSERT INTO responses VALUES (?, ?, ?, ?, ?, ?, ?)", (*values, given, response))
+            try:
+                self._expire()
+                while self._bytes + size > self.limits.bytes or self._entries + 1 > self.limits.entries:
+                    self._evict()
+                self._db.execute("INSERT INTO responses VALUES (?, ?, ?, ?, ?, ?, ?)", (*values, given, response))
+            except sqlite3.OperationalError as error:  # the disk is full, say: what was answered is sent all the same
+                log.error("a response could not be kept: %s", error)
+                return False
             self._entries += 1
             self._bytes += size
         return True
 
     def get(self, owner: str, id: str) -> Kept | None:
         with self._lock:
-            self._expire()
             row = self._db.execute(
-                "SELECT input, response FROM responses WHERE id = ? AND owner = ?", (id, owner)
+                "SELECT input, response FROM responses WHERE id = ? AND owner = ? AND created >= ?",
+                (id, owner, self._oldest),
             ).fetchone()
         return None if row is None else Kept(*map(json.loads, row))
 
     def delete(self, owner: str, id: str) -> bool:
         """Whether there was one."""
         with self._lock:
-            self._expire()
-            return self._remove("id = ? AND owner = ?", (id, owner))
+            return self._remove("id = ? AND owner = ? AND created >= ?", (id, owner, self._oldest))
 
     def conversation(self, owner: str, id: str) -> list[Kept] | None:
         """The response and those before it, the first one first. None if one of them is gone, or they are too many."""
@@ -123,8 +130,13 @@ class ResponseStore:
         with self._lock:
             self._db.close()
 
+    @property
+    def _oldest(self) -> float:
+        """When what is not too old may have been kept."""
+        return self._clock() - self.limits.age_s
+
     def _expire(self) -> None:
-        self._remove("created < ?", (self._clock() - self.limits.age_s,))
+        self._remove("created < ?", (self._oldest,))
 
     def _evict(self) -> None:
         """The oldest response of the owner who has most bytes: nobody loses theirs to another's many."""

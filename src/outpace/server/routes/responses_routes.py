@@ -42,7 +42,7 @@ class Responses:
         ]
 
     async def create(self, request: Request, body: ResponsesRequest) -> Response:
-        owner = self._api.keys.owner(request.scope[KEY], body.user)
+        owner = self._api.keys.person(request.scope[KEY], body.user)
         turn = Turn(body)
         if body.previous_response_id is not None:
             earlier = await asyncio.to_thread(self._store.conversation, owner, body.previous_response_id)
@@ -69,7 +69,7 @@ class Responses:
         return json_response((await self._find(request, response_id, user)).response)
 
     async def delete(self, request: Request, response_id: str, user: User = None) -> Response:
-        owner = self._api.keys.owner(request.scope[KEY], user)
+        owner = self._api.keys.person(request.scope[KEY], user)
         if not await asyncio.to_thread(self._store.delete, owner, response_id):
             raise self._not_found(response_id)
         return json_response({"id": response_id, "object": "response.deleted", "deleted": True})
@@ -104,7 +104,7 @@ class Responses:
         )
 
     async def _find(self, request: Request, id: str, user: str | None) -> Kept:
-        kept = await asyncio.to_thread(self._store.get, self._api.keys.owner(request.scope[KEY], user), id)
+        kept = await asyncio.to_thread(self._store.get, self._api.keys.person(request.scope[KEY], user), id)
         if kept is None:
             raise self._not_found(id)
         return kept

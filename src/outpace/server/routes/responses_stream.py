@@ -32,9 +32,11 @@ class ResponseEvents(Chunks):
         self._number = 0
         self._finish, self._figures = "stop", dict[str, Any]()
 
+    def begin(self) -> bytes:
+        return b"".join(self._event(f"response.{kind}", response=self._head) for kind in ("created", "in_progress"))
+
     def event(self, index: int, event: StepEvent) -> bytes:
-        choice = self._chat.choices[index]
-        found = self._begin() if not self._number else []
+        choice, found = self._chat.choices[index], list[bytes]()
         for part in self._chat.parts(choice, event):
             found += self._delta(part["delta"])
         if event.result is not None:
@@ -61,9 +63,6 @@ class ResponseEvents(Chunks):
     def _event(self, kind: str, **values: Any) -> bytes:
         number, self._number = self._number, self._number + 1
         return named({"type": kind, "sequence_number": number, **values})
-
-    def _begin(self) -> list[bytes]:
-        return [self._event(f"response.{kind}", response=self._head) for kind in ("created", "in_progress")]
 
     def _delta(self, delta: dict[str, Any]) -> list[bytes]:
         found: list[bytes] = []
