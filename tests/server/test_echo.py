@@ -17,7 +17,9 @@ from outpace.errors import ParameterError
 from outpace.models.checkpoint import TokenizerFiles
 from outpace.models.tokenizer import Tokenizer
 from outpace.server.infill import infill
+from outpace.server.logprobs import Shown
 from outpace.server.submissions import Limits
+from outpace.types import PromptReading, SamplingParams
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +107,14 @@ def test_a_prompt_has_too_many_log_probabilities_to_be_sent() -> None:
             openai.BadRequestError, match="150 log-probabilities of prompts in one response, at most 100"
         ):
             client.completions.create(**made, logprobs=2)
+
+
+def test_no_token_begins_behind_the_text(server: Live) -> None:
+    """Some vocabularies write a space before a text, which is no part of it."""
+    tokenizer = server.engine.tokenizer
+    ids = tokenizer.encode(" ab")
+    reading = PromptReading([-1.0, -2.0], [[], []], None)
+    assert Shown(tokenizer, SamplingParams()).prompt(ids, reading, len("a"))["text_offset"] == [0, 1, 1]
 
 
 def test_only_text_completions_echo(server: Live) -> None:

@@ -10,8 +10,11 @@ import httpx
 import pytest
 from fake import TOOL_TEMPLATE, Asked, FakeEngine
 from live import Live
+from outpace.server.asks import Limits
 
 from outpace.server.keys import Keys
+from outpace.server.routes.messages import MessagesRequest, messages_call, usage
+from outpace.types import DecodingStats, Result
 
 HELLO: Any = [{"role": "user", "content": "Hello"}]
 WEATHER: Any = {
@@ -99,6 +102,16 @@ def test_events_of_a_text(server: Live) -> None:
     assert stop == {"type": "content_block_stop", "index": 0}
     assert delta["delta"]["stop_reason"] == "end_turn" and delta["usage"]["output_tokens"] == 32
     assert delta["outpace"]["seed"] == 1 and last == {"type": "message_stop"}
+
+
+def test_what_the_prefix_cache_had_is_not_counted_twice(server: Live) -> None:
+    call = messages_call(
+        MessagesRequest.model_validate({"messages": HELLO, "max_tokens": 5}), server.engine, "", Limits()
+    )
+    stats = DecodingStats(prompt_tokens=call.prompt_tokens, cached_tokens=5)
+    told = usage(call, Result("abc", [1, 2, 3], "stop", "plain", "identical", stats, []))
+    assert (told["input_tokens"], told["cache_read_input_tokens"]) == (call.prompt_tokens - 5, 5)
+    assert told["output_tokens"] == 3
 
 
 def test_an_empty_answer_has_no_block(serve: Callable[..., Live]) -> None:
