@@ -10,10 +10,10 @@ import httpx
 import pytest
 from fake import TOOL_TEMPLATE, Asked, FakeEngine
 from live import Live
-from outpace.server.asks import Limits
 
 from outpace.server.keys import Keys
 from outpace.server.routes.messages import MessagesRequest, messages_call, usage
+from outpace.server.submissions import Limits
 from outpace.types import DecodingStats, Result
 
 HELLO: Any = [{"role": "user", "content": "Hello"}]
