@@ -100,7 +100,7 @@ def test_save_load_system_and_clear(outpace: Callable[..., Result], tmp_path: Pa
     said = ["/system be brief", "hello", f"/save {path}", f"/save {path}", f"/save -f {path}", "/clear", "/system"]
     said += [f"/load {path}", "/system none", "/system"]
     result = outpace("chat", "-n", "3", input="\n".join(said) + "\n")
-    assert "exists; /save -f" in result.stderr and "1 questions and answers" in result.stderr
+    assert "exists; /save -f" in result.stderr and "1 question with answer" in result.stderr
     assert "\nbe brief\n" in result.stderr and "(no system message; " in result.stderr
     record = json.loads(path.read_text())
     assert [m["role"] for m in record["messages"]] == ["system", "user", "assistant"]
@@ -112,7 +112,7 @@ def test_save_load_system_and_clear(outpace: Callable[..., Result], tmp_path: Pa
     [
         ("/rety", "no command /rety; did you mean '/retry'?"),
         ("/retry", "nothing has been asked yet"),
-        ("/clear now", "/clear takes nothing behind it"),
+        ("/clear now", "/clear stands alone"),
         ("/load", "write /load FILE"),
         ("/load /no/such/file", "cannot be read: No such file"),
         ("/stats", "nothing has been said yet"),

@@ -107,7 +107,7 @@ def test_an_evening_at_the_terminal(terminals: list[Terminal], tmp_path: Path) -
     assert ">" in after and not after.replace(">", "").strip(" \n\x08"), f"there was more after (stopped): {after!r}"
 
     first.type("/set max_tokens 5" + ENTER)
-    first.until("(max_tokens 5)")
+    first.until("(max_tokens: 5)")
     first.type('"""one' + ENTER)
     first.until("\n.")
     first.type('two"""' + ENTER)

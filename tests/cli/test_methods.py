@@ -29,4 +29,15 @@ def test_table_has_a_line_for_each() -> None:
     assert result.exit_code == 0
     for m in methods():
         line = next(line for line in result.stdout.splitlines() if line.startswith(m.name + " "))
-        assert m.exactness in line and m.paper in line
+        assert m.exactness in line and m.title in line
+
+
+def test_one_method_with_its_options() -> None:
+    result = CliRunner().invoke(main, ["methods", "draft"])
+    assert result.exit_code == 0
+    lines = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
+    assert lines["output"].startswith("identical") and lines["needs"] == "draft model"
+    assert "max_tokens=" in lines["options"] and lines["paper"].startswith("https://")
+    for m in methods():
+        assert m.title in CliRunner().invoke(main, ["methods", m.name]).stdout
+    assert len(json.loads(CliRunner().invoke(main, ["methods", "ngram", "--json"]).stdout)) == 1

@@ -278,7 +278,7 @@ def test_no_pip(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_unknown_names(tmp_path: Path) -> None:
-    with pytest.raises(ModelNotFound, match=r"did you mean 'smollm2-135m'\?.*Known: smollm2-135m, gemma3"):
+    with pytest.raises(ModelNotFound, match=r"did you mean 'smollm2-135m'\?.*known names: smollm2-135m, gemma3"):
         resolve("smollm-135m")
     with pytest.raises(ModelNotFound, match=r"no file or folder '\./nothing\.gguf'"):
         resolve("./nothing.gguf")

@@ -67,7 +67,9 @@ def test_of_a_folder(tmp_path: Path) -> None:
 
 def test_the_catalog_speaks_where_the_file_does_not(tmp_path: Path) -> None:
     found = recommended_of(gguf(tmp_path, name="qwen2.5-coder-1.5b"))
-    assert found.values == CATALOG["qwen2.5-coder-1.5b"].sampling and found.source == "the model's makers"
+    assert (
+        found.values == CATALOG["qwen2.5-coder-1.5b"].sampling and found.source == "recommended by the model's makers"
+    )
 
 
 @pytest.mark.parametrize("model", CATALOG.values(), ids=lambda m: m.name)

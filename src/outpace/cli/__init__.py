@@ -13,7 +13,8 @@ import click
 
 from .. import __version__
 from ..errors import OutpaceError, did_you_mean
-from .exits import BUG, INTERRUPTED, MEANINGS, code_of
+from .exits import BUG, INTERRUPTED, MEANINGS, USAGE, code_of
+from .mistakes import usage_line
 
 # name -> (module:attribute, one line of help)
 COMMANDS = {
@@ -58,6 +59,8 @@ def clean_errors() -> Iterator[None]:
         return
     try:
         yield
+    except click.UsageError as error:
+        raise UserError(usage_line(error), USAGE) from error
     except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
         raise
     except KeyboardInterrupt:
@@ -105,12 +108,17 @@ class LazyGroup(click.Group):
             click.echo(f"outpace: {args[0]} is called outpace {' '.join(ours)} here", err=True)
             args = [*ours, *args[1:]]
         elif args and not args[0].startswith("-") and args[0] not in COMMANDS:
-            known = f"{did_you_mean(args[0], [*COMMANDS, *HABITS])}There are: {', '.join(COMMANDS)}"
-            ctx.fail(f"no command {args[0]!r}; {known}. To answer a prompt: outpace run {' '.join(args)!r}")
+            near = did_you_mean(args[0], COMMANDS) or did_you_mean(args[0], HABITS)
+            known = f"{near}there are: {', '.join(COMMANDS)}"
+            raise UserError(f"no command {args[0]!r}; {known}. To answer a prompt: outpace run {' '.join(args)}", USAGE)
         name, command, rest = super().resolve_command(ctx, args)
         if name is None or command is None or ctx.resilient_parsing:
             return name, command, rest
         return name, command, _prepare(ctx, name, command, rest)
+
+    def make_context(self, *args: Any, **more: Any) -> click.Context:
+        with clean_errors():
+            return super().make_context(*args, **more)
 
     def invoke(self, ctx: click.Context) -> Any:
         with clean_errors():

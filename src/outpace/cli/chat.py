@@ -27,7 +27,7 @@ LONGEST = 4096  # tokens of an answer where nobody set a limit and the context h
 
 def chat_sampling(function: Callable[..., None]) -> Callable[..., None]:
     recommended = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    shown = dict.fromkeys(recommended, "as the model's makers say") | {"seed": "another one each time"}
+    shown = dict.fromkeys(recommended, "as the model's makers recommend") | {"seed": "another one each time"}
     return sampling_options(function, shown)
 
 
@@ -83,8 +83,8 @@ def _chosen(ctx: click.Context, name: str) -> bool:
 
 
 def greeting(talk: Talk, origin: str) -> str:
-    heat = talk.params.temperature
-    sampled = f"temperature {heat:g} ({origin})" if heat else "the likeliest words (temperature 0)"
+    temperature = talk.params.temperature
+    sampled = f"temperature {temperature:g} ({origin})" if temperature else "always the likeliest token (temperature 0)"
     begun = len(talk.conversation.messages) // 2
     going_on = f"\nGoing on with a conversation of {begun} question{'s' if begun != 1 else ''}." if begun else ""
     return f"{talk.llm.name}, {sampled}. /help lists the commands, Ctrl-D leaves.{going_on}"

@@ -60,12 +60,12 @@ def run_command(talk: Talk, line: str) -> bool:
 
 
 def _help(talk: Talk, rest: str) -> None:
-    _takes_leave("/help", rest)
+    _takes_nothing("/help", rest)
     width = max(len(usage) for usage, _, _ in COMMANDS.values())
     for usage, _, text in COMMANDS.values():
         click.echo(f"{usage:<{width}}  {text}")
     click.echo('''Several lines: """ begins and ends them, or a backslash at the end of a line goes on.''')
-    click.echo("Ctrl-C stops an answer, Ctrl-D leaves. Anything else is said to the model.")
+    click.echo("Ctrl-C stops an answer, Ctrl-D leaves. Everything else is sent to the model.")
 
 
 def _set(talk: Talk, rest: str) -> None:
@@ -90,7 +90,7 @@ def _set(talk: Talk, rest: str) -> None:
     else:
         talk.params = replace(talk.params, **{name: _number(name, words[1])})
         talk.limited = talk.limited or name == "max_tokens"
-    say(f"({name} {words[1] if words[1] == 'default' else getattr(talk.params, name)})")
+    say(f"({name}: {words[1] if words[1] == 'default' else getattr(talk.params, name)})")
 
 
 def _number(name: str, text: str) -> Any:
@@ -122,7 +122,8 @@ def _load(talk: Talk, rest: str) -> None:
     other = f"; it was held with {found.model}" if found.model != talk.conversation.model else ""
     found.model = talk.conversation.model
     talk.conversation = found
-    say(f"({len(found.messages) // 2} questions and answers{other})")
+    count = len(found.messages) // 2
+    say(f"({count} question{'s' * (count != 1)} with answer{'s' * (count != 1)}{other})")
 
 
 def _file(command: str, name: str) -> Path:
@@ -132,14 +133,14 @@ def _file(command: str, name: str) -> Path:
 
 
 def _clear(talk: Talk, rest: str) -> None:
-    _takes_leave("/clear", rest)
+    _takes_nothing("/clear", rest)
     talk.conversation.clear()
     talk.results.clear()
     say("(a new conversation)")
 
 
 def _retry(talk: Talk, rest: str) -> None:
-    _takes_leave("/retry", rest)
+    _takes_nothing("/retry", rest)
     question = talk.conversation.drop_answer()
     if question is None:
         raise ParameterError("/retry: nothing has been asked yet")
@@ -147,7 +148,7 @@ def _retry(talk: Talk, rest: str) -> None:
 
 
 def _stats(talk: Talk, rest: str) -> None:
-    _takes_leave("/stats", rest)
+    _takes_nothing("/stats", rest)
     if not talk.results:
         say("nothing has been said yet")
         return
@@ -161,14 +162,9 @@ def _stats(talk: Talk, rest: str) -> None:
         )
 
 
-def _takes_leave(command: str, rest: str) -> None:
-    if rest:
-        raise ParameterError(f"{command} takes nothing behind it, {rest!r} was given")
-
-
 def _takes_nothing(command: str, rest: str) -> None:
     if rest:
-        raise ParameterError(f"{command} takes nothing behind it, {rest!r} was given")
+        raise ParameterError(f"{command} stands alone: leave out {rest!r}")
 
 
 def _leave(talk: Talk, rest: str) -> None:
@@ -182,13 +178,13 @@ COMMANDS: dict[str, tuple[str, Callable[[Talk, str], None], str]] = {
     "/set": (
         "/set [NAME VALUE]",
         _set,
-        "how answers are chosen: temperature, top_p, max_tokens, …; alone: what is set",
+        "change temperature, top_p, max_tokens, …; alone: show them",
     ),
     "/system": ("/system [TEXT]", _system, "the system message; /system none takes it away"),
-    "/retry": ("/retry", _retry, "answer the last question anew"),
+    "/retry": ("/retry", _retry, "answer the last question again"),
     "/clear": ("/clear", _clear, "forget the conversation, keep the system message"),
     "/save": ("/save FILE", _save, "write the conversation to a file"),
-    "/load": ("/load FILE", _load, "go on with a saved one"),
+    "/load": ("/load FILE", _load, "go on with a saved conversation"),
     "/stats": ("/stats", _stats, "speed of the last answer and of the conversation"),
     "/exit": ("/exit", _leave, "leave (so does Ctrl-D)"),
 }

@@ -120,7 +120,7 @@ def compare(ctx: click.Context, **options: Any) -> None:
     click.echo(f"report: {out / 'report.html'}")
     measured = any(line["kind"] == "measurement" and not line["error"] for line in report.lines)
     if not measured:
-        say("outpace: error: nothing could be measured; what has no figure, and why, is above")
+        say("outpace: error: nothing could be measured; what failed or was left out is above")
     if report.broken or not measured:
         sys.exit(1)
 
@@ -244,13 +244,15 @@ def show(report: Report) -> None:
         if some := shown(rows):
             title = f"{model}, temperature {temperature:g}, batch {batch}: times plain decoding (95 % interval)"
             console.print(_table(title, some))
+    if report.lost:
+        console.print("Not measured, or with less than was requested:")
     for what, why in report.lost:
-        console.print(escape(f"no figure: {what}: {why}"))
+        console.print(escape(f"  {what}: {why}"), soft_wrap=True)
     for line in headline(report):
         console.print(escape(line))
     console.print(escape(identity(report)), style="bold red" if report.broken else None)
     if report.loading_s:
-        console.print(f"Loading took {report.loading_s:.1f} s beside the budget.")
+        console.print(f"Loading took {report.loading_s:.1f} s more, which the budget does not count.")
     for found in advice(report):
         console.print(escape(f"What to use ({found.model}): {found.text}"), style="bold")
         console.print(escape(f"  {found.command}"), soft_wrap=True)

@@ -43,7 +43,7 @@ class _Models(click.Group):
             args = [self.HABITS[name], *args[1:]]
         elif not name.startswith("-") and name not in self.commands:
             near = did_you_mean(name, [*self.commands, *self.HABITS])
-            ctx.fail(f"no command {name!r} of models; {near}There are: {', '.join(self.commands)}")
+            ctx.fail(f"no command {name!r} of models; {near}there are: {', '.join(self.commands)}")
         return super().resolve_command(ctx, args)
 
 
@@ -124,7 +124,8 @@ def remove_model(outer: bool, names: tuple[str, ...], as_json: bool) -> None:
     matching = {name: [e for e in entries if _belongs(e, name)] for name in names}
     if unknown := [name for name in names if name not in CATALOG and not matching[name]]:
         there = ", ".join([*CATALOG, *(e.key for e in _others(entries))])
-        raise ModelNotFound(f"nothing is kept of {unknown[0]!r}; there are: {there}")
+        near = did_you_mean(unknown[0], [*CATALOG, *(e.key for e in _others(entries))])
+        raise ModelNotFound(f"nothing is kept of {unknown[0]!r}; {near}there are: {there}")
     removed: list[dict[str, Any]] = []
     for name in dict.fromkeys(names):
         freed = fetch.remove(CATALOG[name]) if name in CATALOG else 0

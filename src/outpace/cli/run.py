@@ -143,13 +143,15 @@ def _keep(model: str, messages: Sequence[Mapping[str, Any]], result: Result) -> 
 
 def read_prompt(prompt: str | None, files: Sequence[str] = ()) -> str:
     """Files, PROMPT and stdin together; ParameterError when there is none of them."""
+    ctx = click.get_current_context(silent=True)
+    example = f"outpace {ctx.info_name if ctx else 'run'} Why is the sky blue"
     if prompt is None and not files and sys.stdin is not None and sys.stdin.isatty():
-        raise ParameterError("no prompt: write one, as in  outpace run Why is the sky blue, or pipe text in")
+        raise ParameterError(f"no prompt: write one, as in  {example}  or pipe text in")
     before = [read_file(path, "--file").rstrip("\n") for path in files]
     piped = read_stdin().rstrip("\n")
     text = "\n\n".join(part for part in (*before, prompt or "", piped) if part.strip())
     if not text:
-        raise ParameterError("the prompt is empty: write one, as in  outpace run Why is the sky blue")
+        raise ParameterError(f"the prompt is empty: write one, as in  {example}  or pipe text in")
     return text
 
 

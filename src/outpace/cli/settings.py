@@ -23,6 +23,7 @@ import click
 
 from ..errors import ParameterError, did_you_mean
 from ..paths import config_file
+from .mistakes import plain
 
 #: the same in every command that has them
 EVERYWHERE = ("model", "draft_model", "device", "threads")
@@ -133,7 +134,7 @@ def defaults(settings: Settings, name: str, command: click.Command) -> dict[str,
         try:
             options[key].type_cast_value(click.Context(command), value)
         except click.BadParameter as error:
-            raise ParameterError(f"{said}: {error.message}") from None
+            raise ParameterError(f"{said}: {plain(error.message)}") from None
     return found
 
 
@@ -168,7 +169,7 @@ def check_environment(command: click.Command) -> None:
             try:
                 option.type_cast_value(context, option.value_from_envvar(context))
             except click.BadParameter as error:
-                raise ParameterError(f"{variable}: {error.message}") from None
+                raise ParameterError(f"{variable}: {plain(error.message)}") from None
 
 
 def misspelt_variables(commands: Iterable[str]) -> list[str]:

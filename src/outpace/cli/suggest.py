@@ -1,4 +1,4 @@
-"""`outpace suggest`: several continuations of one text, for about the price of one."""
+"""`outpace suggest`: several continuations of one text, in about the time of one."""
 
 from __future__ import annotations
 

@@ -137,18 +137,18 @@ def show(found: Tuning) -> None:
     for reason, names_of in _by_reason(found).items():
         click.echo(f"not measured: {', '.join(names_of)}: {reason}")
     click.echo(
-        "With method auto the planner starts from these step times and follows them while it runs. It verifies the "
-        "nodes whose\nexpected tokens are worth their row, and lets drafters rest that do not repay their time: plain "
-        "decoding is the\nleast that it does (`outpace run --explain` shows it)."
+        "With method auto the planner starts from these step times and corrects them while it runs. It checks only\n"
+        "drafted tokens that are expected to save more time than they cost, and does not call drafters that save less\n"
+        "than they cost; where none saves time it decodes plainly. `outpace run --explain` shows what it did."
     )
 
 
 def _drafter_row(drafter: DrafterCost, found: Tuning) -> tuple[str, ...]:
     speedup = drafter.speedup(found.plain_s)
-    price = drafter.draft_s / found.plain_s  # accepted tokens that its time is worth
+    needed = drafter.draft_s / found.plain_s  # accepted tokens that would make up for its time
     verdict = "repays its time" if speedup > 1.02 else "about even" if speedup > 0.98 else "does not repay"
-    if speedup <= 1.02 and drafter.gained < price:
-        verdict += f": {drafter.gained:.2f} accepted for a time worth {price:.2f}"
+    if speedup <= 1.02 and drafter.gained < needed:
+        verdict += f": {drafter.gained:.2f} tokens accepted, {needed:.2f} would repay it"
     cells = (1e3 * drafter.draft_s, drafter.rows, drafter.gained, speedup)
     return drafter.method, *(f"{x:.2f}" for x in cells), verdict
 

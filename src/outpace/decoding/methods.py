@@ -36,10 +36,15 @@ def parse_spec(spec: str) -> list[tuple[str, dict[str, Option]]]:
     names = [name.strip() for name, _, _ in parts]
     known = [m.name for m in methods("drafter")]
     for name in names:
-        if name not in known:
+        if name == "auto":
             raise MethodError(
-                f"no decoding method {name!r} in {spec!r}; {did_you_mean(name, known)}there are: {', '.join(known)}; "
-                "join several with '+'"
+                f"{spec!r}: auto stands alone, for it chooses the drafters by itself; write auto, or the drafters without it"
+            )
+        if name not in known:
+            within = f" in {spec!r}" if spec.strip() != name else ""
+            raise MethodError(
+                f"no decoding method {name!r}{within}; {did_you_mean(name, ['auto', *known])}there are: auto, "
+                f"{', '.join(known)}; join several with '+'"
             )
     if len(set(names)) < len(names):
         raise MethodError(f"{spec!r} names a method twice; name each once")

@@ -385,7 +385,7 @@ class Engine:
         room = min(self.decoder.config.max_position, self.cache.storage.num_pages * PAGE_SIZE) - prompt_tokens
         if room < 1:
             raise CapacityError(
-                f"the prompt has {prompt_tokens} tokens and leaves no room: the context is "
+                f"the prompt has {prompt_tokens} tokens and leaves no room for an answer: the context is "
                 f"{self.decoder.config.max_position} tokens, the KV cache holds "
                 f"{self.cache.storage.num_pages * PAGE_SIZE}; shorten the prompt"
             )

@@ -220,7 +220,7 @@ class LLM:
         ngram_texts: Sequence[str] = (),
         **options: Any,
     ) -> Suggestions:
-        """`k` different continuations of one prompt for about the price of one (decoding.modes.superposed). They are
+        """`k` different continuations of one prompt in about the time of one (decoding.modes.superposed). They are
         approximate: only with k = 1 is the draft that of greedy decoding. `ngram_texts` are texts of the kind that is
         being written; they help to tell the drafts apart."""
         decoder = self._engine.decoder

@@ -21,7 +21,7 @@ from ..paths import cache_dir
 from .busy import watched
 from .kept import read_kept, say_damaged, write_kept
 
-# kernels take rows in blocks: the row after a full one is dear
+# kernels take rows in blocks: the row after a full one costs much
 ROWS = (1, 2, 4, 5, 8, 9, 12, 13, 16, 17, 20, 24, 25, 32)
 CONTEXTS = (64, 1024)
 _FORMAT = 5

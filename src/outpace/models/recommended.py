@@ -49,7 +49,7 @@ def recommended_of(source: ModelSource) -> Recommended:
         return Recommended(own, name)
     known = CATALOG.get(source.name)
     if known is not None and known.sampling:
-        return Recommended(dict(known.sampling), "the model's makers")
+        return Recommended(dict(known.sampling), "recommended by the model's makers")
     return Recommended({"temperature": TEMPERATURE, "top_p": TOP_P}, "a default: the model's file names none")
 
 

@@ -128,4 +128,4 @@ def _not_found(name: str) -> str:
     others = (
         f"a .gguf file, a folder with safetensors, or a name of the hub such as owner/repo or {next(iter(HUB_NAMES))}"
     )
-    return f"no model {name!r}; {hint}Known: {known}; or give {others} (`outpace models` lists all)"
+    return f"no model {name!r}; {hint}known names: {known}; or give {others} (`outpace models` lists all)"

@@ -87,7 +87,7 @@ def _lead(report: Report) -> str:
     machine = f"{where['cpu']}, {where['cores']} cores" + (f", {where['gpu']}" if where.get("gpu") else "")
     found = "".join(f"<li>{escape(line)}</li>" for line in headline(report))
     cls = "bad" if report.broken else "good"
-    failures = '<li>Some things have no figure; <a href="#lost">why</a>.</li>' if report.lost else ""
+    failures = '<li>Some things were not measured: <a href="#lost">which, and why</a>.</li>' if report.lost else ""
     return (
         f'<p class="lead">Language models write one token after another. Decoding methods try to get several from one '
         f"step of the model. This page compares them on one machine: {escape(machine)}.</p>"
@@ -323,8 +323,8 @@ def _html_table(
 def _lost(report: Report) -> str:
     lost = report.lost
     if not lost:
-        return '<h2 id="lost">What has no figure</h2><p>Nothing: everything requested was measured.</p>'
-    return f'<h2 id="lost">What has no figure, and why</h2>{_html_table(["what", "why"], lost, wide={0, 1})}'
+        return '<h2 id="lost">What was not measured</h2><p>Nothing: everything requested was measured.</p>'
+    return f'<h2 id="lost">What was not measured, and why</h2>{_html_table(["what", "why"], lost, wide={0, 1})}'
 
 
 def _tokens(report: Report) -> str:
@@ -358,7 +358,11 @@ def _how(report: Report) -> str:
             rounds[cell_of(x)] = max(rounds.get(cell_of(x), 0), x["round"] + 1)
         some = " to ".join(map(str, sorted({min(rounds.values(), default=0), max(rounds.values(), default=0)})))
         text = f"{len(measured)} measurements in {some} rounds, {line['units']} prompts (or batches) of each workload"
-        loading = f"; loading took {line['loading_s']:.1f} s beside the budget" if "loading_s" in line else ""
+        loading = (
+            f"; loading took {line['loading_s']:.1f} s more, which the budget does not count"
+            if "loading_s" in line
+            else ""
+        )
         rows.append([line["model"], f"{text}; {line['precision']} on {line['device']}{loading}"])
         for w in line["workloads"]:
             size = " / ".join(map(str, w["prompt_tokens"]))
