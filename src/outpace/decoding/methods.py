@@ -38,7 +38,7 @@ def parse_spec(spec: str) -> list[tuple[str, dict[str, Option]]]:
     for name in names:
         if name == "auto":
             raise MethodError(
-                f"{spec!r}: auto stands alone, for it chooses the drafters by itself; write auto, or the drafters without it"
+                f"{spec!r}: auto stands alone and chooses the drafters by itself; write auto, or the others without it"
             )
         if name not in known:
             within = f" in {spec!r}" if spec.strip() != name else ""
