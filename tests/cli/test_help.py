@@ -48,4 +48,4 @@ def test_an_unknown_command_says_what_there_is() -> None:
     result = CliRunner().invoke(main, ["walk"])
     assert result.exit_code == 2
     assert "no command 'walk'" in result.stderr and "run, chat" in result.stderr
-    assert "outpace run 'walk'" in result.stderr
+    assert "outpace run walk" in result.stderr

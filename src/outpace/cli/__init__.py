@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -110,7 +111,7 @@ class LazyGroup(click.Group):
         elif args and not args[0].startswith("-") and args[0] not in COMMANDS:
             near = did_you_mean(args[0], COMMANDS) or did_you_mean(args[0], HABITS)
             known = f"{near}there are: {', '.join(COMMANDS)}"
-            raise UserError(f"no command {args[0]!r}; {known}. To answer a prompt: outpace run {' '.join(args)}", USAGE)
+            raise UserError(f"no command {args[0]!r}; {known}. To answer a prompt: outpace run {shlex.join(args)}", USAGE)
         name, command, rest = super().resolve_command(ctx, args)
         if name is None or command is None or ctx.resilient_parsing:
             return name, command, rest
