@@ -111,7 +111,8 @@ class LazyGroup(click.Group):
         elif args and not args[0].startswith("-") and args[0] not in COMMANDS:
             near = did_you_mean(args[0], COMMANDS) or did_you_mean(args[0], HABITS)
             known = f"{near}there are: {', '.join(COMMANDS)}"
-            raise UserError(f"no command {args[0]!r}; {known}. To answer a prompt: outpace run {shlex.join(args)}", USAGE)
+            prompt = f"To answer a prompt: outpace run {shlex.join(args)}"
+            raise UserError(f"no command {args[0]!r}; {known}. {prompt}", USAGE)
         name, command, rest = super().resolve_command(ctx, args)
         if name is None or command is None or ctx.resilient_parsing:
             return name, command, rest
