@@ -110,6 +110,7 @@ def test_whoever_leaves_is_not_embedded_on(serve: Callable[..., Live]) -> None:
     engine.hold.clear()
     assert httpx.get(f"{live.url}/health").json()["open_calls"] == 0
     assert len(engine.asked) == PORTION == len(engine.cancelled)
+    assert "outpace_requests_total{" not in httpx.get(f"{live.url}/metrics").text  # they are no choices
 
 
 def test_embedded_tokens_are_counted_and_nothing_else_is(serve: Callable[..., Live]) -> None:
@@ -191,3 +192,16 @@ def test_a_text_that_no_prompt_could_hold_is_not_tokenized(serve: Callable[..., 
     for path, name in (("/tokenize", "content"), ("/v1/embeddings", "input")):
         got = post(live, path, {name: "a" * 10_000})
         assert got.status_code == 400, got.text
+
+
+def test_a_conversation_drops_nothing_in_silence(serve: Callable[..., Live]) -> None:
+    tool = {"type": "function", "function": {"name": "weather"}}
+    turn = {"role": "user", "content": [{"type": "text", "text": "Hi", "cache_control": {}}], "name": "bob"}
+    plain = serve(FakeEngine())
+    refused = post(plain, "/tokenize", {"messages": [turn], "tools": [tool]})
+    assert refused.status_code == 400 and "no place for them" in refused.json()["error"]["message"]
+    got = post(plain, "/tokenize", {"messages": [turn]}).json()
+    assert got["outpace"] == {"ignored": ["messages.content.cache_control", "messages.name"]}
+    begun = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes", "prefix": True}]
+    text = post(plain, "/detokenize", {"tokens": post(plain, "/tokenize", {"messages": begun}).json()["tokens"]})
+    assert text.json()["content"].endswith("Yes")

@@ -133,6 +133,9 @@ def test_streams_and_several_choices_name_them_too(server: Live) -> None:
     assert ends == [["cache_prompt"]] * 2
     text = httpx.post(f"{server.url}/v1/completions", json={"prompt": "x", "cache_prompt": True}).json()
     assert text["outpace"]["ignored"] == ["cache_prompt"]
+    form = {"type": "json_schema", "json_schema": {"name": "n", "description": "d", "schema": {"type": "object"}}}
+    described = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": HELLO, "response_format": form})
+    assert described.json()["outpace"]["ignored"] == ["response_format.json_schema.description"]
 
 
 def test_fields_of_messages_and_tools_are_named_with_their_place(serve: Callable[..., Live]) -> None:

@@ -91,7 +91,7 @@ def test_any_bytes_have_a_shape_and_parse_or_do_not(data: bytes) -> None:
         (b'{"a": NaN}', "NaN is no number"),
         (b'{"a": -Infinity}', "-Infinity is no number"),
         ('{"a": 1}'.encode("utf-16"), "not UTF-8"),
-        (b'{"a": ' + b"1" * 5000 + b"}", "4300 digits"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "a number has more than 4300 digits"),
         (b'{"a": ', "Expecting value"),
     ],
 )

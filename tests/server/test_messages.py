@@ -254,3 +254,11 @@ def test_a_step_that_fails_ends_a_stream_with_an_error(serve: Callable[..., Live
     engine.fail = RuntimeError("secret")
     got = post(live, {"max_tokens": 5, "stream": True})
     assert "\nevent: error\n" in got.text and "secret" not in got.text and "message_stop" not in got.text
+    last = json.loads(got.text.strip().rpartition("data: ")[2])
+    assert last["type"] == "error" and last["request_id"] == got.headers["request-id"]
+
+
+def test_fields_without_effect_are_named_where_tokens_are_counted_too(server: Live) -> None:
+    marked = [{"role": "user", "content": [{"type": "text", "text": "Hello", "cache_control": {"type": "ephemeral"}}]}]
+    got = post(server, {"messages": marked}, "/v1/messages/count_tokens").json()
+    assert got["outpace"] == {"ignored": ["messages.content.cache_control"]}

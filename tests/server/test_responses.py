@@ -13,8 +13,10 @@ import pytest
 from fake import TOOL_TEMPLATE, Asked, FakeEngine
 from live import Live
 
+from outpace.errors import ParameterError
 from outpace.server.keys import Keys
-from outpace.server.routes.response_store import ResponseStore, StoreLimits
+from outpace.server.routes.response_store import Kept, ResponseStore, StoreLimits
+from outpace.server.submissions import Limits
 
 WEATHER: Any = {
     "type": "function",
@@ -271,6 +273,8 @@ def test_owners_who_share_prefixes_do_not_share_what_they_were_told(serve: Calla
         ({"input": [{"type": "reasoning", "summary": []}]}, "'reasoning'"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input"),
         ({"input": "x", "n": 2}, "unknown field 'n'"),
+        ({"input": "x", "max_output_tokens": 0}, "max_output_tokens"),
+        ({"input": "x", "top_logprobs": 2}, "log-probabilities come from /v1/chat/completions"),
         ({"input": "x", "tools": [{"type": "function", "name": "a b"}]}, "tools.0.name"),
         ({"input": "x", "reasoning": {"effort": "x" * 50}}, "reasoning_effort"),
         ({"input": "x", "outpace": {"trace": True}}, "outpace.trace belongs to"),
@@ -295,6 +299,9 @@ def test_fields_without_effect_are_named(server: Live) -> None:
     body = {"input": "x", "truncation": "disabled", "prompt_cache_key": "k", "service_tier": "auto"}
     answer = httpx.post(f"{server.url}/v1/responses", json=body)
     assert answer.json()["outpace"]["ignored"] == ["truncation", "prompt_cache_key", "service_tier"]
+    form = {"type": "json_schema", "name": "n", "description": "d", "schema": EXAMPLE}
+    answer = httpx.post(f"{server.url}/v1/responses", json={"input": "x", "text": {"format": form}})
+    assert answer.json()["outpace"]["ignored"] == ["text.format.description"]
 
 
 def test_a_file_keeps_responses_between_servers(tmp_path: Path) -> None:
@@ -309,3 +316,54 @@ def test_a_response_that_is_too_large_is_answered_and_not_kept(serve: Callable[.
     live = serve(FakeEngine(), store=ResponseStore(limits=StoreLimits(bytes=100)))
     made = client_of(live).responses.create(model="fake", input="x")
     assert made.output_text and made.model_extra["store"] is False
+
+
+def stored(id: str, size: int, previous: str | None = None) -> Kept:
+    return Kept([], {"id": id, "previous_response_id": previous, "output": [], "metadata": {"a": "m" * size}})
+
+
+def test_a_conversation_that_is_too_large_is_refused_before_it_is_read(serve: Callable[..., Live]) -> None:
+    store = ResponseStore()
+    live = serve(FakeEngine(), store=store, limits=Limits(body_bytes=10_000))
+    for place in range(3):
+        store.put("", stored(f"resp_{place}", 4000, f"resp_{place - 1}" if place else None))
+    read: list[str] = []
+    get = store.get
+    store.get = lambda owner, id: read.append(id) or get(owner, id)  # type: ignore[method-assign, func-returns-value]
+    body = {"input": "x", "previous_response_id": "resp_2"}
+    refused = httpx.post(f"{live.url}/v1/responses", json=body)
+    assert refused.status_code == 400 and not read
+    assert "more than 10000 bytes" in refused.json()["error"]["message"]
+    assert httpx.post(f"{live.url}/v1/responses", json=body | {"previous_response_id": "resp_1"}).status_code == 200
+    assert read == ["resp_0", "resp_1"]
+
+
+@pytest.mark.parametrize("metadata", [{"a": "m" * 513}, {"k" * 65: "v"}, {str(i): "" for i in range(17)}])
+def test_metadata_are_as_large_as_openai_has_them(metadata: dict[str, str], server: Live) -> None:
+    refused = httpx.post(f"{server.url}/v1/responses", json={"input": "x", "metadata": metadata})
+    assert refused.status_code == 400 and refused.json()["error"]["param"].startswith("metadata")
+
+
+def test_an_answer_comes_though_the_disk_is_full(
+    serve: Callable[..., Live], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = ResponseStore(tmp_path / "responses.db")
+    (pages,) = store._db.execute("PRAGMA page_count").fetchone()
+    store._db.execute(f"PRAGMA max_page_count = {pages}")
+    client = client_of(serve(FakeEngine(), store=store))
+    text = "y" * 3500  # fills pages, and the context nearly
+    with caplog.at_level("ERROR", "outpace.server"):
+        made = [client.responses.create(model="fake", input=text, extra_body={"seed": 1}) for _ in range(5)][-1]
+    assert made.output_text and made.model_extra["store"] is False
+    assert "could not be kept: database or disk is full" in caplog.text
+
+
+def test_the_file_is_for_its_owner_alone_and_one_server(tmp_path: Path) -> None:
+    file = tmp_path / "responses.db"
+    file.touch(mode=0o644)
+    store = ResponseStore(file)
+    store.put("", stored("resp_0", 10))
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
+    with pytest.raises(ParameterError, match="another server uses it: name another file"):
+        ResponseStore(file)
+    store.close()

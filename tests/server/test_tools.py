@@ -190,6 +190,7 @@ def test_answers_of_tools_stand_in_the_order_of_the_calls() -> None:
         ([{"role": "assistant"}], "content is missing"),
         ([{"role": "user", "content": None}], "content is missing"),
         ([{"role": "user", "content": "x", "refusal": "no"}], "role assistant"),
+        ([{"role": "assistant", "content": "x", "refusal": "no"}], "content and refusal cannot go together"),
     ],
 )
 def test_what_does_not_fit_together(messages: list[dict[str, Any]], told: str) -> None:

@@ -307,7 +307,7 @@ class Api:
                 log.error("a stream failed: %s", type(error).__name__, exc_info=error)
             refusal = refusal_of(error)
             record["error"] = refusal.code
-            yield chunks.failed(refusal)
+            yield chunks.failed(refusal, record["id"])
 
     def _over(self, ticket: Ticket, follow: Follower, record: dict[str, Any]) -> None:
         """What the log will tell; whatever is unfinished is cancelled."""
@@ -382,7 +382,7 @@ class Api:
         if error.status_code == 404 and error.detail.startswith("no model"):
             code = "model_not_found"
         elif error.status_code == 404:
-            known = ", ".join(path for path, *_ in self.routes())
+            known = ", ".join(dict.fromkeys(path for path, *_ in self.routes()))
             error.detail = f"no route {request.url.path[:200]}; there are {known}"
         return self.refuse(request, Refusal(error.status_code, error.detail, code=code, headers=error.headers or {}))
 

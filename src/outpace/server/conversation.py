@@ -104,6 +104,8 @@ def _turn(message: Message, where: str) -> dict[str, Any]:
 def text_of(message: Message, where: str) -> str:
     """The text of a message's content. An assistant may have said nothing, and a tool may have nothing to say."""
     content = message.content
+    if content and message.refusal:
+        raise ParameterError(f"{where}: content and refusal cannot go together: drop one of them")
     if content is None:
         if message.role == "assistant" and (message.refusal or message.tool_calls is not None):
             return message.refusal or ""

@@ -1,4 +1,4 @@
-"""RequestMiddleware every request: an id, a limit on the body, a line in the log, a count. Plain ASGI: streams pass."""
+"""Around every request: an id, a limit on the body, a line in the log, a count. Plain ASGI: streams pass."""
 
 from __future__ import annotations
 

@@ -146,8 +146,9 @@ class AllowedToolChoice(Body):
 
 
 class JsonSchema(Body):
+    rules = vendor.SCHEMA
+
     name: str | None = None
-    description: str | None = None
     schema_: dict[str, Any] | None = Field(None, alias="schema")
     strict: bool | None = Field(None, description="the output always keeps to the schema, whatever stands here")
 

@@ -142,7 +142,7 @@ class Ticket:
     def _happened(self, index: int, event: StepEvent) -> None:
         if event.error is not None:  # of this request alone
             if event.result is not None:
-                self._service.on_lost(event.result)
+                self._service._lost(self.submissions[index], event.result)
             self._failed(event.error)
             self._service._cancel(self)
             return
@@ -297,6 +297,10 @@ class EngineService:
             if not ticket._open:
                 self._forget(ticket)
 
+    def _lost(self, submission: Submission, result: Result) -> None:
+        if submission.options.pooling is None:  # an embedding has no choices
+            self.on_lost(result)
+
     def _fail(self, tickets: Iterable[Ticket], error: Exception) -> None:
         for ticket in tickets:
             ticket._failed(error)
@@ -363,13 +367,13 @@ class EngineService:
 
     def _drop(self, ticket: Ticket, reason: FinishReason = "cancelled") -> None:
         """Cancel what the engine still has of a call."""
-        for id in [id for id, (owner, _) in self._live.items() if owner is ticket]:
+        for id, index in [(id, index) for id, (owner, index) in self._live.items() if owner is ticket]:
             del self._live[id]
             try:
                 result = self.engine.cancel(id)
                 if result is not None:
                     result.finish_reason = reason
-                    self._tell(self.on_lost, result)
+                    self._tell(self._lost, ticket.submissions[index], result)
             except Exception as error:
                 self._break(f"cancelling a request failed ({type(error).__name__}: {error})", error)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -94,7 +95,7 @@ def parse(data: bytes) -> Any:
         made = dict(pairs)
         if len(made) < len(pairs):
             ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)  # linear: there may be a million
-            raise json.JSONDecodeError(f"the field {twice[:80]!r} is given twice", text[:0], 0)
+            raise json.JSONDecodeError(f"the field {twice[:80]!r} is given twice", "", 0)
         return made
 
     def no_number(name: str) -> Any:
@@ -105,4 +106,6 @@ def parse(data: bytes) -> Any:
     except json.JSONDecodeError:
         raise
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
-        raise json.JSONDecodeError(str(error)[:200], "", 0) from None
+        most = f"a number has more than {sys.get_int_max_str_digits()} digits"
+        what = most if isinstance(error, ValueError) else "it is nested too deeply"
+        raise json.JSONDecodeError(what, "", 0) from None

@@ -129,7 +129,7 @@ class Chunks:
         told = usage(self.call, [self.call.answered(result) for result in results])
         return sse({**self.head, "choices": [], "usage": told}) + DONE
 
-    def failed(self, refusal: Refusal) -> bytes:
+    def failed(self, refusal: Refusal, request_id: str) -> bytes:
         """What ends a stream that cannot go on."""
         return sse(refusal.body())
 

@@ -82,9 +82,7 @@ def chat_call(body: ChatRequest, engine: ServingEngine, owner: str, limits: Limi
     """Raises ParameterError for what does not work, CapacityError for a prompt that fills the context."""
     tools = plan(body.tools, body.tool_choice, body.parallel_tool_calls)
     field, constraint = constraint_of(body)
-    said = conversation(body, tools, engine.tokenizer)
-    check_fits([*strings([said.messages, said.values])], engine, limits)
-    tokens = engine.tokenizer.chat(said.messages, said.begin, said.goes_on, **said.values)
+    tokens, unread = chat_prompt(body, tools, engine, limits)
     tokens = tokens[-(body.truncate_prompt_tokens or 0) :]
     stops: tuple[str, ...] = ()
     if tools is not None and field is not None:
@@ -106,7 +104,16 @@ def chat_call(body: ChatRequest, engine: ServingEngine, owner: str, limits: Limi
     params = _params(body, limits, most, logprobs, constraint, stops)
     shown = {"messages": [m.model_dump(exclude_none=True) for m in body.messages]}
     call = _call(body, [tokens], params, engine, owner, limits, shown)
-    return replace(call, tools=tools, ignored=[*call.ignored, *said.ignored])
+    return replace(call, tools=tools, ignored=[*call.ignored, *unread])
+
+
+def chat_prompt(
+    body: ChatRequest, tools: Plan | None, engine: ServingEngine, limits: Limits
+) -> tuple[list[int], list[str]]:
+    """A conversation as tokens, and the fields that the model's chat template does not read."""
+    said = conversation(body, tools, engine.tokenizer)
+    check_fits([*strings([said.messages, said.values])], engine, limits)
+    return engine.tokenizer.chat(said.messages, said.begin, said.goes_on, **said.values), said.ignored
 
 
 def completion_call(body: CompletionRequest, engine: ServingEngine, owner: str, limits: Limits) -> Call:

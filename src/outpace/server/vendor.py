@@ -238,6 +238,10 @@ TOOL: dict[str, Rule] = {
     "cache_control": MESSAGE["cache_control"],
 }
 
+SCHEMA: dict[str, Rule] = {
+    "description": Harmless("the model does not see it: say it in a message"),
+}
+
 FUNCTION: dict[str, Rule] = {
     **dict.fromkeys(("name", "description", "parameters"), Honoured()),
     "strict": Honoured("forced calls always keep to the schema, whatever stands here"),

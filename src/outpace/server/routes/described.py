@@ -8,6 +8,13 @@ from pydantic import Field
 
 from ..responses import Decoding, Described
 
+
+class Ignored(Described):
+    """Fields of a request that had no effect; it is there if there were any."""
+
+    ignored: list[str]
+
+
 # -- /v1/messages ----------------------------------------------------------------------------------------------------
 
 
@@ -44,6 +51,7 @@ class Message(Described):
 
 class MessageTokens(Described):
     input_tokens: int
+    outpace: Ignored | None = None
 
 
 class MessageErrorDetail(Described):
@@ -189,6 +197,7 @@ class Tokenized(Described):
     max_model_len: int
     tokens: list[int] | list[TokenPiece]
     token_strs: list[str] | None = None
+    outpace: Ignored | None = None
 
 
 class TokenizerInfo(Described):

@@ -155,13 +155,17 @@ def messages_call(body: MessagesRequest, engine: ServingEngine, owner: str, limi
     """Raises ParameterError for what does not work, CapacityError for a prompt that leaves no room."""
     if body.outpace is not None and body.outpace.trace:
         raise ParameterError("outpace.trace belongs to /v1/chat/completions and /v1/completions")
-    call = chat_call(as_chat(body), engine, owner, limits)
-    return replace(call, ignored=[*body.ignored(), *call.ignored])
+    return _call(body, as_chat(body), engine, owner, limits)
 
 
 def counted_call(body: CountRequest, engine: ServingEngine, owner: str, limits: Limits) -> Call:
     """A call that is not made: its prompt is counted."""
-    return chat_call(as_chat(body).model_copy(update={"max_tokens": 1}), engine, owner, limits)
+    return _call(body, as_chat(body).model_copy(update={"max_tokens": 1}), engine, owner, limits)
+
+
+def _call(body: CountRequest, chat: ChatRequest, engine: ServingEngine, owner: str, limits: Limits) -> Call:
+    call = chat_call(chat, engine, owner, limits)
+    return replace(call, ignored=[*body.ignored(), *call.ignored])
 
 
 def as_chat(body: CountRequest) -> ChatRequest:

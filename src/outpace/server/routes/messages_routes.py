@@ -9,6 +9,7 @@ from fastapi import Request
 from starlette.responses import Response
 
 from ...errors import ParameterError
+from ..bodies import ignored
 from ..middleware import KEY, RECORD
 from ..stream import json_response
 from . import described
@@ -41,7 +42,8 @@ class Messages:
         request.scope[RECORD]["owner"] = owner = api.keys.owner(request.scope[KEY], None)
         api.check_model(body.model)
         call = await api.intake.run(request, counted_call, body, api.service.engine, owner, api.limits)
-        return json_response({"input_tokens": call.prompt_tokens})
+        own = {"outpace": ignored(call)} if call.ignored else {}
+        return json_response({"input_tokens": call.prompt_tokens, **own})
 
 
 def _check_version(request: Request) -> None:

@@ -41,8 +41,8 @@ class MessageEvents(Chunks):
     async def end(self, results: list[Result]) -> bytes:
         return named({"type": "message_stop"})
 
-    def failed(self, refusal: Refusal) -> bytes:
-        return named(refusal.anthropic_body(None))
+    def failed(self, refusal: Refusal, request_id: str) -> bytes:
+        return named(refusal.anthropic_body(request_id))
 
     def begin(self) -> bytes:
         counted = {

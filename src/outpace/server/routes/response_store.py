@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...errors import ParameterError
+from ...errors import CapacityError, ParameterError
 
 log = logging.getLogger("outpace.server")
 _VERSION = 1
@@ -56,12 +56,13 @@ class ResponseStore:
         try:
             if file is not None:  # what users wrote is for nobody else on this machine
                 os.close(os.open(file, os.O_CREAT | os.O_RDWR, 0o600))
+                os.chmod(file, 0o600)  # of one that was there, too; its log gets the same
             self._db = sqlite3.connect(file or ":memory:", timeout=1, check_same_thread=False, isolation_level=None)
             self._open()
         except (OSError, sqlite3.Error) as error:
-            raise ParameterError(
-                f"--responses-file {str(file)!r} cannot be used: {error}; name another file, or remove this one"
-            ) from None
+            locked = "locked" in str(error)
+            hint = "another server uses it: name another file" if locked else "name another file, or remove this one"
+            raise ParameterError(f"--responses-file {str(file)!r} cannot be used: {error}; {hint}") from None
 
     def _open(self) -> None:
         self._db.execute("PRAGMA locking_mode = EXCLUSIVE")  # one server writes it, which counts what is there
@@ -82,7 +83,8 @@ class ResponseStore:
             )
 
     def put(self, owner: str, kept: Kept) -> bool:
-        """Keep a response under its own id. False if it alone is larger than what may be kept, or the file fails."""
+        """Keep a response under its own id. False if it alone is larger than what may be kept, or if the file cannot
+        take it, which the log says."""
         given, response = json.dumps(kept.input), json.dumps(kept.response)
         size = len(given) + len(response)
         if size > self.limits.bytes or self.limits.entries < 1:
@@ -94,7 +96,7 @@ class ResponseStore:
                 while self._bytes + size > self.limits.bytes or self._entries + 1 > self.limits.entries:
                     self._evict()
                 self._db.execute("INSERT INTO responses VALUES (?, ?, ?, ?, ?, ?, ?)", (*values, given, response))
-            except sqlite3.OperationalError as error:  # the disk is full, say: what was answered is sent all the same
+            except sqlite3.Error as error:  # a disk that is full, for one: the answer itself is none the worse
                 log.error("a response could not be kept: %s", error)
                 return False
             self._entries += 1
@@ -114,17 +116,27 @@ class ResponseStore:
         with self._lock:
             return self._remove("id = ? AND owner = ? AND created >= ?", (id, owner, self._oldest))
 
-    def conversation(self, owner: str, id: str) -> list[Kept] | None:
-        """The response and those before it, the first one first. None if one of them is gone, or they are too many."""
-        found: list[Kept] = []
-        at: str | None = id
+    def conversation(self, owner: str, id: str, most_bytes: int) -> list[Kept] | None:
+        """The response and those before it, the first one first. None if one of them is gone, or they are too many.
+        Raises CapacityError if they have more than `most_bytes`, before any of them is read."""
+        found: list[str] = []
+        at, size = id, 0
         while at is not None:
-            kept = self.get(owner, at) if len(found) < LONGEST_CONVERSATION else None
-            if kept is None:
+            with self._lock:
+                row = self._db.execute(
+                    "SELECT previous, bytes FROM responses WHERE id = ? AND owner = ?", (at, owner)
+                ).fetchone()
+            if row is None or len(found) == LONGEST_CONVERSATION:
                 return None
-            found.append(kept)
-            at = kept.response["previous_response_id"]
-        return found[::-1]
+            found.append(at)
+            at, size = row[0], size + row[1]
+            if size > most_bytes:
+                raise CapacityError(
+                    f"previous_response_id: the conversation has more than {most_bytes} bytes, which is the limit: "
+                    "send what matters of it as input"
+                )
+        kept = [self.get(owner, id) for id in reversed(found)]
+        return None if None in kept else [one for one in kept if one is not None]
 
     def close(self) -> None:
         with self._lock:

@@ -13,7 +13,7 @@ from ...errors import ParameterError
 from ...types import Result
 from .. import vendor
 from ..bodies import chat_body
-from ..protocol import Body, ChatRequest, OutpaceOptions, Prediction
+from ..protocol import Body, ChatRequest, OutpaceOptions, Prediction, RefusalPart
 from ..service import ServingEngine
 from ..submissions import Call, Limits, chat_call
 from .translation import NAME, chat_request
@@ -31,15 +31,6 @@ class TextPart(Body):
 
     type: Literal["input_text", "output_text", "text"]
     text: str
-
-
-class RefusalPart(Body):
-    type: Literal["refusal"]
-    refusal: str
-
-    @property
-    def text(self) -> str:
-        return self.refusal
 
 
 class MessageItem(Body):
@@ -102,11 +93,13 @@ class NamedChoice(Body):
 
 
 class TextFormat(Body):
-    rules: ClassVar[dict[str, vendor.Rule]] = {"strict": vendor.Harmless("the output always keeps to the schema")}
+    rules: ClassVar[dict[str, vendor.Rule]] = {
+        "strict": vendor.Harmless("the output always keeps to the schema"),
+        "description": vendor.SCHEMA["description"],
+    }
 
     type: Literal["text", "json_object", "json_schema"]
     name: str | None = None
-    description: str | None = None
     schema_: dict[str, Any] | None = Field(None, alias="schema")
 
 
@@ -142,6 +135,7 @@ class ResponsesRequest(Body):
             "there is nothing of that kind to include",
             ([], ["reasoning.encrypted_content"]),
         ),
+        "top_logprobs": vendor.Harmless("log-probabilities come from /v1/chat/completions", (0,)),
         "max_tool_calls": vendor.Harmless("it is about tools of the server, which has none"),
         "conversation": vendor.Refused("use previous_response_id"),
         "prompt": vendor.Refused("prompts are not stored: put the text into input and instructions"),
@@ -154,7 +148,7 @@ class ResponsesRequest(Body):
     instructions: str | None = Field(None, description="a system message of this response alone")
     previous_response_id: str | None = Field(None, max_length=100, description="the conversation goes on behind it")
     store: bool | None = Field(None, description="false: the response cannot be asked for later")
-    max_output_tokens: int | None = None
+    max_output_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, description="default 1; 0 takes the likeliest token")
     top_p: float | None = None
     stream: bool | None = None
@@ -163,7 +157,9 @@ class ResponsesRequest(Body):
     tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
     parallel_tool_calls: bool | None = None
     reasoning: ReasoningOptions | None = None
-    metadata: dict[str, str] | None = Field(None, max_length=16)
+    metadata: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None = Field(
+        None, max_length=16
+    )
     user: str | None = Field(None, max_length=512, description="parts owners: their prefixes and drafts are not shared")
 
     # beyond OpenAI's

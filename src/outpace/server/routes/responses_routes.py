@@ -45,7 +45,8 @@ class Responses:
         owner = self._api.keys.person(request.scope[KEY], body.user)
         turn = Turn(body)
         if body.previous_response_id is not None:
-            earlier = await asyncio.to_thread(self._store.conversation, owner, body.previous_response_id)
+            most = self._api.limits.body_bytes
+            earlier = await asyncio.to_thread(self._store.conversation, owner, body.previous_response_id, most)
             if earlier is None:
                 raise Refused(
                     Refusal(

@@ -54,7 +54,7 @@ class ResponseEvents(Chunks):
         await self._keep(whole)
         return self._event(f"response.{whole['status']}", response=whole)
 
-    def failed(self, refusal: Refusal) -> bytes:
+    def failed(self, refusal: Refusal, request_id: str) -> bytes:
         code = "rate_limit_exceeded" if refusal.status == 429 else "server_error"
         error = {"code": code, "message": refusal.message}
         broken = {**self._head, "status": "failed", "error": error, "output": self._output}

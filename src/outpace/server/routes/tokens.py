@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from fastapi import Request
 from pydantic import Field
@@ -10,13 +10,12 @@ from starlette.responses import Response
 
 from ...errors import ParameterError
 from ...types import SamplingParams
-from .. import vendor
-from ..conversation import template_messages
 from ..logprobs import Shown
-from ..protocol import Body, Message, Tool
+from ..protocol import Body, ChatRequest, Message, Tool
 from ..service import ServingEngine
 from ..stream import json_response
-from ..submissions import Limits, check_fits, strings
+from ..submissions import Limits, chat_prompt, check_fits
+from ..tools import plan
 from . import described
 
 if TYPE_CHECKING:
@@ -43,8 +42,6 @@ class TokenizeRequest(Body):
 
 class DetokenizeRequest(Body):
     """Body of /detokenize."""
-
-    rules: ClassVar[dict[str, vendor.Rule]] = {}
 
     model: str | None = Field(None, description="the served model; may be left out")
     tokens: list[int] = Field(max_length=MOST_TOKENS)
@@ -79,17 +76,20 @@ class Tokens:
 
 def tokenized(body: TokenizeRequest, engine: ServingEngine, limits: Limits) -> dict[str, Any]:
     """Raises ParameterError for what does not work, CapacityError for a text that no prompt could hold."""
-    tokens = _tokens(body, engine, limits)
+    tokens, unread = _tokens(body, engine, limits)
     found: dict[str, Any] = {"count": len(tokens), "max_model_len": engine.max_new_tokens([]), "tokens": tokens}
     shown = Shown(engine.tokenizer, SamplingParams())
     if body.return_token_strs:
         found["token_strs"] = [shown.token(id)[0] for id in tokens]
     if body.with_pieces:
         found["tokens"] = [{"id": id, "piece": _piece(shown.token(id)[1])} for id in tokens]
+    if ignored := [*body.ignored(), *unread]:
+        found["outpace"] = {"ignored": ignored}
     return found
 
 
-def _tokens(body: TokenizeRequest, engine: ServingEngine, limits: Limits) -> list[int]:
+def _tokens(body: TokenizeRequest, engine: ServingEngine, limits: Limits) -> tuple[list[int], list[str]]:
+    """The tokens, and the fields that the chat template does not read."""
     given = [name for name in ("prompt", "content", "messages") if getattr(body, name) is not None]
     if len(given) != 1:
         raise ParameterError(f"give one of prompt, content and messages, not {' and '.join(given) or 'none'}")
@@ -97,12 +97,8 @@ def _tokens(body: TokenizeRequest, engine: ServingEngine, limits: Limits) -> lis
         for name in ("add_special_tokens", "add_special", "parse_special"):
             if getattr(body, name) is not None:
                 raise ParameterError(f"{name} goes with prompt or content: the chat template decides for messages")
-        check_fits(list(strings([m.model_dump() for m in body.messages])), engine, limits)
-        values: dict[str, Any] = {}
-        if body.tools:
-            values["tools"] = [tool.model_dump(exclude_none=True) for tool in body.tools]
-        begin = body.add_generation_prompt is not False
-        return engine.tokenizer.chat(template_messages(body.messages), add_generation_prompt=begin, **values)
+        chat = ChatRequest.model_construct(messages=body.messages, add_generation_prompt=body.add_generation_prompt)
+        return chat_prompt(chat, plan(body.tools, None, None), engine, limits)
     for name in ("tools", "add_generation_prompt"):
         if getattr(body, name) is not None:
             raise ParameterError(f"{name} goes with messages")
@@ -114,8 +110,8 @@ def _tokens(body: TokenizeRequest, engine: ServingEngine, limits: Limits) -> lis
     wanted = next((v for v in (body.add_special_tokens, body.add_special) if v is not None), body.prompt is not None)
     special = body.parse_special is not False
     if wanted:
-        return engine.tokenizer.prompt(text, special=special)
-    return engine.tokenizer.encode(text, special=special)
+        return engine.tokenizer.prompt(text, special=special), []
+    return engine.tokenizer.encode(text, special=special), []
 
 
 def _piece(data: bytes) -> str | list[int]:
