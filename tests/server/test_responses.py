@@ -16,7 +16,6 @@ from live import Live
 from outpace.errors import ParameterError
 from outpace.server.keys import Keys
 from outpace.server.routes.response_store import Kept, ResponseStore, StoreLimits
-from outpace.server.submissions import Limits
 
 WEATHER: Any = {
     "type": "function",
@@ -323,8 +322,8 @@ def stored(id: str, size: int, previous: str | None = None) -> Kept:
 
 
 def test_a_conversation_that_is_too_large_is_refused_before_it_is_read(serve: Callable[..., Live]) -> None:
-    store = ResponseStore()
-    live = serve(FakeEngine(), store=store, limits=Limits(body_bytes=10_000))
+    store = ResponseStore(limits=StoreLimits(conversation_bytes=10_000))
+    live = serve(FakeEngine(), store=store)
     for place in range(3):
         store.put("", stored(f"resp_{place}", 4000, f"resp_{place - 1}" if place else None))
     read: list[str] = []

@@ -129,7 +129,11 @@ def serve(**options: Any) -> None:
     options |= {"aliases": model_names(options["aliases"]), "origins": origins(options["origins"])}
 
     keys = Keys(read_keys(options["api_key_file"]), options["share_prefixes"])
-    limits = StoreLimits(bytes=options["responses_mb"] * 1_000_000, age_s=options["responses_days"] * 86400)
+    limits = StoreLimits(
+        bytes=options["responses_mb"] * 1_000_000,
+        age_s=options["responses_days"] * 86400,
+        conversation_bytes=options["max_body"],
+    )
     options["store"] = ResponseStore(options["responses_file"], limits)
     listener = bind(options["host"], options["port"])
     with listener:

@@ -35,6 +35,7 @@ class StoreLimits:
     entries: int = 100_000
     bytes: int = 256 << 20  # of input and output as JSON
     age_s: float = 30 * 86400.0
+    conversation_bytes: int = 8 << 20  # of all responses that one leads back to, itself included
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,9 +117,9 @@ class ResponseStore:
         with self._lock:
             return self._remove("id = ? AND owner = ? AND created >= ?", (id, owner, self._oldest))
 
-    def conversation(self, owner: str, id: str, most_bytes: int) -> list[Kept] | None:
+    def conversation(self, owner: str, id: str) -> list[Kept] | None:
         """The response and those before it, the first one first. None if one of them is gone, or they are too many.
-        Raises CapacityError if they have more than `most_bytes`, before any of them is read."""
+        Raises CapacityError if they have too many bytes, before any of them is read."""
         found: list[str] = []
         at, size = id, 0
         while at is not None:
@@ -130,10 +131,10 @@ class ResponseStore:
                 return None
             found.append(at)
             at, size = row[0], size + row[1]
-            if size > most_bytes:
+            if size > self.limits.conversation_bytes:
                 raise CapacityError(
-                    f"previous_response_id: the conversation has more than {most_bytes} bytes, which is the limit: "
-                    "send what matters of it as input"
+                    f"previous_response_id: the conversation has more than {self.limits.conversation_bytes} bytes, "
+                    "which is the limit: send what matters of it as input"
                 )
         kept = [self.get(owner, id) for id in reversed(found)]
         return None if None in kept else [one for one in kept if one is not None]

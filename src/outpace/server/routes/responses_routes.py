@@ -45,8 +45,7 @@ class Responses:
         owner = self._api.keys.person(request.scope[KEY], body.user)
         turn = Turn(body)
         if body.previous_response_id is not None:
-            most = self._api.limits.body_bytes
-            earlier = await asyncio.to_thread(self._store.conversation, owner, body.previous_response_id, most)
+            earlier = await asyncio.to_thread(self._store.conversation, owner, body.previous_response_id)
             if earlier is None:
                 raise Refused(
                     Refusal(
