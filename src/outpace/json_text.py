@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any
 
-from .errors import ParameterError
+from .errors import ParameterError, did_you_mean
 from .fields import WRONG_TYPE, shown
 
 # fmt: off
@@ -29,6 +29,7 @@ _OTHERS = {
     "readOnly", "required", "title", "type", "uniqueItems", "writeOnly", "xml",
 }
 # fmt: on
+TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 KEYWORDS = _SCHEMAS | _BY_NAME | _OTHERS
 _ALIKE = 0.8  # of 1: so much of a misspelt keyword is right
 
@@ -64,9 +65,16 @@ def read_json(text: str | bytes, what: str) -> Any:
 
 
 def check_schema(schema: Any, what: str = "json_schema") -> None:
-    """Raises ParameterError for a misspelt keyword, with the nearest that exists. Notes of other tools may stand in a
-    schema under names that are unlike any keyword, or begin with "x-"."""
+    """Raises ParameterError for a misspelt keyword or type, with the nearest that exists. Notes of other tools may
+    stand in a schema under names that are unlike any keyword, or begin with "x-"."""
     for path, part in _parts(schema):
+        named = part.get("type")
+        for kind in named if isinstance(named, list) else [named]:
+            if isinstance(kind, str) and kind not in TYPES:
+                raise ParameterError(
+                    f"{what} has the unknown type {shown(kind)}{path and ' in ' + path}; {did_you_mean(kind, TYPES)}"
+                    f"there are: {', '.join(TYPES)}"
+                )
         for key in part:
             if key in KEYWORDS or not isinstance(key, str) or key.startswith("x-"):
                 continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -52,3 +53,18 @@ def test_one_line(args: tuple[str, ...], line: str) -> None:
 )
 def test_ranges_in_words(said: str, words: str) -> None:
     assert plain(said) == words
+
+
+def test_help_lists_every_option_once_in_its_section() -> None:
+    from outpace.cli.run import run
+    from outpace.cli.sections import SECTIONS
+
+    named = [name for names in SECTIONS.values() for name in names]
+    options = [p for p in run.params if isinstance(p, click.Option)]
+    assert len(set(named)) == len(named) and {*named} <= {p.name for p in options}
+    text = CliRunner().invoke(main, ["run", "--help"]).stdout
+    starts = [line.split("  ")[0].replace(",", " ").split() for line in text.replace("\n  ", "\n").splitlines()]
+    for option in options:
+        assert sum(option.opts[-1] in words for words in starts if words and words[0][0] == "-") == 1, option.opts
+    assert text.index("Prompt:") < text.index("\n  --continue") < text.index("Model:") < text.index("--threads")
+    assert text.index("Output:") < text.index("--explain")

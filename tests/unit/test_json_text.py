@@ -41,6 +41,19 @@ def test_sound_json_is_read_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("schema", "why"),
     [
+        ({"type": "objct"}, r"'objct'; did you mean 'object'\? there are: object, array, "),
+        ({"properties": {"a": {"type": ["null", "strng"]}}}, r"'strng' in properties.a; did you mean 'string'\?"),
+    ],
+)
+def test_unknown_types_are_refused_with_the_nearest(schema: dict[str, Any], why: str) -> None:
+    with pytest.raises(ParameterError, match=f"^json_schema has the unknown type {why}"):
+        check_schema(schema)
+    check_schema({"properties": {"type": {"type": ["string", "null"]}}, "enum": [{"type": "objct"}]})
+
+
+@pytest.mark.parametrize(
+    ("schema", "why"),
+    [
         ({"type": "object", "requird": ["a"]}, r"keyword 'requird': did you mean 'required'\?"),
         ({"properties": {"a": {"typ": "string"}}}, r"'typ' in properties.a: did you mean 'type'\?"),
         (

@@ -17,6 +17,7 @@ from .chat_commands import COMMANDS, run_command
 from .common import cancel_on_interrupt, model_options, open_llm, sampling_options, sampling_params, say
 from .conversation import Conversation, load_last, save_last
 from .editor import Interrupted, Lines, lines_of_stdin, read_message
+from .sections import InSections
 from .wording import ending
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def chat_sampling(function: Callable[..., None]) -> Callable[..., None]:
     return sampling_options(function, shown)
 
 
-@click.command(short_help="Talk to a model in the terminal.")
+@click.command(cls=InSections, short_help="Talk to a model in the terminal.")
 @model_options
 @chat_sampling
 @click.option("--continue", "go_on", is_flag=True, help="Go on with the last conversation.")

@@ -29,12 +29,12 @@ ALIASES = {
 }
 _CONTEXT = "the context is the model's own; the size of the cache of `outpace serve` is set by --kv-tokens"
 _GPU = "the model runs on one device as a whole: --device cuda"
-_CACHE = "keys and values are kept as the arithmetic has them, see --precision"
-_BATCH = "the engine shares the rows of a step by itself; --max-batch of `outpace serve` says how many run at once"
+_CACHE = "the KV cache has the precision of the model: see --precision"
+_BATCH = "the engine chooses the size of a step; --max-batch of `outpace serve` bounds the requests that run at once"
 _CHAT = "to talk, use `outpace chat`"
-_DRAFT = "how much is drafted is a matter of the method, as in --method draft:max_tokens=8"
+_DRAFT = "the length of a draft is an option of the method, as in --method draft:max_tokens=8"
 _SAMPLERS = "this sampler does not exist here; there are --temperature, --top-k, --top-p, --min-p and penalties"
-_ALWAYS = "it is always so here: leave it out"
+_ALWAYS = "it is always on here: leave it out"
 #: what people type -> what does the same here
 REFUSED = {
     "-t": "write --threads",
@@ -65,8 +65,8 @@ REFUSED = {
     "--hf-repo": "write -m hf:owner/repo or -m hf:owner/repo:Q4_K_M",
     "-hff": "write -m hf:owner/repo:FILE.gguf",
     "--hf-file": "write -m hf:owner/repo:FILE.gguf",
-    "-mu": "fetch the file, and name it by -m FILE.gguf",
-    "--model-url": "fetch the file, and name it by -m FILE.gguf",
+    "-mu": "download the file and give it with -m FILE.gguf",
+    "--model-url": "download the file and give it with -m FILE.gguf",
     "-p": "the prompt is the argument itself, as in: outpace run Why is the sky blue",
     "--prompt": "the prompt is the argument itself, as in: outpace run Why is the sky blue",
     "-i": _CHAT,
@@ -76,7 +76,7 @@ REFUSED = {
     "--draft": _DRAFT,
     "--draft-max": _DRAFT,
     "--draft-min": _DRAFT,
-    "--verbose": "figures stand behind every answer; --explain tells more",
+    "--verbose": "every answer ends with a line of figures; --explain says more",
     "--format": "write --json-schema with a schema, or --json for an object with the answer and its figures",
     "--keepalive": "a model that stays in memory is a server's: outpace serve",
     "--mirostat": _SAMPLERS,

@@ -25,6 +25,7 @@ from .common import (
 )
 from .conversation import Conversation, load_last, save_last
 from .exits import CUT, INTERRUPTED
+from .sections import InSections
 from .wording import closing_line, ending, explained
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ LONGEST = 1024  # tokens of an answer where nobody set a limit and the context h
 PALETTE = ("green", "cyan", "magenta", "yellow", "blue", "bright_red")
 
 
-@click.command(short_help="Answer one prompt.")
+@click.command(cls=InSections, short_help="Answer one prompt.")
 @click.argument("words", nargs=-1, metavar="[PROMPT...]")
 @model_options
 @sampling_options
