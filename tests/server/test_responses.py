@@ -357,6 +357,17 @@ def test_an_answer_comes_though_the_disk_is_full(
     assert "could not be kept: database or disk is full" in caplog.text
 
 
+def test_users_of_one_key_do_not_push_out_what_another_key_keeps(serve: Callable[..., Live]) -> None:
+    live = serve(
+        FakeEngine(), keys=Keys(["key-of-ann", "key-of-bob"]), store=ResponseStore(limits=StoreLimits(entries=3))
+    )
+    ann, bob = client_of(live, "key-of-ann"), client_of(live, "key-of-bob")
+    first = ann.responses.create(model="fake", input="x" * 500)
+    for user in "abcdef":
+        bob.responses.create(model="fake", input="x", user=user)
+    assert ann.responses.retrieve(first.id).output_text == first.output_text
+
+
 def test_the_file_is_for_its_owner_alone_and_one_server(tmp_path: Path) -> None:
     file = tmp_path / "responses.db"
     file.touch(mode=0o644)

@@ -62,6 +62,14 @@ def test_the_oldest_go_first_and_of_whoever_has_most() -> None:
     assert ids(store, "a", "1234567") == "4567" and ids(store, "b", "0") == "0" and len(store) == 5
 
 
+def test_many_owners_of_one_key_do_not_push_out_another_key() -> None:
+    store = ResponseStore(limits=StoreLimits(entries=5), clock=Clock())
+    store.put("x", kept("0", text="x" * 50), account="X")
+    for id in "1234567":
+        store.put(id, kept(id), account="Y")
+    assert ids(store, "x", "0") == "0" and [id for id in "1234567" if store.get(id, id)] == list("4567")
+
+
 def test_bytes_are_limited() -> None:
     store = ResponseStore(limits=StoreLimits(bytes=3000), clock=Clock())
     assert not store.put("a", kept("0", text="x" * 4000)) and len(store) == 0

@@ -16,13 +16,13 @@ from typing import Any
 from ...errors import CapacityError, ParameterError
 
 log = logging.getLogger("outpace.server")
-_VERSION = 1
+_VERSION = 2
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS responses (
-    id TEXT PRIMARY KEY, owner TEXT NOT NULL, created REAL NOT NULL, bytes INTEGER NOT NULL,
+    id TEXT PRIMARY KEY, account TEXT NOT NULL, owner TEXT NOT NULL, created REAL NOT NULL, bytes INTEGER NOT NULL,
     previous TEXT, input TEXT NOT NULL, response TEXT NOT NULL
 ) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS by_owner ON responses (owner, created, bytes);
+CREATE INDEX IF NOT EXISTS by_owner ON responses (account, owner, created, bytes);
 CREATE INDEX IF NOT EXISTS by_age ON responses (created);
 """
 LONGEST_CONVERSATION = 1000  # responses that one leads back to
@@ -30,7 +30,7 @@ LONGEST_CONVERSATION = 1000  # responses that one leads back to
 
 @dataclass(frozen=True, slots=True)
 class StoreLimits:
-    """What is kept at most. Beyond it the oldest responses of whoever has most go."""
+    """What is kept at most. Beyond it the oldest responses of the key, and of its users, that has most go."""
 
     entries: int = 100_000
     bytes: int = 256 << 20  # of input and output as JSON
@@ -83,20 +83,20 @@ class ResponseStore:
                 self._db.execute("SELECT COUNT(*) FROM responses WHERE created >= ?", (self._oldest,)).fetchone()[0]
             )
 
-    def put(self, owner: str, kept: Kept) -> bool:
+    def put(self, owner: str, kept: Kept, account: str = "") -> bool:
         """Keep a response under its own id. False if it alone is larger than what may be kept, or if the file cannot
-        take it, which the log says."""
+        take it, which the log says. `account`: the same for all owners with one key."""
         given, response = json.dumps(kept.input), json.dumps(kept.response)
         size = len(given) + len(response)
         if size > self.limits.bytes or self.limits.entries < 1:
             return False
-        values = (kept.response["id"], owner, self._clock(), size, kept.response["previous_response_id"])
+        values = (kept.response["id"], account, owner, self._clock(), size, kept.response["previous_response_id"])
         with self._lock:
             try:
                 self._expire()
                 while self._bytes + size > self.limits.bytes or self._entries + 1 > self.limits.entries:
                     self._evict()
-                self._db.execute("INSERT INTO responses VALUES (?, ?, ?, ?, ?, ?, ?)", (*values, given, response))
+                self._db.execute("INSERT INTO responses VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (*values, given, response))
             except sqlite3.Error as error:  # a disk that is full, for one: the answer itself is none the worse
                 log.error("a response could not be kept: %s", error)
                 return False
@@ -152,12 +152,15 @@ class ResponseStore:
         self._remove("created < ?", (self._oldest,))
 
     def _evict(self) -> None:
-        """The oldest response of the owner who has most bytes: nobody loses theirs to another's many."""
-        (owner,) = self._db.execute(
-            "SELECT owner FROM responses GROUP BY owner ORDER BY SUM(bytes) DESC LIMIT 1"
+        """The oldest response of the owner who has most bytes, among those of the account that has most: nobody loses
+        theirs to another's many, whatever number of owners one key names."""
+        account = "SELECT account FROM responses GROUP BY account ORDER BY SUM(bytes) DESC LIMIT 1"
+        found = self._db.execute(
+            f"SELECT account, owner FROM responses WHERE account = ({account}) "
+            "GROUP BY owner ORDER BY SUM(bytes) DESC LIMIT 1"
         ).fetchone()
-        oldest = "SELECT id FROM responses WHERE owner = ? ORDER BY created, id LIMIT 1"
-        self._remove(f"id = ({oldest})", (owner,))
+        oldest = "SELECT id FROM responses WHERE account = ? AND owner = ? ORDER BY created, id LIMIT 1"
+        self._remove(f"id = ({oldest})", found)
 
     def _remove(self, where: str, values: tuple[Any, ...]) -> bool:
         rows = self._db.execute(f"DELETE FROM responses WHERE {where} RETURNING bytes", values).fetchall()

@@ -57,13 +57,14 @@ class Responses:
                     )
                 )
             turn.earlier = [item for kept in earlier for item in [*kept.input, *as_input(kept.response["output"])]]
-        keep = partial(self._keep, owner, body)
+        keep = partial(self._keep, owner, self._api.keys.person(request.scope[KEY], None), body)
         chunks = partial(ResponseEvents, turn=turn, keep=keep)
         return await self._api.answer(request, body, turn.call, chunks, partial(response_body, turn), keep)
 
-    async def _keep(self, owner: str, body: ResponsesRequest, response: dict[str, Any]) -> None:
+    async def _keep(self, owner: str, account: str, body: ResponsesRequest, response: dict[str, Any]) -> None:
         if body.store is not False:
-            response["store"] = await asyncio.to_thread(self._store.put, owner, Kept(body.items(), response))
+            kept = Kept(body.items(), response)
+            response["store"] = await asyncio.to_thread(self._store.put, owner, kept, account)
 
     async def get(self, request: Request, response_id: str, user: User = None) -> Response:
         return json_response((await self._find(request, response_id, user)).response)
