@@ -46,7 +46,7 @@ def test_one_wrong_token_in_500_is_seen_by_the_tokens_of_a_default_audit(
     wrong = [row["method"] for row in section["rows"] if row["differing"]]
     assert {*wrong} == {"recycling"} and not section["checks"]
     sound = outpace(*args, "--json", str(path))
-    assert sound.exit_code == 0 and "what this would have seen (95 %)" in sound.output
+    assert sound.exit_code == 0 and "the rarest fault that this would have found (95 %)" in sound.output
     (section,) = json.loads(path.read_text())["sections"]
     seen = {c["method"]: c for c in section["coverage"]}
     assert seen["recycling"]["wrong_token_in"] >= 500 and seen["recycling"]["wrong_draft_in"] >= 500

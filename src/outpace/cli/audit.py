@@ -308,9 +308,15 @@ def show_coverage(section: AuditSection, console: Any) -> None:
     covered = section.coverage
     if not covered:
         return
-    table = Table(title=f"what this would have seen ({100 * SURE:.0f} %)", title_justify="left")
+    table = Table(title=f"the rarest fault that this would have found ({100 * SURE:.0f} %)", title_justify="left")
     table.add_column("method")
-    for name in ("tokens compared", "one wrong in", "drafts accepted", "declined", "one let pass in"):
+    for name in (
+        "tokens compared",
+        "one wrong token in",
+        "drafts accepted",
+        "drafts rejected",
+        "one wrongly accepted in",
+    ):
         table.add_column(name, justify="right")
     for c in covered:
         figures = (c.tokens, c.wrong_token_in, c.accepted, c.declined, c.wrong_draft_in)

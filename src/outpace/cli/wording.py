@@ -79,7 +79,7 @@ def explained(llm: LLM, result: Result) -> list[str]:
         pairs = [(right, tested) for right, tested in zip(source.right, source.tested, strict=True) if tested]
         by_place = ", ".join(f"{right / tested:.0%}" for right, tested in pairs)
         lines.append(
-            f"{title} proposed {source.proposed} tokens, {source.accepted} were right; of the first, second, … of a "
-            f"proposal: {by_place}."
+            f"{title} proposed {source.proposed} tokens, {source.accepted} were right; by place in a "
+            f"proposal (first, second, …): {by_place}."
         )
     return lines + [f"{line[0].upper()}{line[1:]}." for line in llm.explain()[1:] if line]

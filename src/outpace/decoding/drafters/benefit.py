@@ -184,8 +184,8 @@ class Benefit:
         if not self.called:
             return "never used" if chances else "no step yet"
         return (
-            f"used in {self.called} of {chances} steps, {1e3 * self.seconds / self.called:.2f} ms and "
-            f"{self.gained / self.called:.2f} tokens gained each time, when what checking them costs is taken off"
+            f"used in {self.called} of {chances} steps; each use took {1e3 * self.seconds / self.called:.2f} ms and "
+            f"gained {self.gained / self.called:.2f} tokens, less the cost of checking them"
         )
 
     def spent(self) -> float:

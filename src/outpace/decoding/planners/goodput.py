@@ -169,13 +169,13 @@ class Goodput(Planner):
         one = self._table.step(1, 0)
         factors = [self._factors[_bin(n)] / self._factors[0] for n in _SHOWN]
         rows = ", ".join(
-            f"{factor * self._table.step(n, 0) / one:.2f} for {n}" for n, factor in zip(_SHOWN, factors, strict=True)
+            f"{n} tokens {factor * self._table.step(n, 0) / one:.2f}" for n, factor in zip(_SHOWN, factors, strict=True)
         )
         first = 1e3 * one * self._scale * self._factors[0]
         return [
-            f"a step that checks one token takes {first:.1f} ms; times as long: {rows}",
+            f"a step that checks one token takes {first:.1f} ms; how many times as long others take: {rows}",
             f"{self._steps} steps checked {self._rows / self._steps:.1f} tokens and gave "
-            f"{self._tokens / self._steps:.2f} each, {self._tokens / self._spent:.1f} tokens/s",
+            f"{self._tokens / self._steps:.2f} each on average, {self._tokens / self._spent:.1f} tokens/s",
         ]
 
 
