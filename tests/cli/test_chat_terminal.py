@@ -130,6 +130,7 @@ def test_an_evening_at_the_terminal(terminals: list[Terminal], tmp_path: Path) -
     first.until("no command /clr; did you mean '/clear'?")
     first.type(CTRL_C)
     first.until("Ctrl-D or /exit leaves")
+    first.until(">")
     first.type(CTRL_D)
     assert first.ended() == 0
 
@@ -156,6 +157,7 @@ def test_nothing_is_kept_where_that_is_not_wanted(terminals: list[Terminal], tmp
     one.until(">")
     one.type("hello" + ENTER)
     one.until("cut after 3 tokens")
+    one.until(">")
     one.type(CTRL_D)
     assert one.ended() == 0
     assert not (tmp_path / "state").exists()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -70,6 +72,21 @@ def test_log_probabilities_of_a_prompt_are_those_of_plain_reads(limits: dict[str
         else:
             check(decoder, prompt, k, result.prompt)
             assert result.prompt is not None and result.prompt.embedding is None
+
+
+def test_log_probabilities_do_not_depend_on_what_follows() -> None:
+    """Nor on how the prompt was cut into chunks: the same bits."""
+    native = decoders("llama")[0]
+    tokens = random_tokens(60, seed=5).tolist()
+
+    def scored(n: int, **limits: int) -> Sequence[float]:
+        engine = engine_of(native, **limits)
+        (result,) = finish(engine, [engine.add(tokens[:n], SamplingParams(max_tokens=1, prompt_logprobs=2))])
+        assert result.prompt is not None and result.prompt.logprobs is not None
+        return result.prompt.logprobs
+
+    whole = scored(60)
+    assert scored(17) == whole[:16] and scored(60, prefill_rows=7) == whole
 
 
 def test_what_is_written_does_not_depend_on_whether_the_prompt_is_scored() -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from ..ops.select import row_logsumexp, row_topk
 from ..types import Pooling, PromptReading
 
 if TYPE_CHECKING:
@@ -63,11 +64,11 @@ class PromptReader:
             return
         import torch
 
-        norm = torch.logsumexp(scored, dim=1, keepdim=True)
+        norm = row_logsumexp(scored)[:, None]  # row by row in one order: the same whatever else a chunk holds
         wanted = torch.tensor(following, device=scored.device)[:, None]
-        self._logprobs += (scored.gather(1, wanted) - norm)[:, 0].tolist()
+        self._logprobs += (scored.gather(1, wanted).double().cpu().numpy() - norm)[:, 0].tolist()
         if self._k:
-            values, ids = torch.topk(scored, min(self._k, scored.shape[1]), dim=1)
+            values, ids = row_topk(scored, min(self._k, scored.shape[1]))
             pairs = zip(ids.tolist(), (values - norm).tolist(), strict=True)
             self._top += [list(zip(row, found, strict=True)) for row, found in pairs]
         else:
