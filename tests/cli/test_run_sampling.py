@@ -63,7 +63,7 @@ def test_logprobs_are_in_the_object(outpace: Callable[..., Result]) -> None:
     [
         (("--json-schema", "nowhere.json"), "nowhere.json' cannot be read"),
         (("--json-schema", '{"type": '), "no JSON"),
-        (("--json-schema", '{"type": "thing"}'), "Invalid type: thing"),
+        (("--json-schema", '{"type": "thing"}'), "unknown type 'thing'"),
         (("--grammar", "nowhere.lark"), "nowhere.lark' cannot be read"),
         (("--regex", "("), "unclosed group"),
         (("--regex", "a", "--json-schema", "{}"), "cannot go together"),
