@@ -32,7 +32,7 @@ from servers import HOST, Server, free_port, outpace_serve
 QUESTION = "How much longer does a stream, or /health, wait while somebody else posts what is large, deep or endless?"
 LIMIT_S = 0.25
 PATIENCE_S = 900.0  # kernels are compiled at the first start
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 WORDS = "It was a bright cold day in April, and the clocks were striking thirteen. "
 
 
@@ -55,6 +55,10 @@ def prompt(value: Any, **more: Any) -> bytes:
 
 def chat(messages: list[Any], **more: Any) -> bytes:
     return json.dumps({"messages": messages, "max_tokens": 1, **more}).encode()
+
+
+def post(**body: Any) -> bytes:
+    return json.dumps(body).encode()
 
 
 def user(content: Any) -> dict[str, Any]:
@@ -90,6 +94,19 @@ CASES: dict[str, Callable[[], Case]] = {
     "a regular expression of 60 kB": lambda: Case(bodies=[prompt("x", regex="(a|b)" * 12_000)]),
     "a prompt that just fits": lambda: Case(bodies=[prompt([1000] * 8000)]),
     "128 prompts of 60 tokens": lambda: Case(bodies=[prompt([[1000 + i] * 60 for i in range(128)])]),
+    "2048 texts to embed": lambda: Case(EMBEDDINGS, [post(input=[f"Text {i}." for i in range(2048)])]),
+    "16 long texts to embed": lambda: Case(EMBEDDINGS, [post(input=[text(12_000)] * 16, encoding_format="float")]),
+    "a long prompt scored": lambda: Case(bodies=[prompt([1000] * 6000, echo=True, logprobs=20)]),
+    "16 prompts scored": lambda: Case(bodies=[prompt([[1000 + i] * 400 for i in range(16)], echo=True, logprobs=5)]),
+    "8 MB to tokenize": lambda: Case("/tokenize", [post(content=text(8 * MB))]),
+    "6000 tokens with pieces": lambda: Case("/tokenize", [post(content=text(20_000), with_pieces=True)]),
+    "500,000 ids to detokenize": lambda: Case("/detokenize", [b'{"tokens":[' + b"1," * 500_000 + b"1]}"]),
+    "4 MB of a response": lambda: Case("/v1/responses", [post(input=text(4 * MB))]),
+    "15,000 items of a response": lambda: Case("/v1/responses", [post(input=[user("")] * 15_000, max_output_tokens=1)]),
+    "15,000 messages": lambda: Case("/v1/messages", [post(messages=[user("")] * 15_000, max_tokens=1)]),
+    "50,000 blocks": lambda: Case(
+        "/v1/messages", [post(messages=[user([{"type": "text", "text": ""}] * 50_000)], max_tokens=1)]
+    ),
     "300 halves of a header": lambda: Case(half=300),
 }
 

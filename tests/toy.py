@@ -144,7 +144,9 @@ class Rig:
             seqs.append(seq)
         batch = pack(spans, self.cache.page_tables(seqs))
         out = self.decoder.forward(batch, self.cache.storage, hidden_layers)
-        self.hidden = {layer: h.cpu().numpy().copy() for layer, h in out.hidden.items()}
+        self.hidden = {
+            layer: (h if isinstance(h, np.ndarray) else h.cpu().numpy()).copy() for layer, h in out.hidden.items()
+        }
         logits = out.logits.cpu().numpy().copy()
         return [logits[a:b] for a, b in zip(batch.row_start, batch.row_start[1:], strict=False)]
 

@@ -7,18 +7,14 @@ kept. Shapes: `n` rows of a chunk, `V` vocabulary, `D` width.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..ops.select import row_logsumexp, row_topk
-from ..types import Pooling, PromptReading
+from ..types import FloatArray, Logits, Pooling, PromptReading
 
-if TYPE_CHECKING:
-    import torch
-
-Norm: TypeAlias = "Callable[[torch.Tensor], torch.Tensor]"
+Norm = Callable[[Logits], FloatArray]
 
 
 class PromptReader:
@@ -45,7 +41,7 @@ class PromptReader:
         self._sum: NDArray[np.float64] | None = None
         self._read = 0
 
-    def add(self, at: int, logits: torch.Tensor | None, hidden: torch.Tensor | None) -> None:
+    def add(self, at: int, logits: Logits | None, hidden: Logits | None) -> None:
         """The rows `at`.. of the prompt: raw logits [n, V], hidden states after the last layer [n, D]."""
         assert at == self._read, f"prompt rows come in order: {at} after {self._read}"
         rows = logits if logits is not None else hidden
@@ -56,26 +52,24 @@ class PromptReader:
         if hidden is not None:
             self._pool(hidden)
 
-    def _score(self, logits: torch.Tensor, following: list[int]) -> None:
+    def _score(self, logits: Logits, following: list[int]) -> None:
         """Each row tells how likely the token behind it was; the last one of the prompt has none."""
         assert self._k is not None
         scored = logits[: len(following)]
         if not len(scored):
             return
-        import torch
-
-        norm = row_logsumexp(scored)[:, None]  # row by row in one order: the same whatever else a chunk holds
-        wanted = torch.tensor(following, device=scored.device)[:, None]
-        self._logprobs += (scored.gather(1, wanted).double().cpu().numpy() - norm)[:, 0].tolist()
+        norm = row_logsumexp(scored)  # row by row in one order: the same whatever else a chunk holds
+        chosen = np.array([float(row[token]) for row, token in zip(scored, following, strict=True)])
+        self._logprobs += (chosen - norm).tolist()
         if self._k:
             values, ids = row_topk(scored, min(self._k, scored.shape[1]))
-            pairs = zip(ids.tolist(), (values - norm).tolist(), strict=True)
+            pairs = zip(ids.tolist(), (values - norm[:, None]).tolist(), strict=True)
             self._top += [list(zip(row, found, strict=True)) for row, found in pairs]
         else:
             self._top += [[] for _ in following]
 
-    def _pool(self, hidden: torch.Tensor) -> None:
-        rows = self._norm(hidden if self._pooling == "mean" else hidden[-1:]).double().sum(dim=0).cpu().numpy()
+    def _pool(self, hidden: Logits) -> None:
+        rows = self._norm(hidden if self._pooling == "mean" else hidden[-1:]).sum(axis=0, dtype=np.float64)
         self._sum = rows if self._sum is None or self._pooling == "last" else self._sum + rows
 
     def result(self) -> PromptReading:

@@ -14,7 +14,7 @@ from collections.abc import Sequence as Seq
 from contextlib import suppress
 from dataclasses import dataclass
 from time import perf_counter
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -26,11 +26,8 @@ from ..decoding.tree import expected_accepted
 from ..errors import OutpaceError
 from ..models.batch import Span, Tree, pack
 from ..models.decoder import Decoder
-from ..types import Accepted, Draft
+from ..types import Accepted, Draft, Logits
 from .request import Request
-
-if TYPE_CHECKING:
-    import torch
 
 Target = tuple[Request, Draft | None, TargetOutputs]  # one sequence's rows; without a draft: the end of a prompt
 NO_DRAFT = Draft.empty()
@@ -196,7 +193,7 @@ class Runner:
         out = self.decoder.forward(batch, cache.storage, (last,) if pooled else ())
         decoded = sum(len(span.tokens) for span in spans[: len(decoding)])
         if any(chunk.request.reading is not None for chunk in read):
-            _gather(read, out.logits[decoded:], out.hidden[last][decoded:] if pooled else None)
+            _gather(read, out.rows[decoded:], out.hidden[last][decoded:] if pooled else None)
         return StepOutputs(out.rows, expected), read
 
 
@@ -220,7 +217,7 @@ class _Chunk:
         return {"all": self.rows, "last": 1, "none": 0}[self.logits]
 
 
-def _gather(chunks: list[_Chunk], logits: torch.Tensor, hidden: torch.Tensor | None) -> None:
+def _gather(chunks: list[_Chunk], logits: Logits, hidden: Logits | None) -> None:
     """Hand the rows of prompts to those who gather them. `logits` and `hidden` are those of the chunks, in order."""
     row = logit = 0
     for chunk in chunks:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ..cache.storage import KVStorage
 from ..errors import ParameterError, UnsupportedModel
-from ..types import Logits, Precision
+from ..types import FloatArray, Logits, Precision
 from .batch import ForwardBatch
 from .config import ModelConfig
 
@@ -49,7 +49,7 @@ class DecoderOutput:
     """
 
     rows: Logits
-    hidden: dict[int, torch.Tensor]
+    hidden: dict[int, Logits]
 
     @property
     def logits(self) -> torch.Tensor:
@@ -80,7 +80,7 @@ class Decoder(ABC):
     def forward(self, batch: ForwardBatch, storage: KVStorage, hidden_layers: Sequence[int] = ()) -> DecoderOutput:
         """Run one packed step; writes the rows' keys and values to their places in `storage`."""
 
-    def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
+    def final_norm(self, hidden: Logits) -> FloatArray:
         """The norm in front of the output head, of the residual stream after the last layer. f32[n, D] -> f32[n, D].
 
         Raises UnsupportedModel where a decoder has none.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,16 +22,13 @@ from ..ops.cpu.attention_int4 import SCRATCH_FIXED
 from ..ops.cpu.linear import GATED_GELU, GATED_SILU, KIND_BF16, KIND_F32, KIND_INT4, KIND_INT8, SCRATCH_BYTES
 from ..ops.cpu.ready import made_ready
 from ..ops.cpu.team import team
-from ..types import Precision
+from ..types import FloatArray, Logits, Precision
 from . import packed
 from .batch import PAGE_SIZE, ForwardBatch
 from .checkpoint import Checkpoint
 from .config import ModelConfig, rope_inv_freq
 from .decoder import Cpu, Decoder, DecoderOutput, checked_ids, checked_layers
 from .packed import Tensors, padded
-
-if TYPE_CHECKING:
-    import torch
 
 _KINDS: dict[Precision, int] = {"float32": KIND_F32, "bfloat16": KIND_BF16, "int8": KIND_INT8, "int4": KIND_INT4}
 _ROPE_CHUNK = 4096
@@ -167,12 +164,12 @@ class NativeDecoder(Decoder):
         self._set_head(kept)
         self.weight_bytes = self._streamed_bytes()
 
-    def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
-        import torch
-
-        weight = torch.from_numpy(self._keep["norm"][: self.config.hidden_size])
-        mean_square = hidden.double().square().mean(dim=-1, keepdim=True)
-        return (hidden * torch.rsqrt(mean_square + self.config.rms_norm_eps)).float() * weight
+    def final_norm(self, hidden: Logits) -> FloatArray:
+        assert isinstance(hidden, np.ndarray)
+        squares = np.square(hidden, dtype=np.float64).mean(axis=-1, keepdims=True)
+        scale = 1 / np.sqrt(squares + self.config.rms_norm_eps)
+        weight = self._keep["norm"][: self.config.hidden_size]
+        return ((hidden * scale).astype(np.float32) * weight).astype(np.float32)
 
     def embedding(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
         rows = self._keep["embedding"][tokens, : self.config.hidden_size]
@@ -345,15 +342,13 @@ class NativeDecoder(Decoder):
         assert (batch.tokens >= 0).all() and (batch.tokens < self.config.vocab_size).all(), "token out of range"
         return held
 
-    def _hidden(self, layers: Sequence[int], rows: int) -> dict[int, torch.Tensor]:
+    def _hidden(self, layers: Sequence[int], rows: int) -> dict[int, Logits]:
         """Where the step saves the residual stream after the wanted layers."""
         self._layers[:, step.L_SAVE_HIDDEN] = -1
         if not layers:
             return {}
-        import torch
-
         width = padded(self.config.hidden_size)
         out = np.empty((len(layers), rows, width), dtype=np.float32)
         self._control[step.C_HIDDEN_OUT] = out.ctypes.data
         self._layers[list(layers), step.L_SAVE_HIDDEN] = range(len(layers))
-        return {layer: torch.from_numpy(out[i, :, : self.config.hidden_size]) for i, layer in enumerate(layers)}
+        return {layer: out[i, :, : self.config.hidden_size] for i, layer in enumerate(layers)}

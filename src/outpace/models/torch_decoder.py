@@ -26,7 +26,7 @@ from ..errors import ParameterError
 from ..ops.masks import Visible, dense_mask
 from ..ops.reference import DenseLinear, Int8ReferenceLinear, attention, gated, rms_norm
 from ..ops.rope import cos_sin, rotate
-from ..types import Precision
+from ..types import FloatArray, Logits, Precision
 from .batch import PAGE_SIZE, ForwardBatch
 from .checkpoint import Checkpoint
 from .config import LayerType, ModelConfig, rope_inv_freq
@@ -143,8 +143,10 @@ class TorchDecoder(Decoder):
         self.skip(*self.skipped)
 
     @torch.inference_mode()
-    def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self._norm(hidden.to(self._dtype), self._final_norm).float()
+    def final_norm(self, hidden: Logits) -> FloatArray:
+        assert isinstance(hidden, torch.Tensor)
+        normed: FloatArray = self._norm(hidden.to(self._dtype), self._final_norm).float().cpu().numpy()
+        return normed
 
     def embedding(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
         return self._embedding[self._to_device(tokens)].float().cpu().numpy()
@@ -157,7 +159,7 @@ class TorchDecoder(Decoder):
         written = self._to_device(_slots(batch))
         groups = self._groups(batch)
         x = self._embedded(batch) * self._scale
-        hidden: dict[int, torch.Tensor] = {}
+        hidden: dict[int, Logits] = {}
         for i, layer in enumerate(self._layers):
             if i not in self.skipped[0]:
                 y = self._attend(i, layer, x, rotary[layer.kind], written, groups, storage)

@@ -126,6 +126,6 @@ def _written(results: Sequence[Result], start: int, form: str) -> bytes:
         if form == "base64":
             shown: Any = base64.b64encode(vector.astype(np.dtype("<f4")).tobytes()).decode()
         else:
-            shown = [float(text) for text in map(str, vector)]  # the shortest decimals that give the same float32
+            shown = vector.tolist()
         found.append(json.dumps({"object": "embedding", "index": index, "embedding": shown}).encode())
     return b",".join(found)
