@@ -178,3 +178,22 @@ def test_what_cannot_be_read_is_refused_by_name() -> None:
         SamplingParams(prompt_logprobs=21)
     with pytest.raises(ParameterError, match=r"pooling='max' is unknown: it must be one of mean, last"):
         RequestOptions(pooling="max")  # type: ignore[arg-type]
+
+
+def test_the_cpu_decoder_pools_and_scores_without_torch() -> None:
+    """To import it takes a second, in which the streams of others would stand still."""
+    checkpoint, _ = toy_checkpoint("llama")
+    engine = engine_of(NativeDecoder.from_checkpoint(checkpoint, "float32", threads=1))
+    given: dict[str, object] = {}
+    forward = engine.decoder.forward
+
+    def keep(batch, storage, hidden_layers=()):  # type: ignore[no-untyped-def]
+        out = forward(batch, storage, hidden_layers)
+        given.update(rows=out.rows, hidden=out.hidden[engine.decoder.config.num_layers - 1])
+        return out
+
+    engine.decoder.forward = keep  # type: ignore[method-assign]
+    options = RequestOptions(pooling="mean")
+    finish(engine, [engine.add(PROMPTS[0], SamplingParams(max_tokens=1, prompt_logprobs=1), options=options)])
+    assert isinstance(given["rows"], np.ndarray) and isinstance(given["hidden"], np.ndarray)
+    assert isinstance(engine.decoder.final_norm(given["hidden"]), np.ndarray)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ..app import Api, Route
 
 MOST_INPUTS = 2048  # of one request, as OpenAI has it
-PORTION = 16  # inputs that are queued at once: between them others have their turn
+PORTION = 32  # inputs that are queued at once: between them others have their turn
 _ONE = SamplingParams(max_tokens=1)  # the token behind the text, which is dropped
 Input = str | list[str] | list[int] | list[list[int]]
 
