@@ -208,6 +208,7 @@ def test_tokens_are_counted(server: Live) -> None:
         ({"max_tokens": 5, "tool_choice": {"type": "any"}}, "tool_choice"),
         ({"max_tokens": 5, "tool_choice": {"type": "tool"}, "tools": [WEATHER]}, "type tool needs it"),
         ({"max_tokens": 5, "stop": ["x"]}, "unknown field 'stop'"),
+        ({"max_tokens": 5, "stop_sequences": ["x"] * 17}, "stop_sequences is out of range"),
         ({"max_tokens": 5, "outpace": {"trace": True}}, "outpace.trace belongs to"),
     ],
 )

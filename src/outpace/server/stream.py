@@ -126,8 +126,8 @@ class Chunks:
         """What follows the last event of the last choice."""
         if not self.call.usage_chunk:
             return DONE
-        told = usage(self.call, [self.call.answered(result) for result in results])
-        return sse({**self.head, "choices": [], "usage": told}) + DONE
+        counted = usage(self.call, [self.call.answered(result) for result in results])
+        return sse({**self.head, "choices": [], "usage": counted}) + DONE
 
     def failed(self, refusal: Refusal, request_id: str) -> bytes:
         """What ends a stream that cannot go on."""

@@ -16,10 +16,11 @@ from ..bodies import chat_body
 from ..protocol import Body, ChatRequest, OutpaceOptions
 from ..service import ServingEngine
 from ..submissions import Call, Limits, chat_call
-from .translation import NAME, chat_request
+from .translation import NAME, chat_request, named_as
 
 _CACHED = {"cache_control": vendor.MESSAGE["cache_control"]}
 _TOOLSET = {"toolset_name": vendor.Refused("tools are named one by one")}
+_NAMES = {"response_format": "output_config.format", "stop": "stop_sequences", "tool_calls": "tool_use"}
 _SOURCES = {"citations": vendor.MESSAGE["annotations"]}
 
 
@@ -164,34 +165,35 @@ def counted_call(body: CountRequest, engine: ServingEngine, owner: str, limits: 
 
 
 def _call(body: CountRequest, chat: ChatRequest, engine: ServingEngine, owner: str, limits: Limits) -> Call:
-    call = chat_call(chat, engine, owner, limits)
+    with named_as(_NAMES):
+        call = chat_call(chat, engine, owner, limits)
     return replace(call, ignored=[*body.ignored(), *call.ignored])
 
 
 def as_chat(body: CountRequest) -> ChatRequest:
     """The same conversation in OpenAI's form."""
-    said: dict[str, Any] = {"messages": _turns(body)}
+    fields: dict[str, Any] = {"messages": _turns(body)}
     if body.tools:
-        said["tools"] = [_tool(tool) for tool in body.tools]
+        fields["tools"] = [_tool(tool) for tool in body.tools]
     if body.tool_choice is not None:
-        said["tool_choice"] = _choice(body.tool_choice)
+        fields["tool_choice"] = _choice(body.tool_choice)
         if body.tool_choice.disable_parallel_tool_use is not None and body.tools:
-            said["parallel_tool_calls"] = not body.tool_choice.disable_parallel_tool_use
+            fields["parallel_tool_calls"] = not body.tool_choice.disable_parallel_tool_use
     if body.output_config is not None and body.output_config.format is not None and body.output_format is not None:
         raise ParameterError("output_format and output_config.format say the same: give one of them")
     form = body.output_format or (body.output_config.format if body.output_config is not None else None)
     if form is not None:
-        said["response_format"] = {"type": "json_schema", "json_schema": {"schema": form.schema_}}
-    if said["messages"][-1]["role"] == "assistant" and not said["messages"][-1].get("tool_calls"):
-        said["continue_final_message"] = True
+        fields["response_format"] = {"type": "json_schema", "json_schema": {"schema": form.schema_}}
+    if fields["messages"][-1]["role"] == "assistant" and not fields["messages"][-1].get("tool_calls"):
+        fields["continue_final_message"] = True
     if isinstance(body, MessagesRequest):
         names = ("max_tokens", "stream", "temperature", "top_p", "top_k", "seed")
-        said |= {name: value for name in names if (value := getattr(body, name)) is not None}
+        fields |= {name: value for name in names if (value := getattr(body, name)) is not None}
         if body.stop_sequences:
-            said["stop"] = body.stop_sequences
+            fields["stop"] = body.stop_sequences
         if body.outpace is not None:
-            said["outpace"] = body.outpace.model_dump(exclude_none=True)
-    return chat_request(said)
+            fields["outpace"] = body.outpace.model_dump(exclude_none=True)
+    return chat_request(fields)
 
 
 def _turns(body: CountRequest) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from ..bodies import chat_body
 from ..protocol import Body, ChatRequest, OutpaceOptions, Prediction, RefusalPart
 from ..service import ServingEngine
 from ..submissions import Call, Limits, chat_call
-from .translation import NAME, chat_request
+from .translation import NAME, chat_request, named_as
 
 _STATUS = {"status": vendor.Harmless("an item of a request is complete", ("completed", "incomplete"))}
 
@@ -195,6 +195,12 @@ class ResponsesRequest(Body):
         return [item.model_dump(exclude_none=True) for item in self.input]
 
 
+_NAMES = {
+    "response_format": "text.format",
+    "max_tokens": "max_output_tokens",
+    "reasoning_effort": "reasoning.effort",
+    "messages": "input",
+}
 _AS_THEY_ARE = (
     *("temperature", "top_p", "stream", "parallel_tool_calls", "user", "seed", "stop", "top_k", "min_p"),
     *("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias"),
@@ -213,37 +219,38 @@ class Turn:
         """Raises ParameterError for what does not work, CapacityError for a prompt that leaves no room."""
         if body.outpace is not None and body.outpace.trace:
             raise ParameterError("outpace.trace belongs to /v1/chat/completions and /v1/completions")
-        call = chat_call(as_chat(body, self.earlier), engine, owner, limits)
+        with named_as(_NAMES):
+            call = chat_call(as_chat(body, self.earlier), engine, owner, limits)
         return replace(call, ignored=[*body.ignored(), *call.ignored])
 
 
 def as_chat(body: ResponsesRequest, earlier: Sequence[Mapping[str, Any]] = ()) -> ChatRequest:
     """The same request in the form of chat completions. `earlier`: items before its own."""
-    said: dict[str, Any] = {"messages": _messages(body.instructions, [*earlier, *body.items()])}
+    fields: dict[str, Any] = {"messages": _messages(body.instructions, [*earlier, *body.items()])}
     if body.max_output_tokens is not None:
-        said["max_completion_tokens"] = body.max_output_tokens
-    said |= {name: value for name in _AS_THEY_ARE if (value := getattr(body, name)) is not None}
+        fields["max_completion_tokens"] = body.max_output_tokens
+    fields |= {name: value for name in _AS_THEY_ARE if (value := getattr(body, name)) is not None}
     if not body.tools:  # clients name these defaults whether there are tools or not
-        said.pop("parallel_tool_calls", None)
+        fields.pop("parallel_tool_calls", None)
     if body.tools:
-        said["tools"] = [
+        fields["tools"] = [
             {"type": "function", "function": tool.model_dump(exclude={"type"}, exclude_none=True)}
             for tool in body.tools
         ]
     if isinstance(body.tool_choice, NamedChoice):
-        said["tool_choice"] = {"type": "function", "function": {"name": body.tool_choice.name}}
+        fields["tool_choice"] = {"type": "function", "function": {"name": body.tool_choice.name}}
     elif body.tool_choice is not None and (body.tools or body.tool_choice == "required"):
-        said["tool_choice"] = body.tool_choice
+        fields["tool_choice"] = body.tool_choice
     forced = body.tool_choice == "required" or isinstance(body.tool_choice, NamedChoice)
     if body.text is not None and body.text.format is not None and not forced:  # where a call is forced there is no text
-        said["response_format"] = _format(body.text.format)
+        fields["response_format"] = _format(body.text.format)
     if body.reasoning is not None and body.reasoning.effort is not None:
-        said["reasoning_effort"] = body.reasoning.effort
+        fields["reasoning_effort"] = body.reasoning.effort
     for name in ("prediction", "outpace"):
         part: Body | None = getattr(body, name)
         if part is not None:
-            said[name] = part.model_dump(exclude_none=True)
-    return chat_request(said)
+            fields[name] = part.model_dump(exclude_none=True)
+    return chat_request(fields)
 
 
 def _format(form: TextFormat) -> dict[str, Any]:
@@ -329,7 +336,9 @@ def _dumped(value: Any) -> Any:
     return value.model_dump(exclude_none=True) if isinstance(value, Body) else value
 
 
-def over(head: Mapping[str, Any], output: list[dict[str, Any]], chat: Mapping[str, Any], now: int) -> dict[str, Any]:
+def finished(
+    head: Mapping[str, Any], output: list[dict[str, Any]], chat: Mapping[str, Any], now: int
+) -> dict[str, Any]:
     """The response when it is written. `chat`: the chat completion's finish_reason, usage and `outpace`."""
     cut = chat["finish_reason"] == "length"
     usage = chat["usage"]
@@ -364,8 +373,8 @@ def response_body(turn: Turn, call: Call, results: Sequence[Result], engine: Ser
         function = made["function"]
         status = "incomplete" if cut and i == len(calls) - 1 else "completed"
         output.append(call_item(made["id"], function["name"], function["arguments"], status))
-    told = {"finish_reason": choice["finish_reason"], "usage": chat["usage"], "outpace": chat["outpace"]}
-    return over(response_head(turn, chat["created"], engine.name, call), output, told, chat["created"])
+    figures = {"finish_reason": choice["finish_reason"], "usage": chat["usage"], "outpace": chat["outpace"]}
+    return finished(response_head(turn, chat["created"], engine.name, call), output, figures, chat["created"])
 
 
 def message_item(text: str, status: str, id: str | None = None) -> dict[str, Any]:

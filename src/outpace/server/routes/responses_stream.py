@@ -14,7 +14,7 @@ from ..service import ServingEngine
 from ..stream import ChatChunks, Chunks
 from ..submissions import Call
 from .messages_stream import named
-from .responses import Turn, call_item, message_item, over, response_head
+from .responses import Turn, call_item, finished, message_item, response_head
 
 Keep = Callable[[dict[str, Any]], Awaitable[None]]
 
@@ -49,8 +49,8 @@ class ResponseEvents(Chunks):
         return b"".join(found)
 
     async def end(self, results: list[Result]) -> bytes:
-        told = {"finish_reason": self._finish, "usage": usage(self.call, results), "outpace": self._figures}
-        whole = over(self._head, self._output, told, int(time.time()))
+        figures = {"finish_reason": self._finish, "usage": usage(self.call, results), "outpace": self._figures}
+        whole = finished(self._head, self._output, figures, int(time.time()))
         await self._keep(whole)
         return self._event(f"response.{whole['status']}", response=whole)
 
