@@ -325,11 +325,14 @@ def test_an_engine_that_always_fails_ends_the_run(
 
 KILLED = """
 import sys, time
+from pathlib import Path
 sys.path[:0] = {path!r}
 from hashing import toy_loaded
 from outpace.cli import main
 from outpace.engine import llm
 from outpace.engine.llm import LLM
+from outpace.models import source
+source.find = Path
 llm.load_model = lambda name, **how: toy_loaded(name, template="{{{{ messages[-1].content }}}}:")
 step = LLM.step
 LLM.step = lambda self: (time.sleep(0.002), step(self))[1]
