@@ -39,6 +39,12 @@ def test_a_prompt_comes_before_the_output(client: openai.OpenAI, server: Live) -
     assert server.engine.asked[-1].params.prompt_logprobs is None, "nothing is scored that nobody asked for"
 
 
+@pytest.mark.parametrize("id", [-3216, 2**31 - 1, 2**40])
+def test_ids_outside_the_vocabulary_are_refused_before_they_become_text(client: openai.OpenAI, id: int) -> None:
+    with pytest.raises(openai.BadRequestError, match=r"outside the vocabulary|must be"):
+        client.completions.create(model="fake", prompt=[5, id], echo=True, max_tokens=2)
+
+
 def test_log_probabilities_of_prompt_and_output_in_one_list(client: openai.OpenAI, server: Live) -> None:
     got = client.completions.create(model="fake", prompt=["abc", "d€"], echo=True, logprobs=2, max_tokens=2, n=2)
     assert [c.text for c in got.choices] == ["abcSe"] * 2 + ["d€Se"] * 2

@@ -116,6 +116,14 @@ def chat_prompt(
     return engine.tokenizer.chat(said.messages, said.begin, said.goes_on, **said.values), said.ignored
 
 
+def check_ids(name: str, ids: Sequence[int], engine: ServingEngine) -> None:
+    """Raises ParameterError for a token id that the tokenizer has no text for."""
+    most = len(engine.tokenizer.vocabulary.bytes)
+    bad = next((id for id in ids if not 0 <= id < most), None)
+    if bad is not None:
+        raise ParameterError(f"{name}: id {bad} is outside the vocabulary: ids run from 0 to {most - 1}")
+
+
 def completion_call(body: CompletionRequest, engine: ServingEngine, owner: str, limits: Limits) -> Call:
     """The same for /v1/completions."""
     given = _prompts(body.prompt)
@@ -147,6 +155,9 @@ def completion_call(body: CompletionRequest, engine: ServingEngine, owner: str, 
     call = _call(body, prompts, params, engine, owner, limits, {"prompt": body.prompt})
     if not body.echo:
         return call
+    for prompt in given:
+        if not isinstance(prompt, str):
+            check_ids("prompt", prompt, engine)  # the engine would, but they become text before
     texts = [
         p if isinstance(p, str) and not body.truncate_prompt_tokens else engine.tokenizer.decode(tokens)
         for p, tokens in zip(given, prompts, strict=True)

@@ -14,7 +14,7 @@ from ..logprobs import Shown
 from ..protocol import Body, ChatRequest, Message, Tool
 from ..service import ServingEngine
 from ..stream import json_response
-from ..submissions import Limits, chat_prompt, check_fits
+from ..submissions import Limits, chat_prompt, check_fits, check_ids
 from ..tools import plan
 from . import described
 
@@ -123,9 +123,6 @@ def _piece(data: bytes) -> str | list[int]:
 
 
 def detokenized(body: DetokenizeRequest, engine: ServingEngine) -> dict[str, Any]:
-    most = len(engine.tokenizer.vocabulary.bytes)
-    bad = next((id for id in body.tokens if not 0 <= id < most), None)
-    if bad is not None:
-        raise ParameterError(f"tokens: id {bad} is outside the vocabulary: ids run from 0 to {most - 1}")
+    check_ids("tokens", body.tokens, engine)
     text = engine.tokenizer.decode(body.tokens, skip_special=False)
     return {"content": text, "prompt": text}
