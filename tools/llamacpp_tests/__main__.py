@@ -110,8 +110,8 @@ def main() -> None:
         shutil.copytree(known.source or fetch(Path(work)), tests)
         rows = run(tests, known.model, known.tool_model, rest)
     record = {"source": SOURCE, "model": known.model, "outpace": metadata.version("outpace"), "tests": rows}
-    (known.out / "llamacpp-server-tests.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
-    (known.out / "llamacpp-server-tests.md").write_text(page(record), "utf-8")
+    (known.out / "server-tests-of-llamacpp.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+    (known.out / "server-tests-of-llamacpp.md").write_text(page(record), "utf-8")
     print(page(record))
 
 
