@@ -43,6 +43,13 @@ def test_vectors_in_the_order_of_the_texts(server: Live) -> None:
     assert own["pooling"] == "mean" and own["normalised"] is True and "hidden states" in own["of"]
 
 
+@pytest.mark.parametrize("given", [[[[]]], [[1, [2]]], [1, "a"], [[1], "a"], [True], [[True]], [1.5], {}, 7])
+def test_what_is_no_text_is_refused(given: Any, server: Live) -> None:
+    for path, field in (("/v1/embeddings", "input"), ("/v1/completions", "prompt")):
+        answer = post(server, path, {field: given})
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == field, answer.text
+
+
 @pytest.mark.parametrize("given", ["abc", ["abc"], [68, 69, 70], [[68, 69, 70]]])
 def test_every_form_of_input(given: Any, server: Live) -> None:
     (one,) = client_of(server).embeddings.create(model="fake", input=given).data

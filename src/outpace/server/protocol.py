@@ -279,8 +279,7 @@ def prompts_of(value: Any) -> Any:
     if isinstance(value, list):
         inner = set(map(type, value))
         if inner == {list}:
-            inner = {*inner, *(type(id) for ids in value for id in ids)} - {list}
-            if inner <= {int}:
+            if {type(id) for ids in value for id in ids} <= {int}:
                 return value
         elif inner in (set(), {str}, {int}):
             return value

@@ -190,6 +190,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         503: "The server is stopping",
     }.items()
 }
-STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
-_NAMED = {"event": {"type": "string"}, "data": {"type": "string"}}
+_DATA = {"data": {"type": "string"}}
+_NAMED = {"event": {"type": "string"}, **_DATA}
+STREAM = {"text/event-stream": {"schema": {"type": "object", "properties": _DATA, "required": list(_DATA)}}}
 NAMED_STREAM = {"text/event-stream": {"schema": {"type": "object", "properties": _NAMED, "required": list(_NAMED)}}}
