@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .config import ModelConfig
+from .formats import Format
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +19,16 @@ class TokenizerFiles:
 
     tokenizer_json: str
     tokenizer_config: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Raw:
+    """A matrix as the file has it. `data`: u8[N, bytes per row], a view of the file; `rows` i64[N]: the file's row of
+    each output, None where they are in order."""
+
+    data: NDArray[np.uint8]
+    form: Format
+    rows: NDArray[np.int64] | None = None
 
 
 class Checkpoint(ABC):
@@ -36,6 +47,10 @@ class Checkpoint(ABC):
     @abstractmethod
     def tensor(self, name: str) -> NDArray[np.float32]:
         """Read (and dequantise) one tensor. Raises CorruptModel, or UnsupportedModel for an unknown quantisation."""
+
+    def raw(self, name: str) -> Raw | None:
+        """A matrix in the file's own format, nothing computed; None where it is only to be had as floats."""
+        return None
 
     @abstractmethod
     def tokenizer_files(self) -> TokenizerFiles: ...

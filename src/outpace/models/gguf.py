@@ -2,7 +2,7 @@
 
 What the writers of GGUF changed is undone here: the rows of llama's query and key projections (interleaved rotary
 pairs), gemma's norm weights (stored as w + 1), and llama 3's rotary factors (stored as a tensor).
-The data stay in the file (memory-mapped); one tensor at a time is dequantised.
+The data stay in the file (memory-mapped): a tensor is dequantised, or handed out as it lies there.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CorruptModel, UnsupportedModel
-from .checkpoint import Checkpoint, TokenizerFiles
+from .checkpoint import Checkpoint, Raw, TokenizerFiles
 from .config import ModelConfig
+from .formats import FORMATS
 from .gguf_header import Header, TensorInfo, read_header
 from .gguf_keys import check_head_widths, check_keys
 from .layout import check_layout
 
-SUPPORTED_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
+SUPPORTED_TYPES = tuple(FORMATS)
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
 
 _TOP = {
@@ -57,6 +58,7 @@ class GGUFCheckpoint(Checkpoint):
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._file: NDArray[np.uint8] | None = None
         self._header = read_header(path)
         architecture = self._header.metadata.get("general.architecture")
         if architecture not in ARCHITECTURES:
@@ -87,8 +89,7 @@ class GGUFCheckpoint(Checkpoint):
         if name not in self._infos:
             raise CorruptModel(f"{self.path}: there is no tensor {name!r}")
         values = self._read(self._infos[name])
-        if self._architecture == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
-            heads = self.config.num_heads if "q_proj" in name else self.config.num_kv_heads
+        if heads := self._permuted_heads(name):
             values = unpermute(values, heads)
         if self.config.norm_plus_one and name.endswith("norm.weight"):
             values = values - np.float32(1)
@@ -96,6 +97,14 @@ class GGUFCheckpoint(Checkpoint):
         if not (np.isfinite(values.min()) and np.isfinite(values.max())):
             raise CorruptModel(f"{self.path}: tensor {name!r} holds values that are not numbers")
         return np.ascontiguousarray(values)
+
+    def raw(self, name: str) -> Raw | None:
+        info = self._infos.get(name)
+        if info is None or len(info.shape) != 2:
+            return None
+        heads = self._permuted_heads(name)
+        rows = unpermute(np.arange(info.shape[0]), heads) if heads else None
+        return Raw(self._bytes(info).reshape(info.shape[0], -1), FORMATS[info.type_name], rows)
 
     def tokenizer_files(self) -> TokenizerFiles:
         from .gguf_tokenizer import build
@@ -106,17 +115,30 @@ class GGUFCheckpoint(Checkpoint):
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
 
-        try:
-            raw = np.memmap(self.path, dtype=np.uint8, mode="r", offset=info.start, shape=(info.nbytes,))
-            kind = GGMLQuantizationType(info.type_id)
-            if info.type_name in ("F32", "F16"):
-                values = raw.view("<f4" if info.type_name == "F32" else "<f2").astype(np.float32)
-            else:
-                with np.errstate(all="ignore"):  # damaged scales: refused by the caller
-                    values = dequantize(np.asarray(raw).reshape(*info.shape[:-1], -1), kind)
-            return np.asarray(values, dtype=np.float32).reshape(info.shape)
-        except (OSError, ValueError) as e:
-            raise CorruptModel(f"{self.path}: tensor {info.name!r} cannot be read: {e}") from e
+        raw = self._bytes(info)
+        if info.type_name in ("F32", "F16"):
+            values = raw.view("<f4" if info.type_name == "F32" else "<f2").astype(np.float32)
+        else:
+            with np.errstate(all="ignore"):  # damaged scales: refused by the caller
+                values = dequantize(raw.reshape(*info.shape[:-1], -1), GGMLQuantizationType(info.type_id))
+        return np.asarray(values, dtype=np.float32).reshape(info.shape)
+
+    def _bytes(self, info: TensorInfo) -> NDArray[np.uint8]:
+        """A tensor's part of the file, mapped."""
+        if self._file is None:
+            try:
+                self._file = np.asarray(np.memmap(self.path, dtype=np.uint8, mode="r"))
+            except (OSError, ValueError) as e:
+                raise CorruptModel(f"{self.path}: cannot be read: {e}") from e
+        if len(self._file) < info.start + info.nbytes:
+            raise CorruptModel(f"{self.path}: tensor {info.name!r} is cut off: the file has become shorter")
+        return self._file[info.start : info.start + info.nbytes]
+
+    def _permuted_heads(self, name: str) -> int:
+        """How many heads have their rows in pairs in the file, as llama's queries and keys have; 0 for all others."""
+        if self._architecture != "llama" or not name.endswith(("q_proj.weight", "k_proj.weight")):
+            return 0
+        return self.config.num_heads if "q_proj" in name else self.config.num_kv_heads
 
     def _rope_factors(self) -> NDArray[np.float32] | None:
         """Divisors of the rotary frequencies, where the file has some."""
@@ -128,7 +150,7 @@ class GGUFCheckpoint(Checkpoint):
         return self._read(info)
 
 
-def unpermute(values: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
+def unpermute(values: NDArray[Any], heads: int) -> NDArray[Any]:
     """Rows of each head from interleaved rotary pairs (2i, 2i + 1) to halves (i, i + C/2)."""
     split = values.reshape(heads, values.shape[0] // heads // 2, 2, *values.shape[1:])
     return split.swapaxes(1, 2).reshape(values.shape)

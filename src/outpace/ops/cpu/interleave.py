@@ -1,0 +1,249 @@
+"""From rows of quantised blocks, as a file has them, to the panels that the kernels read: a permutation of bits, word
+by word, at the speed of memory. Layouts: models.formats.
+
+Each function writes what one output has in one unit: `to` is the address of the output's first word in the unit's first
+region, where a step to the next row is 64 bytes.
+"""
+
+from __future__ import annotations
+
+import llvmlite.ir as ir
+import numpy as np
+from numba import njit, types
+from numpy.typing import NDArray
+
+from .compiled import compiled
+from .emit import I8, I16, I32, I64, emit, load, store
+
+#: Kinds by the formats' names
+_NAMES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "F16", "BF16", "F32")
+KINDS = {name: kind for kind, name in enumerate(_NAMES)}
+_Q4_0, _Q4_1, _Q5_0, _Q5_1, _Q8_0, _Q4_K, _Q5_K, _Q6_K, _F16, _BF16, _F32 = KINDS.values()
+_LOW, _HIGH = 0x0F0F0F0F, 0xF0F0F0F0
+_EXPONENT = {_F16: (0x7C00, 0x7C00_0000), _BF16: (0x7F80, 0x7F80_0000), _F32: (0, 0x7F80_0000)}
+
+
+def _reader(ty: ir.IntType):
+    @emit(types.int64, types.int64)
+    def read(b, address):
+        return b.zext(load(b, address, ty, 1), I64)
+
+    return read
+
+
+def _writer(ty: ir.IntType):
+    @emit(types.void, types.int64, types.int64)
+    def write(b, address, value):
+        store(b, address, b.trunc(value, ty), 1)
+
+    return write
+
+
+# files align nothing: a block of Q4_0 has 18 bytes
+get8, get16, get32 = _reader(I8), _reader(I16), _reader(I32)
+put8, put16, put32 = _writer(I8), _writer(I16), _writer(I32)
+
+
+def _spread() -> NDArray[np.uint32]:
+    """By a byte of fifth bits, eight depths: depth 4k + j moves to bit 8j + k."""
+    table = np.zeros(256, dtype=np.uint32)
+    for depth in range(8):
+        table |= (np.arange(256, dtype=np.uint32) >> depth & 1) << (8 * (depth % 4) + depth // 4)
+    return table
+
+
+_SPREAD = _spread()
+
+
+@njit
+def _is_bad(half):
+    """Whether an f16 is infinite or no number."""
+    return half & 0x7C00 == 0x7C00
+
+
+@njit
+def _pair(first, second, to):
+    """Nibbles of two blocks of 32: the first becomes low halves, the second high halves."""
+    for k in range(4):
+        a, b = get32(first + 4 * k), get32(second + 4 * k)
+        put32(to + 64 * k, a & _LOW | (b & _LOW) << 4)
+        put32(to + 64 * (4 + k), a >> 4 & _LOW | b & _HIGH)
+
+
+@njit
+def _fifth(block, to):
+    word = 0
+    for i in range(4):
+        word |= np.int64(_SPREAD[get8(block + i)]) << 2 * i
+    put32(to, word)
+
+
+@njit
+def _of_32(kind, first, second, to, o):
+    """Two blocks of one of the formats of 32. Returns how many of its scales are bad."""
+    bad = 0
+    at = to + 8 * 64  # behind the nibbles
+    head = 4 if kind in (_Q4_1, _Q5_1) else 2
+    if kind in (_Q5_0, _Q5_1):
+        _fifth(first + head, at)
+        _fifth(second + head, at + 64)
+        _pair(first + head + 4, second + head + 4, to)
+        at += 2 * 64
+    else:
+        _pair(first + head, second + head, to)
+    at -= 2 * o
+    for value in range(head // 2):
+        for g in range(2):
+            half = get16((first if g == 0 else second) + 2 * value)
+            bad += _is_bad(half)
+            put16(at + 32 * (2 * value + g), half)
+    return bad
+
+
+@njit
+def _of_bytes(first, second, to, o, flips):
+    """Q8_0. `flips`: of each block, 0x80 in each byte where it is there."""
+    bad = 0
+    for g in range(2):
+        block = first if g == 0 else second
+        for v in range(8):
+            put32(to + 64 * (8 * g + v), get32(block + 2 + 4 * v) ^ flips[g])
+        half = get16(block)
+        bad += _is_bad(half)
+        put16(to + 16 * 64 - 2 * o + 32 * g, half)
+    return bad
+
+
+@njit
+def _scales_and_minima(packed, at):
+    """Twelve bytes of 6-bit numbers; `at`: of this output in row 0 of `sc`."""
+    first, second, third = get32(packed), get32(packed + 4), get32(packed + 8)
+    scales = first & 0x3F3F3F3F | (third & _LOW | first >> 2 & 0x30303030) << 32
+    minima = second & 0x3F3F3F3F | (third >> 4 & _LOW | second >> 2 & 0x30303030) << 32
+    for g in range(8):
+        put8(at + 16 * g, scales >> 8 * g & 63 | (minima >> 8 * g & 3) << 6)
+    for p in range(4):
+        both = minima >> 16 * p
+        put8(at + 16 * (8 + p), both >> 2 & 15 | (both >> 10 & 15) << 4)
+
+
+@njit
+def _of_k(kind, block, to, o):
+    """Q4_K and Q5_K, whose pairs of nibbles are already the panels'."""
+    nibbles, at = block + 16, to + 32 * 64
+    if kind == _Q5_K:
+        nibbles += 32
+        for g in range(8):
+            word = 0
+            for k in range(8):
+                word |= (get32(block + 16 + 4 * k) >> g & 0x01010101) << k
+            put32(at + 64 * g, word)
+        at += 8 * 64
+    for i in range(32):
+        put32(to + 64 * i, get32(nibbles + 4 * i))
+    at -= 3 * o
+    _scales_and_minima(block + 4, at)
+    d, dmin = get16(block), get16(block + 2)
+    at += o + 12 * 16
+    put16(at, d)
+    put16(at + 32, dmin)
+    return _is_bad(d) + _is_bad(dmin)
+
+
+@njit
+def _of_q6_k(block, to, o):
+    for half in range(2):
+        for k in range(8):
+            a, b = get32(block + 64 * half + 4 * k), get32(block + 64 * half + 32 + 4 * k)
+            put32(to + 64 * (16 * half + k), a & _LOW | (b & _LOW) << 4)
+            put32(to + 64 * (16 * half + 8 + k), a >> 4 & _LOW | b & _HIGH)
+        for r in range(8):  # rows of sixteen depths
+            word = 0
+            for t in range(4):
+                two = get32(block + 128 + 32 * half + 16 * (r % 2) + 4 * t) >> 2 * (r // 2)
+                word |= (two & 0x03030303) << 2 * t
+            put32(to + 64 * (32 + 8 * half + r), word)
+    at = to + 48 * 64 - 3 * o
+    for g in range(16):
+        put8(at + 16 * g, get8(block + 192 + g))
+    d = get16(block + 208)
+    at += o + 16 * 16
+    put16(at, d)
+    put16(at + 32, 0)
+    return _is_bad(d)
+
+
+@njit
+def _of_floats(source, left, to, low, high):
+    """64 bytes of a row, of which `left` are there; `low` and `high` are masks of the exponents in a word."""
+    bad = 0
+    for i in range(16):
+        word = 0
+        if left >= 4 * i + 4:
+            word = get32(source + 4 * i)
+        elif left > 4 * i:
+            word = get16(source + 4 * i)
+        bad += word & high == high
+        bad += low != 0 and word & low == low
+        put32(to + 64 * i, word)
+    return bad
+
+
+_BLOCK = {_Q4_0: 18, _Q4_1: 20, _Q5_0: 22, _Q5_1: 24, _Q8_0: 34, _Q4_K: 144, _Q5_K: 176, _Q6_K: 210}
+_BLOCKS = np.array([_BLOCK.get(kind, 64) for kind in KINDS.values()])
+_EXPONENTS = np.array([_EXPONENT.get(kind, (0, 0)) for kind in KINDS.values()])
+
+
+@compiled
+def _interleave(kind, source, row_bytes, rows, panels, first, last):
+    """Panels first..last-1 of u8[P, U, unit_bytes] from rows at the address `source`; rows i64[16 P], -1 for none.
+
+    Returns how many scales or values are infinite or no numbers.
+    """
+    bad, step = 0, _BLOCKS[kind]
+    nothing = np.zeros(256, dtype=np.uint8)
+    empty, base = nothing.ctypes.data, panels.ctypes.data
+    units, unit_bytes = panels.shape[1], panels.shape[2]
+    paired = kind <= _Q8_0
+    for p in range(first, last):
+        for u in range(units):
+            for o in range(16):
+                row, to = rows[16 * p + o], base + (p * units + u) * unit_bytes + 4 * o
+                at = (2 * u if paired else u) * step
+                here = row >= 0
+                block = source + row * row_bytes + at if here else empty
+                if paired:
+                    both = here and at + step < row_bytes
+                    second = block + step if both else empty
+                    if kind == _Q8_0:
+                        bad += _of_bytes(block, second, to, o, (0x80808080 * here, 0x80808080 * both))
+                    else:
+                        bad += _of_32(kind, block, second, to, o)
+                elif kind == _Q6_K:
+                    bad += _of_q6_k(block, to, o)
+                elif kind >= _F16:
+                    bad += _of_floats(
+                        block, min(64, row_bytes - at) if here else 0, to, _EXPONENTS[kind, 0], _EXPONENTS[kind, 1]
+                    )
+                else:
+                    bad += _of_k(kind, block, to, o)
+    return bad
+
+
+def interleave(
+    data: NDArray[np.uint8],
+    kind: int,
+    rows: NDArray[np.int64],
+    panels: NDArray[np.uint8],
+    first: int = 0,
+    last: int | None = None,
+) -> int:
+    """Panels first..last-1 from rows of blocks; other threads run meanwhile.
+
+    data u8[N, bytes per row]; rows i64[16 P]: which row each output is, -1 for padding; panels u8[P, U, unit_bytes],
+    written. Returns how many scales (or float values) are infinite or no numbers.
+    """
+    assert data.flags.c_contiguous and panels.flags.c_contiguous and len(rows) == 16 * len(panels)
+    return int(
+        _interleave(kind, data.ctypes.data, data.shape[1], rows, panels, first, len(panels) if last is None else last)
+    )
