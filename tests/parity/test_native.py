@@ -67,7 +67,7 @@ def test_company_changes_no_bit(architecture, precision):
 
 
 @pytest.mark.parametrize("group", [6, 20])
-@pytest.mark.parametrize("level", range(isa.best_level() + 1))
+@pytest.mark.parametrize("level", isa.levels())
 def test_company_changes_no_bit_of_queries_that_share_a_head(group, level):
     """Groups wider than the blocks of queries that attention computes together."""
     checkpoint, _ = toy_checkpoint("qwen2", num_attention_heads=group, num_key_value_heads=1)
@@ -155,9 +155,9 @@ def test_threads_change_no_bit(architecture, precision):
 def test_levels_agree(architecture, precision):
     """To the bit, but for those whose attention rounds queries and probabilities to bfloat16."""
     tokens = random_tokens(45, 4)
-    levels = range(isa.best_level() + 1)
+    levels = isa.levels()
     portable, *others = (in_chunks(native(architecture, precision, level=n), tokens, [30, 1]) for n in levels)
-    for level, other in enumerate(others, PORTABLE + 1):
+    for level, other in zip(levels[1:], others, strict=True):
         assert level >= BF16 or (other == portable).all()
         assert error(other, portable) < 0.05
 
@@ -202,7 +202,7 @@ def test_int8_is_its_definition(architecture, threads):
         rig = Rig(decoder)
         logits.append(rig.feed(rig.cache.new(), tokens))
     defined, exact = logits
-    for level in range(isa.best_level() + 1):
+    for level in isa.levels():
         ours = in_chunks(NativeDecoder.from_checkpoint(checkpoint, "int8", threads, level), tokens, [33])
         assert level >= BF16 or error(ours, defined) < 0.005
         assert error(ours, exact) < 1.25 * error(defined, exact)

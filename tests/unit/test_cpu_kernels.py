@@ -37,11 +37,11 @@ from outpace.ops.cpu.tiles import load_tile_config, release_tiles
 from outpace.types import Precision
 
 KINDS: dict[Precision, int] = {"float32": KIND_F32, "bfloat16": KIND_BF16, "int8": KIND_INT8, "int4": KIND_INT4}
-LEVELS = range(isa.best_level() + 1)
+LEVELS = isa.levels()
 GUARD = np.float32(-7.25)  # around an output; must stay
 
 each_kind = pytest.mark.parametrize("precision", KINDS)
-each_level = pytest.mark.parametrize("level", LEVELS, ids=lambda n: ("portable", "vnni", "bf16", "amx")[n])
+each_level = pytest.mark.parametrize("level", LEVELS, ids=lambda n: isa.NAMES[n])
 rows_, panels_, steps_ = st.integers(1, 40), st.integers(1, 9), st.integers(1, 4)
 seeds = st.integers(0, 2**32 - 1)
 

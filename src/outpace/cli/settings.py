@@ -42,6 +42,7 @@ OTHER_VARIABLES = {
     "OUTPACE_CONFIG": "file of settings",
     "OUTPACE_STATE": "folder of the last conversation and of what was typed",
     "OUTPACE_API_KEYS": "keys of the server",
+    "OUTPACE_ISA": "instructions that the CPU kernels use, to test what other processors run",
     "OUTPACE_DEBUG": "1 shows tracebacks",
 }
 _OF_TESTS = ("OUTPACE_PEER_", "OUTPACE_PLAYGROUND", "OUTPACE_SCREENSHOTS", "OUTPACE_CI")

@@ -1,7 +1,8 @@
 """Compile once per machine, not once per process.
 
 numba's own cache looks only at the file that holds a function; the step is inlined from several. So the compiled code
-is kept in a folder named by a digest of this package's sources, in outpace's cache.
+is kept in a folder named by a digest of this package's sources, in outpace's cache; where OUTPACE_ISA names
+instructions, by these besides.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from numba import njit
 from numba.core import config as _numba_config
 
 from ...paths import cache_dir
+from .isa import FORCED, NAMES
 from .kept import guard, is_private
 
 _KEPT_VERSIONS = 3
+_SUFFIX = "" if FORCED is None else f"-{NAMES[FORCED]}"
 
 
 def sources_digest(sources: Path) -> str:
@@ -34,7 +37,7 @@ def sources_digest(sources: Path) -> str:
 @cache
 def _folder() -> Path | None:
     """None when there is nowhere to write: the code is then compiled in each process."""
-    folder = cache_dir() / "kernels" / sources_digest(Path(__file__).parent)
+    folder = cache_dir() / "kernels" / f"{sources_digest(Path(__file__).parent)}{_SUFFIX}"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -50,7 +53,8 @@ def _folder() -> Path | None:
 def _drop_old(root: Path) -> None:
     import shutil
 
-    folders = sorted((f for f in root.iterdir() if f.is_dir()), key=lambda f: f.stat().st_mtime)
+    found = (f for f in root.iterdir() if f.is_dir() and f.name.partition("-")[2] == _SUFFIX[1:])
+    folders = sorted(found, key=lambda f: f.stat().st_mtime)
     for old in folders[:-_KEPT_VERSIONS]:
         shutil.rmtree(old, ignore_errors=True)
 

@@ -17,7 +17,7 @@ from numba.extending import intrinsic, models, register_model
 
 LANES = 16
 I1, I8, I16, I32, I64 = (ir.IntType(n) for n in (1, 8, 16, 32, 64))
-F32 = ir.FloatType()
+F16, F32 = ir.HalfType(), ir.FloatType()
 VF, VI = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
 
 
@@ -60,7 +60,9 @@ def emit(returns: Any, *params: Any) -> Callable[[Callable[..., Any]], Any]:
         )
         definition.__name__ = build.__name__
         definition.__doc__ = build.__doc__
-        return intrinsic(definition)
+        made: Any = intrinsic(definition)
+        made.build = build  # for a look at what it compiles to
+        return made
 
     return decorate
 
@@ -92,14 +94,15 @@ def store(b: ir.IRBuilder, address: ir.Value, value: ir.Value, align: int = 4) -
     b.store(value, b.inttoptr(address, value.type.as_pointer())).align = align
 
 
-def splat(b: ir.IRBuilder, scalar: ir.Value) -> ir.Value:
-    ty = ir.VectorType(scalar.type, LANES)
+def splat(b: ir.IRBuilder, scalar: ir.Value, lanes: int = LANES) -> ir.Value:
+    ty = ir.VectorType(scalar.type, lanes)
     one = b.insert_element(ir.Constant(ty, ir.Undefined), scalar, const(0, I32))
-    return b.shuffle_vector(one, ir.Constant(ty, ir.Undefined), ir.Constant(ir.VectorType(I32, LANES), [0] * LANES))
+    return b.shuffle_vector(one, ir.Constant(ty, ir.Undefined), ir.Constant(ir.VectorType(I32, lanes), [0] * lanes))
 
 
 def fma(b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
-    return call(b, "llvm.fma.v16f32", VF, x, y, z)
+    """x * y + z in one rounding, of float32 vectors."""
+    return call(b, f"llvm.fma.v{x.type.count}f32", x.type, x, y, z)
 
 
 def prefetch(b: ir.IRBuilder, address: ir.Value) -> None:

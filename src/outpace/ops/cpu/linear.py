@@ -17,8 +17,9 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from . import dots
 from .emit import LANES
-from .isa import AMX, PORTABLE, VNNI
+from .isa import AMX, DOT, PORTABLE, VNNI
 from .products import (
     GROUP_BYTES,
     INT4_SPARE,
@@ -38,6 +39,14 @@ from .products import (
     f32_1,
     f32_2,
     f32_4,
+    i8_1x1,
+    i8_2x1,
+    i8_4x1,
+    i8_4x2,
+    i8_4x4,
+    i8_8x2,
+    i8_12x2,
+    i8_16x1,
     int4_amx,
     int4_plain_1,
     int4_plain_4,
@@ -45,15 +54,7 @@ from .products import (
     int4_vnni_2,
     int4_vnni_4,
     int4_vnni_8,
-    plain_i8_1,
-    plain_i8_2,
-    plain_i8_4,
-    vnni_4x1,
-    vnni_4x2,
-    vnni_4x4,
-    vnni_8x2,
-    vnni_12x2,
-    vnni_16x1,
+    plain_i8,
 )
 from .simd import (
     iload,
@@ -75,6 +76,8 @@ from .simd import (
 
 _SPARE = 2 * LANES * SCRATCH_ROW  # where int4's scratch lies behind the results
 SCRATCH_BYTES = _SPARE + INT4_SPARE
+
+EXCESS = dots.Total.excess  # what the kernels add to each int8 weight
 
 KIND_F32, KIND_BF16, KIND_INT8, KIND_INT4 = 0, 1, 2, 3
 STORE, ADD, GATED_SILU, GATED_GELU = 0, 1, 2, 3
@@ -98,41 +101,70 @@ def _amx_tiles(kind, panels, x, stride, w, steps, scratch):
 
 
 @njit
-def _vnni_rows(left, panels, x, stride, w, steps, scratch):
-    """The first of `left` rows: returns how many. A kernel may compute rows of the padding.
+def _many_sums(left, panels, x, stride, w, steps, scratch):
+    """The first of `left` rows: returns how many. A kernel may compute rows of the padding. For processors that hold
+    24 sums of sixteen outputs in registers.
 
     Few rows wait for the weights, so they use four panels at once; with more, what counts is that sixteen or more
     sums are in registers and a panel is read for as many rows as possible.
     """
     if left <= 4:
         if panels == 4:
-            vnni_4x4(x, stride, w, steps, scratch)
+            i8_4x4(x, stride, w, steps, scratch)
         elif panels == 2:
-            vnni_4x2(x, stride, w, steps, scratch)
+            i8_4x2(x, stride, w, steps, scratch)
         else:
-            vnni_4x1(x, stride, w, steps, scratch)
+            i8_4x1(x, stride, w, steps, scratch)
         return 4
     if left > 12 or panels == 1:
         for n in range(panels):
-            vnni_16x1(x, stride, w + n * steps * 1024, steps, scratch + n * TILE_ROW)
+            i8_16x1(x, stride, w + n * steps * 1024, steps, scratch + n * TILE_ROW)
         return 16
     for n in range(0, panels, 2):
         if left > 8:
-            vnni_12x2(x, stride, w + n * steps * 1024, steps, scratch + n * TILE_ROW)
+            i8_12x2(x, stride, w + n * steps * 1024, steps, scratch + n * TILE_ROW)
         else:
-            vnni_8x2(x, stride, w + n * steps * 1024, steps, scratch + n * TILE_ROW)
+            i8_8x2(x, stride, w + n * steps * 1024, steps, scratch + n * TILE_ROW)
     return 12 if left > 8 else 8
 
 
 @njit
-def _vector_block(kind, panels, x, stride, w, steps, scratch):
-    if kind == KIND_INT8:
-        if panels == 4:
-            plain_i8_4(x, stride, w, steps, scratch)
-        elif panels == 2:
-            plain_i8_2(x, stride, w, steps, scratch)
-        else:
-            plain_i8_1(x, stride, w, steps, scratch)
+def _few_sums(left, panels, x, stride, w, steps, scratch):
+    """The same where registers hold four sums of sixteen outputs beside what they are made of."""
+    for n in range(panels):
+        panel, out, r = w + n * steps * 1024, scratch + n * TILE_ROW, 0
+        while left - r > 2:
+            i8_4x1(x + r * stride, stride, panel, steps, out + r * SCRATCH_ROW)
+            r += 4
+        if left - r == 2:
+            i8_2x1(x + r * stride, stride, panel, steps, out + r * SCRATCH_ROW)
+        elif left - r == 1:
+            i8_1x1(x + r * stride, stride, panel, steps, out + r * SCRATCH_ROW)
+    return left
+
+
+FEW_SUMS = DOT != VNNI  # vector registers hold 16 or 32 x 256 bits, or 32 x 128, not 32 x 512
+_int8_rows = _few_sums if FEW_SUMS else _many_sums
+
+
+@njit
+def _plain_rows(left, panels, x, stride, w, steps, scratch):
+    for n in range(panels):
+        for r in range(0, left, 4):
+            plain_i8(x + r * stride, stride, w + n * steps * 1024, steps, scratch + r * SCRATCH_ROW + n * TILE_ROW)
+    return left
+
+
+@njit
+def _float_block(kind, panels, x, stride, w, steps, scratch):
+    """Four rows."""
+    if FEW_SUMS:
+        for n in range(panels):
+            panel, out = w + n * steps * 1024, scratch + n * TILE_ROW
+            if kind == KIND_BF16:
+                bf_1(x, stride, panel, steps, out)
+            else:
+                f32_1(x, stride, panel, steps, out)
     elif kind == KIND_BF16:
         if panels == 4:
             bf_4(x, stride, w, steps, scratch)
@@ -151,7 +183,7 @@ def _vector_block(kind, panels, x, stride, w, steps, scratch):
 @njit
 def _int4_rows(level, left, x, stride, panel, steps, out):
     """The first rows of up to `left`: returns how many. A kernel may compute rows of the padding."""
-    if level == PORTABLE:
+    if level < VNNI:
         if left == 1:
             int4_plain_1(x, stride, panel, steps, out)
             return 1
@@ -252,7 +284,7 @@ def linear(
     halve = 2 if mode >= GATED_SILU else 1
     tiles = level == AMX and kind in (KIND_BF16, KIND_INT8)
     step_bytes = GROUP_BYTES if kind == KIND_INT4 else 1024
-    vnni = VNNI <= level < AMX and kind == KIND_INT8
+    excess = 0 if tiles else 128 if level == PORTABLE else EXCESS
     p = first
     while p < last:
         left = last - p
@@ -277,14 +309,16 @@ def linear(
                 _int4_panels(level, panels, xm, x_stride, weights, steps, block, scratch)
             elif tiles:
                 _amx_tiles(kind, panels, xm, x_stride, weights, steps, scratch)
-            elif vnni:
-                block = min(block, _vnni_rows(block, panels, xm, x_stride, weights, steps, scratch))
+            elif kind == KIND_INT8 and level == PORTABLE:
+                block = _plain_rows(block, panels, xm, x_stride, weights, steps, scratch)
+            elif kind == KIND_INT8:
+                block = min(block, _int8_rows(block, panels, xm, x_stride, weights, steps, scratch))
             else:
                 for r in range(0, block, 4):
                     at = xm + r * x_stride
-                    _vector_block(kind, panels, at, x_stride, weights, steps, scratch + r * SCRATCH_ROW)
+                    _float_block(kind, panels, at, x_stride, weights, steps, scratch + r * SCRATCH_ROW)
             _epilogue(
-                kind, mode, 128 if vnni else 0, block, panels, scratch, row_scales + 8 * m, scales + column, b_at,
+                kind, mode, excess, block, panels, scratch, row_scales + 8 * m, scales + column, b_at,
                 out + m * out_stride + column // halve, out_stride,
             )  # fmt: skip
             m += block

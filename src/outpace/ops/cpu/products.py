@@ -9,6 +9,7 @@ import llvmlite.ir as ir
 from numba import types
 from numba.core import cgutils
 
+from . import dots
 from .emit import (
     F32,
     I8,
@@ -31,7 +32,7 @@ from .emit import (
     splat_int,
     store,
 )
-from .isa import HAS_AMX, HAS_VNNI
+from .isa import DOT, HAS_AMX, HAS_VNNI, PORTABLE
 from .tiles import amx_call, tile_number, unavailable
 
 TILE_ROW = 64  # bytes
@@ -94,39 +95,40 @@ def _vnni_dot(b: ir.IRBuilder, acc: ir.Value, weights: ir.Value, x4: ir.Value) -
     return call(b, "llvm.x86.avx512.vpdpbusd.512", VI, acc, weights, splat(b, x4))
 
 
-def _int8(rows: int, panels: int, vnni: bool) -> Callable[..., Any]:
-    """`rows` rows x panels without tiles.
+def _int8(rows: int, panels: int, level: int = DOT) -> Callable[..., Any]:
+    """int8: `rows` rows x panels without tiles.
 
-    VNNI multiplies unsigned by signed bytes. Weights become unsigned by their sign bit flipped, which adds 128 to each,
-    so these sums are too large by 128 * sum_k x[m, k]; the epilogue takes that off.
+    Where the instruction multiplies unsigned by signed bytes, these sums are too large by 128 * sum_k x[m, k]; the
+    epilogue takes that off (`Total.excess`).
     """
+    made = dots.total_of(level)
+    lanes, parts = made.lanes, LANES // made.lanes * panels
+    whole, quads = ir.VectorType(I32, lanes), ir.VectorType(I8, 4 * lanes)
 
     @emit(types.void, *[types.int64] * 5)
     def kernel(b, x, stride, w, steps, scratch):
-        if vnni and not HAS_VNNI:
-            unavailable(b)
-            return
-        dot = _vnni_dot if vnni else _plain_dot
-        acc = Accumulators(b, rows * panels, VI)
+        acc = Accumulators(b, rows * parts, whole)
         acc.zero()
         ws = [at(b, w, b.mul(steps, const(1024 * n))) for n in range(panels)]
+        places = [(ws[lanes * n // LANES], 4 * (lanes * n % LANES)) for n in range(parts)]
         xs = [at(b, x, b.mul(stride, const(r))) for r in range(rows)]
         with cgutils.for_range(b, b.mul(steps, const(LANES))) as loop:
             depth = b.mul(loop.index, const(4))
             offset = b.mul(loop.index, const(TILE_ROW))
-            weights = [load(b, at(b, ws[n], offset), VI) for n in range(panels)]
+            weights = [dots.load_weights(b, at(b, at(b, start, offset), skip), lanes) for start, skip in places]
             if rows > 8:
                 for start in ws:
                     prefetch(b, at(b, at(b, start, offset), _AHEAD))
-            if vnni:
-                weights = [b.xor(v, splat_int(-0x7F7F7F80)) for v in weights]  # 0x80808080
+            weights = [b.xor(v, ir.Constant(quads, [-128] * 4 * lanes)) for v in weights]
             for r in range(rows):
-                x4 = load(b, at(b, xs[r], depth), I32, 1)
-                for n in range(panels):
-                    acc[r * panels + n] = dot(b, acc[r * panels + n], weights[n], x4)
+                x4 = dots.load_activations(b, at(b, xs[r], depth), lanes)
+                for n in range(parts):
+                    total = made(b, 8, begin=acc[r * parts + n])
+                    total.add(weights[n], x4)
+                    acc[r * parts + n] = total.sum()
         for r in range(rows):
-            for n in range(panels):
-                store(b, at(b, scratch, SCRATCH_ROW * r + TILE_ROW * n), acc[r * panels + n])
+            for n in range(parts):
+                store(b, at(b, scratch, SCRATCH_ROW * r + 4 * lanes * n), acc[r * parts + n])
 
     return kernel
 
@@ -296,8 +298,9 @@ int4_plain_1, int4_plain_4 = (_int4(n, False) for n in (1, 4))
 amx_i8_1, amx_i8_2, amx_i8_4 = (_amx("llvm.x86.tdpbssd", n, 1) for n in (1, 2, 4))
 amx_bf_1, amx_bf_2, amx_bf_4 = (_amx("llvm.x86.tdpbf16ps", n, 1) for n in (1, 2, 4))
 amx_i8_22, amx_bf_22 = _amx("llvm.x86.tdpbssd", 2, 2), _amx("llvm.x86.tdpbf16ps", 2, 2)
-vnni_4x1, vnni_4x2, vnni_4x4 = (_int8(4, n, True) for n in (1, 2, 4))
-vnni_8x2, vnni_12x2, vnni_16x1 = _int8(8, 2, True), _int8(12, 2, True), _int8(16, 1, True)
-plain_i8_1, plain_i8_2, plain_i8_4 = (_int8(4, n, False) for n in (1, 2, 4))
+i8_4x1, i8_4x2, i8_4x4 = (_int8(4, n) for n in (1, 2, 4))
+i8_8x2, i8_12x2, i8_16x1 = _int8(8, 2), _int8(12, 2), _int8(16, 1)
+i8_1x1, i8_2x1 = _int8(1, 1), _int8(2, 1)
+plain_i8 = _int8(4, 1, PORTABLE)
 f32_1, f32_2, f32_4 = (_float(n, False) for n in (1, 2, 4))
 bf_1, bf_2, bf_4 = (_float(n, True) for n in (1, 2, 4))
