@@ -1,13 +1,13 @@
-"""Narrow precisions stay near float32, and a checkpoint that does not fit its configuration is refused."""
+"""Narrow precisions stay near float32."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-from toy import ARCHITECTURES, MemoryCheckpoint, Rig, hf_logits, random_tokens, toy_checkpoint, toy_model
+from toy import ARCHITECTURES, Rig, hf_logits, random_tokens, toy_checkpoint, toy_model
 
-from outpace.errors import CorruptModel, ParameterError, UnsupportedModel
+from outpace.errors import ParameterError
 from outpace.models.torch_decoder import TorchDecoder
 
 
@@ -38,23 +38,6 @@ def test_int8_is_near_float32(architecture):
 def test_int4_is_refused_by_name():
     with pytest.raises(ParameterError, match=r"int4.*float32, bfloat16 or int8"):
         TorchDecoder.from_checkpoint(toy_checkpoint("llama")[0], "int4")
-
-
-def changed(architecture="llama", drop=None, **tensors):
-    checkpoint, _ = toy_checkpoint(architecture)
-    kept = {k: v for k, v in (checkpoint.tensors | tensors).items() if k != drop}
-    return MemoryCheckpoint(checkpoint.config, kept)
-
-
-def test_missing_misshapen_and_unknown_tensors_are_named():
-    name = "model.layers.1.mlp.down_proj.weight"
-    with pytest.raises(CorruptModel, match=name):
-        TorchDecoder.from_checkpoint(changed(drop=name))
-    with pytest.raises(CorruptModel, match=rf"{name}.*\[3, 4\].*\[96, 96\]"):
-        TorchDecoder.from_checkpoint(changed(**{name: np.zeros((3, 4), np.float32)}))
-    extra = "model.layers.0.self_attn.o_proj.bias"
-    with pytest.raises(UnsupportedModel, match=extra):
-        TorchDecoder.from_checkpoint(changed(**{extra: np.zeros(96, np.float32)}))
 
 
 def test_weight_bytes_count_what_a_step_reads():

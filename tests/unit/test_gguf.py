@@ -213,7 +213,7 @@ def test_llama3_rope_factors_become_parameters(tmp_path: Path) -> None:
         ({"metadata": {"expert_count": 8}}, "mixture of experts"),
         ({"metadata": {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}}, "yarn"),
         ({"tensors": {"blk.0.ffn_up.scale": np.ones(3, np.float32)}}, r"ffn_up\.scale"),
-        ({"arch": "qwen2", "tensors": {"blk.0.attn_output.bias": np.ones(32, np.float32)}}, "o_proj.bias"),
+        ({"arch": "qwen2", "tensors": {"blk.0.attn_output.bias": np.ones(32, np.float32)}}, r"attn_output\.bias"),
     ],
 )
 def test_unsupported_files_say_what_and_where(tmp_path: Path, change: dict, message: str) -> None:  # type: ignore[type-arg]

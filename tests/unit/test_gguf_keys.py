@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 
 from outpace.errors import CorruptModel, UnsupportedModel
 from outpace.models import gguf_keys
+from outpace.models.architecture import ARCHITECTURES as ALL
+from outpace.models.architecture import GGUF_ARCHITECTURES as ARCHITECTURES
 from outpace.models.config import ModelConfig, RopeScaling
-from outpace.models.gguf import ARCHITECTURES, GGUFCheckpoint
+from outpace.models.gguf import GGUFCheckpoint
 
 GEMMA = {"attention.sliding_window": 16, "attention.key_length": 8, "attention.value_length": 8}
 
@@ -191,7 +193,7 @@ def test_every_end_of_an_answer_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_no_key_stands_in_two_tables(arch: str) -> None:
-    read = gguf_keys._READ | gguf_keys._READ_OF.get(arch, frozenset())
+    read = gguf_keys._READ | ALL[arch].gguf_keys
     assert not read & gguf_keys._FREE and not gguf_keys._READ & gguf_keys._OFF.keys()
     assert not gguf_keys._HEAD_WIDTHS.keys() & gguf_keys._OFF.keys()
     assert not gguf_keys._TOKENIZER_READ & (gguf_keys._TOKENIZER_FREE | gguf_keys._TOKENIZER_OFF.keys())
@@ -206,7 +208,7 @@ VALUES = st.one_of(
 )
 KNOWN = sorted(
     gguf_keys._READ | gguf_keys._FREE | gguf_keys._OFF.keys() | gguf_keys._HEAD_WIDTHS.keys()
-    | gguf_keys._READ_OF["gemma3"]
+    | ALL["gemma3"].gguf_keys
 )  # fmt: skip
 
 
@@ -221,7 +223,7 @@ def test_any_value_of_a_known_key_is_honoured_or_refused_by_name(
     except (UnsupportedModel, CorruptModel) as error:
         assert "m.gguf" in str(error)
         return
-    if key in gguf_keys._OFF and key not in gguf_keys._READ_OF.get(arch, ()):
+    if key in gguf_keys._OFF and key not in ALL[arch].gguf_keys:
         assert got == config(tmp_path, arch)
 
 

@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from outpace.errors import CorruptModel, ModelError, OutpaceError
+from outpace.models.architecture import ARCHITECTURES
 from outpace.models.checkpoint import TokenizerFiles
 from outpace.models.config import ModelConfig, rope_inv_freq
-from outpace.models.hf_config import _DEFAULTS
 from outpace.models.safetensors import SafetensorsCheckpoint
 from outpace.models.source import resolve
 from outpace.models.tokenizer import Tokenizer
@@ -143,13 +143,13 @@ def test_values_of_json_changed(sound: dict[str, bytes], tmp_path: Path, data: s
 
 @fuzz
 @given(
-    st.sampled_from(sorted(_DEFAULTS)),
+    st.sampled_from(sorted(ARCHITECTURES)),
     st.dictionaries(
         st.sampled_from(
             sorted(
                 {
                     *toy_model.HF_CONFIG,
-                    *(k for d in _DEFAULTS.values() for k in d),
+                    *(k for a in ARCHITECTURES.values() for k in a.defaults),
                     "layer_types",
                     "rope_parameters",
                     "rope_scaling",

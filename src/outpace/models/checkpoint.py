@@ -32,11 +32,9 @@ class Raw:
 
 
 class Checkpoint(ABC):
-    """Read-only. Tensors carry their `transformers` names and layout, whatever the file's own convention:
-    `model.embed_tokens.weight`, `model.layers.{i}.self_attn.{q,k,v,o}_proj.{weight,bias}`,
-    `model.layers.{i}.self_attn.{q,k}_norm.weight`, `model.layers.{i}.mlp.{gate,up,down}_proj.weight`,
-    `model.layers.{i}.{input,post_attention,pre_feedforward,post_feedforward}_layernorm.weight`,
-    `model.norm.weight`, `lm_head.weight` (absent when tied).
+    """Read-only. Tensors carry their `transformers` names and layout, whatever the file's own convention (see
+    models.block). They are exactly those that the configuration calls for: a file is refused when it is opened
+    otherwise (models.layout).
     """
 
     config: ModelConfig

@@ -25,7 +25,7 @@ class RopeScaling:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    architecture: Literal["llama", "mistral", "qwen2", "qwen3", "gemma3"]
+    architecture: str  # of models.architecture
     vocab_size: int
     hidden_size: int
     intermediate_size: int

@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CorruptModel, UnsupportedModel
+from .architecture import ARCHITECTURES, GGUF_ARCHITECTURES
+from .block import describe
 from .checkpoint import Checkpoint, Raw, TokenizerFiles
 from .config import ModelConfig
 from .formats import FORMATS
@@ -23,33 +25,7 @@ from .gguf_keys import check_head_widths, check_keys
 from .layout import check_layout
 
 SUPPORTED_TYPES = tuple(FORMATS)
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
-
-_TOP = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-_BLOCK = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_GEMMA_BLOCK = _BLOCK | {
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
 _IGNORED = re.compile(r"rope_freqs\.weight|blk\.\d+\.(rope_freqs\.weight|attn_rot_embd|attn\.rotary_emb\.inv_freq)")
-_BLOCK_NAME = re.compile(r"blk\.(0|[1-9]\d{0,3})\.([a-z_]+)\.(weight|bias)")
 _GEMMA_27B_LAYERS = 62  # the one gemma 3 whose attention scale is not the head width's
 
 
@@ -60,26 +36,30 @@ class GGUFCheckpoint(Checkpoint):
         self.path = path
         self._file: NDArray[np.uint8] | None = None
         self._header = read_header(path)
-        architecture = self._header.metadata.get("general.architecture")
-        if architecture not in ARCHITECTURES:
+        name = self._header.metadata.get("general.architecture")
+        if name not in GGUF_ARCHITECTURES:
             raise UnsupportedModel(
-                f"{path}: architecture {architecture!r}; supported in GGUF files: {', '.join(ARCHITECTURES)}"
+                f"{path}: architecture {name!r}; supported in GGUF files: {', '.join(GGUF_ARCHITECTURES)}"
                 " (mistral and smollm files say llama)"
             )
-        self._architecture: str = architecture
-        check_keys(str(path), self._header.metadata, architecture)
-        self._infos, unknown = _canonical(self._header, architecture)
+        check_keys(str(path), self._header.metadata, name)
+        rope_factors = self._rope_factors()
+        self.config = ModelConfig.from_hf(hf_config(path, self._header, rope_factors), source=str(path))
+        model = describe(self.config)
+        names = {tensor.gguf: tensor.name for tensor in model.tensors()}
+        in_pairs = [p for p in model.projections() if p.rotary and ARCHITECTURES[name].gguf_in_pairs]
+        self._in_pairs = {f"{projection.source}.weight": projection.outputs.heads for projection in in_pairs}
+        self._infos = {names[n]: info for n, info in self._header.tensors.items() if n in names}
         for info in self._infos.values():
             if info.type_name not in SUPPORTED_TYPES:
                 raise UnsupportedModel(
                     f"{path}: tensor {info.name!r} is quantised as {info.type_name}; "
                     f"supported: {', '.join(SUPPORTED_TYPES)}"
                 )
-        rope_factors = self._rope_factors()
-        self.config = ModelConfig.from_hf(hf_config(path, self._header, self._infos, rope_factors), source=str(path))
         if rope_factors is not None and self.config.rope_scaling and 2 * rope_factors.size != self.config.head_dim:
             raise CorruptModel(f"{path}: {rope_factors.size} rotary factors for heads of {self.config.head_dim}")
-        check_head_widths(str(path), self._header.metadata, architecture, self.config.head_dim)
+        check_head_widths(str(path), self._header.metadata, name, self.config.head_dim)
+        unknown = [n for n in self._header.tensors if n not in names and not _IGNORED.fullmatch(n)]
         check_layout(str(path), self.config, {n: i.shape for n, i in self._infos.items()}, unknown)
 
     def names(self) -> set[str]:
@@ -89,7 +69,7 @@ class GGUFCheckpoint(Checkpoint):
         if name not in self._infos:
             raise CorruptModel(f"{self.path}: there is no tensor {name!r}")
         values = self._read(self._infos[name])
-        if heads := self._permuted_heads(name):
+        if heads := self._in_pairs.get(name):
             values = unpermute(values, heads)
         if self.config.norm_plus_one and name.endswith("norm.weight"):
             values = values - np.float32(1)
@@ -102,7 +82,7 @@ class GGUFCheckpoint(Checkpoint):
         info = self._infos.get(name)
         if info is None or len(info.shape) != 2:
             return None
-        heads = self._permuted_heads(name)
+        heads = self._in_pairs.get(name)
         rows = unpermute(np.arange(info.shape[0]), heads) if heads else None
         return Raw(self._bytes(info).reshape(info.shape[0], -1), FORMATS[info.type_name], rows)
 
@@ -134,12 +114,6 @@ class GGUFCheckpoint(Checkpoint):
             raise CorruptModel(f"{self.path}: tensor {info.name!r} is cut off: the file has become shorter")
         return self._file[info.start : info.start + info.nbytes]
 
-    def _permuted_heads(self, name: str) -> int:
-        """How many heads have their rows in pairs in the file, as llama's queries and keys have; 0 for all others."""
-        if self._architecture != "llama" or not name.endswith(("q_proj.weight", "k_proj.weight")):
-            return 0
-        return self.config.num_heads if "q_proj" in name else self.config.num_kv_heads
-
     def _rope_factors(self) -> NDArray[np.float32] | None:
         """Divisors of the rotary frequencies, where the file has some."""
         info = self._header.tensors.get("rope_freqs.weight")
@@ -156,29 +130,11 @@ def unpermute(values: NDArray[Any], heads: int) -> NDArray[Any]:
     return split.swapaxes(1, 2).reshape(values.shape)
 
 
-def _canonical(header: Header, architecture: str) -> tuple[dict[str, TensorInfo], list[str]]:
-    """Tensors by canonical name, and the names that mean nothing to us."""
-    block = _GEMMA_BLOCK if architecture == "gemma3" else _BLOCK
-    known: dict[str, TensorInfo] = {}
-    unknown: list[str] = []
-    for name, info in header.tensors.items():
-        m = _BLOCK_NAME.fullmatch(name)
-        if name in _TOP:
-            known[_TOP[name]] = info
-        elif m and m[2] in block:
-            known[f"model.layers.{m[1]}.{block[m[2]]}.{m[3]}"] = info
-        elif not _IGNORED.fullmatch(name):
-            unknown.append(name)
-    return known, unknown
-
-
-def hf_config(
-    path: Path, header: Header, infos: dict[str, TensorInfo], rope_factors: NDArray[np.float32] | None
-) -> dict[str, Any]:
+def hf_config(path: Path, header: Header, rope_factors: NDArray[np.float32] | None) -> dict[str, Any]:
     """The metadata in the words of a `transformers` configuration. Raises CorruptModel, UnsupportedModel."""
     meta, architecture = header.metadata, header.metadata["general.architecture"]
     tokenizer = {k.removeprefix("tokenizer.ggml."): v for k, v in meta.items() if k.startswith("tokenizer.ggml.")}
-    embedding = infos.get("model.embed_tokens.weight")
+    embedding = header.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise CorruptModel(f"{path}: there is no token embedding (token_embd.weight)")
 
@@ -205,7 +161,7 @@ def hf_config(
         "rope_theta": given("rope.freq_base", 10_000.0),
         "rope_scaling": _rope_scaling(path, get, rope_factors),
         "sliding_window": window,
-        "tie_word_embeddings": "lm_head.weight" not in infos,
+        "tie_word_embeddings": "output.weight" not in header.tensors,
         "bos_token_id": tokenizer.get("bos_token_id"),
         "eos_token_id": _stops(path, tokenizer),
         "head_dim": get("attention.key_length"),

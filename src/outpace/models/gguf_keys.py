@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import CorruptModel, UnsupportedModel
+from .architecture import ARCHITECTURES
 from .key_tables import names, shown
 
 #: Read by models.gguf, which raises for values that it cannot honour
@@ -19,10 +20,6 @@ _READ = names(
     "attention.key_length attention.value_length attention.layer_norm_rms_epsilon rope.freq_base rope.dimension_count "
     "rope.scaling.type rope.scaling.factor rope.scale_linear rope.scaling.original_context_length"
 )
-_READ_OF: dict[str, frozenset[str]] = {
-    "llama": frozenset({"attention.sliding_window"}),  # a mistral
-    "gemma3": frozenset({"attention.sliding_window", "attention.sliding_window_pattern", "rope.freq_base_swa"}),
-}
 #: No effect: the rows of the embedding are the vocabulary; whether a model was tuned at its scaling changes nothing
 _FREE = frozenset({"vocab_size", "rope.scaling.finetuned"})
 
@@ -106,7 +103,7 @@ def check_keys(source: str, metadata: Mapping[str, Any], architecture: str) -> N
     CorruptModel for a switch that is neither true nor false. `source` names the file in messages."""
     _refuse_unless_off(source, metadata, "", _GENERAL_OFF)
     prefix = f"{architecture}."
-    read = _READ | _READ_OF.get(architecture, frozenset())
+    read = _READ | ARCHITECTURES[architecture].gguf_keys
     off = {key: entry for key, entry in _OFF.items() if key not in read}
     for key in metadata:
         if key.startswith(_NOT_A_MODEL):

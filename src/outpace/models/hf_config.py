@@ -10,47 +10,13 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from ..errors import CorruptModel, UnsupportedModel
+from .architecture import ARCHITECTURES
 from .config import LayerType, ModelConfig, RopeScaling
 from .hf_keys import check_fields, check_rope_fields
 
-#: `model_type` -> architecture
-MODEL_TYPES: dict[str, Any] = {
-    "llama": "llama",
-    "mistral": "mistral",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "gemma3": "gemma3",
-    "gemma3_text": "gemma3",
-}
-SUPPORTED = "llama (smollm too), mistral, qwen2, qwen3 and gemma3"
+MODEL_TYPES = {kind: name for name, a in ARCHITECTURES.items() for kind in (name, *a.aliases)}
+SUPPORTED = f"{', '.join(ARCHITECTURES)} (smollm is llama)"
 
-_COMMON: dict[str, Any] = {"rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "tie_word_embeddings": False}
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": _COMMON | {"max_position_embeddings": 2048},
-    "mistral": _COMMON | {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
-    "qwen2": _COMMON | {"max_position_embeddings": 32768, "max_window_layers": 28},
-    "qwen3": _COMMON | {"max_position_embeddings": 32768, "max_window_layers": 28, "head_dim": 128},
-    "gemma3": {
-        "vocab_size": 262_208,
-        "hidden_size": 2304,
-        "intermediate_size": 9216,
-        "num_hidden_layers": 26,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1_000_000.0,
-        "rope_local_base_freq": 10_000.0,
-        "sliding_window": 4096,
-        "sliding_window_pattern": 6,
-        "query_pre_attn_scalar": 256,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "tie_word_embeddings": True,
-        "bos_token_id": 2,
-        "eos_token_id": 1,
-    },
-}
 _ACTIVATIONS: dict[str, Any] = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 _LAYER_TYPES: dict[str, LayerType] = {"full_attention": "full", "sliding_attention": "sliding"}
 
@@ -101,12 +67,13 @@ def parse(raw: Mapping[str, Any], source: str) -> ModelConfig:
     if not isinstance(raw, Mapping):
         raise CorruptModel(f"{source}: the configuration must be a JSON object, not {type(raw).__name__}")
     given = _text_section(_Reader(raw, source))
-    architecture = _architecture(given)
-    values = _DEFAULTS[architecture] | {k: v for k, v in given.values.items() if v is not None}
+    name = _architecture(given)
+    architecture = ARCHITECTURES[name]
+    values = architecture.defaults | {k: v for k, v in given.values.items() if v is not None}
     if "sliding_window" in given.values:  # null turns it off, unlike the fields where null asks for the default
         values["sliding_window"] = given.values["sliding_window"]
     r = _Reader(values, source)
-    check_fields(given.values, architecture, source, SUPPORTED)
+    check_fields(given.values, name, source, SUPPORTED)
 
     num_layers = r.integer("num_hidden_layers", high=1024)
     num_heads = r.integer("num_attention_heads", high=4096)
@@ -119,14 +86,14 @@ def parse(raw: Mapping[str, Any], source: str) -> ModelConfig:
     head_dim = r.integer("head_dim", hidden_size // num_heads, high=65536)
     if head_dim % 2:
         r.corrupt("head_dim", "even")
-    gemma = architecture == "gemma3"
-    layer_types, window = _layers(r, architecture, num_layers)
-    theta, local_theta, scaling = _rope(r, architecture)
-    activation = values.get("hidden_activation" if gemma else "hidden_act", "silu")
+    layer_types, window = _layers(r, architecture.fields, num_layers)
+    theta, local_theta, scaling = _rope(r, name)
+    act = "hidden_act" if "hidden_act" in architecture.fields else "hidden_activation"
+    activation = values.get(act, "silu")
     if not isinstance(activation, str) or activation not in _ACTIVATIONS:
-        r.unsupported("hidden_activation" if gemma else "hidden_act", ", ".join(_ACTIVATIONS))
+        r.unsupported(act, ", ".join(_ACTIVATIONS))
     return ModelConfig(
-        architecture=architecture,
+        architecture=name,
         vocab_size=r.integer("vocab_size"),
         hidden_size=hidden_size,
         intermediate_size=r.integer("intermediate_size"),
@@ -142,13 +109,13 @@ def parse(raw: Mapping[str, Any], source: str) -> ModelConfig:
         rope_scaling=scaling,
         sliding_window=window,
         tie_embeddings=r.flag("tie_word_embeddings"),
-        qkv_bias=architecture == "qwen2",
-        qk_norm=architecture in ("qwen3", "gemma3"),
-        norm_plus_one=gemma,
-        post_norms=gemma,
+        qkv_bias=architecture.qkv_bias,
+        qk_norm=architecture.qk_norm,
+        norm_plus_one=architecture.norm_plus_one,
+        post_norms=architecture.post_norms,
         activation=_ACTIVATIONS[activation],
-        embedding_scale=hidden_size**0.5 if gemma else 1.0,
-        attention_scale=r.number("query_pre_attn_scalar", head_dim) ** -0.5 if gemma else head_dim**-0.5,
+        embedding_scale=hidden_size**0.5 if architecture.scaled_embedding else 1.0,
+        attention_scale=r.number("query_pre_attn_scalar", head_dim) ** -0.5,
         bos_id=r.integer("bos_token_id", low=0) if values.get("bos_token_id") is not None else None,
         eos_ids=_eos_ids(r),
     )
@@ -165,7 +132,7 @@ def _text_section(r: _Reader) -> _Reader:
     return _Reader(merged, r.source)
 
 
-def _architecture(r: _Reader) -> Any:
+def _architecture(r: _Reader) -> str:
     name = r.values.get("model_type")
     if not isinstance(name, str) or name not in MODEL_TYPES:
         classes = r.values.get("architectures") or []
@@ -174,10 +141,10 @@ def _architecture(r: _Reader) -> Any:
     return MODEL_TYPES[name]
 
 
-def _layers(r: _Reader, architecture: str, n: int) -> tuple[tuple[LayerType, ...], int | None]:
+def _layers(r: _Reader, fields: frozenset[str], n: int) -> tuple[tuple[LayerType, ...], int | None]:
     """Which layers slide, and their window."""
     window = r.integer("sliding_window") if r.values.get("sliding_window") is not None else None
-    if architecture == "llama" or (architecture.startswith("qwen") and not r.flag("use_sliding_window")):
+    if "sliding_window" not in fields or ("use_sliding_window" in fields and not r.flag("use_sliding_window")):
         window = None
     types: list[LayerType]
     names = r.values.get("layer_types")
@@ -189,14 +156,14 @@ def _layers(r: _Reader, architecture: str, n: int) -> tuple[tuple[LayerType, ...
         types = [_LAYER_TYPES[name] for name in names]
     elif window is None:
         types = ["full"] * n
-    elif architecture == "gemma3":
+    elif "sliding_window_pattern" in fields:
         every = r.integer("sliding_window_pattern")
         types = ["sliding" if (i + 1) % every else "full" for i in range(n)]
-    elif architecture == "mistral":
-        types = ["sliding"] * n
-    else:
+    elif "max_window_layers" in fields:
         first = r.integer("max_window_layers", low=0)
         types = ["sliding" if i >= first else "full" for i in range(n)]
+    else:
+        types = ["sliding"] * n
     if "sliding" not in types:
         return tuple(types), None
     if window is None:
@@ -205,13 +172,14 @@ def _layers(r: _Reader, architecture: str, n: int) -> tuple[tuple[LayerType, ...
 
 
 def _rope(r: _Reader, architecture: str) -> tuple[float, float | None, RopeScaling | None]:
-    """theta, local theta of sliding layers (gemma3), scaling; from `rope_parameters` or the older fields."""
+    """theta, that of sliding layers if the architecture has two, scaling; from `rope_parameters` or older fields."""
+    two = "rope_local_base_freq" in ARCHITECTURES[architecture].fields
     new = r.section("rope_parameters")
     if set(new) & set(_LAYER_TYPES):  # one set per layer type
         each = _Reader(new, r.source)
         full = _Reader(each.section("full_attention"), r.source)
         local = _Reader(each.section("sliding_attention"), r.source)
-        if architecture != "gemma3":
+        if not two:
             r.unsupported("rope_parameters", "one set for all layers (per layer type with gemma3 only)")
         check_rope_fields(local.values, architecture, r.source)
         if local.values.get("rope_type", "default") != "default":
@@ -225,7 +193,7 @@ def _rope(r: _Reader, architecture: str) -> tuple[float, float | None, RopeScali
     if full.values.get("partial_rotary_factor", 1.0) not in (None, 1):
         full.unsupported("partial_rotary_factor", "1.0")
     theta = full.number("rope_theta", r.number("rope_theta"))
-    if architecture != "gemma3":
+    if not two:
         return theta, None, _scaling(full, r)
     return theta, local.number("rope_theta", r.number("rope_local_base_freq")), _scaling(full, r)
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import UnsupportedModel
+from .architecture import ARCHITECTURES
 from .key_tables import names, shown
 
 _READ = names(
@@ -17,16 +18,7 @@ _READ = names(
     "head_dim max_position_embeddings rms_norm_eps rope_theta rope_scaling rope_parameters layer_types "
     "tie_word_embeddings bos_token_id eos_token_id"
 )
-_READ_OF: dict[str, frozenset[str]] = {
-    "llama": frozenset({"hidden_act"}),
-    "mistral": frozenset({"hidden_act", "sliding_window"}),
-    "qwen2": frozenset({"hidden_act", "sliding_window", "use_sliding_window", "max_window_layers"}),
-    "qwen3": frozenset({"hidden_act", "sliding_window", "use_sliding_window", "max_window_layers"}),
-    "gemma3": names(
-        "hidden_activation rope_local_base_freq sliding_window sliding_window_pattern query_pre_attn_scalar"
-    ),
-}
-#: Of training, of how generation is asked for, of labels and versions; and what an architecture's class does not read
+#: Of training, of how generation is asked for, of labels and versions
 _FREE = names(
     "architectures auto_map torch_dtype dtype transformers_version tokenizer_class use_cache return_dict "
     "output_hidden_states output_attentions output_scores return_dict_in_generate torchscript use_bfloat16 "
@@ -38,13 +30,6 @@ _FREE = names(
     "model_max_length max_sequence_length router_aux_loss_coef unsloth_fixed unsloth_version "
     "cache_implementation attn_implementation name"
 )
-_FREE_OF: dict[str, frozenset[str]] = {
-    "llama": frozenset({"sliding_window", "use_sliding_window", "max_window_layers"}),  # always full attention
-    "mistral": frozenset(),
-    "qwen2": frozenset(),
-    "qwen3": frozenset(),
-    "gemma3": frozenset({"hidden_act"}),  # the activation is hidden_activation
-}
 #: Features that change the arithmetic and are not built: field -> values that leave them off
 _MUST_BE_OFF: dict[str, tuple[Any, ...]] = {
     "attention_bias": (None, False),
@@ -83,7 +68,8 @@ def check_fields(values: Mapping[str, Any], architecture: str, source: str, supp
                 f"{source}: {name}={values.get(name)!r} is not supported; supported: {' or '.join(map(repr, off))} "
                 f"(models of {supported})"
             )
-    known = _READ | _READ_OF[architecture] | _FREE | _FREE_OF[architecture] | _MUST_BE_OFF.keys()
+    own = ARCHITECTURES[architecture]
+    known = _READ | own.fields | _FREE | own.without_effect | _MUST_BE_OFF.keys()
     _refuse_unknown(values, known, architecture, source, "")
 
 

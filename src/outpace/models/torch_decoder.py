@@ -28,10 +28,10 @@ from ..ops.reference import DenseLinear, Int8ReferenceLinear, attention, gated, 
 from ..ops.rope import cos_sin, rotate
 from ..types import FloatArray, Logits, Precision
 from .batch import PAGE_SIZE, ForwardBatch
+from .block import Block, Norm, Product, describe
 from .checkpoint import Checkpoint
 from .config import LayerType, ModelConfig, rope_inv_freq
 from .decoder import Decoder, DecoderOutput, checked_ids, checked_layers
-from .weights import WeightReader
 
 _DTYPES: dict[Precision, torch.dtype] = {
     "float32": torch.float32,
@@ -45,19 +45,12 @@ Linear = DenseLinear | Int8ReferenceLinear
 
 @dataclass(slots=True, eq=False)
 class _Layer:
-    """Norm weights are float32, with gemma's one added."""
+    """By the names of models.block. Norm weights are float32, with gemma's one added."""
 
     kind: LayerType
-    input_norm: torch.Tensor
-    qkv: Linear
-    q_norm: torch.Tensor | None
-    k_norm: torch.Tensor | None
-    o: Linear
-    after_attention: torch.Tensor | None
-    mlp_norm: torch.Tensor
-    gate_up: Linear
-    down: Linear
-    after_mlp: torch.Tensor | None
+    norms: dict[str, torch.Tensor]
+    attention: dict[str, Linear]
+    mlp: dict[str, Linear]
 
 
 @dataclass(slots=True, eq=False)
@@ -105,8 +98,8 @@ class TorchDecoder(Decoder):
     def from_checkpoint(
         cls, checkpoint: Checkpoint, precision: Precision = "float32", device: torch.device | str = "cpu"
     ) -> TorchDecoder:
-        """Load every tensor. Raises CorruptModel or UnsupportedModel when they do not fit the configuration,
-        ParameterError for a precision that this decoder does not run on the device.
+        """Load every tensor. Raises CorruptModel for one that cannot be read, ParameterError for a precision that this
+        decoder does not run on the device.
         """
         device = torch.device(device)
         allowed = list(_DTYPES) if device.type == "cpu" else ["float32", "bfloat16"]
@@ -130,8 +123,8 @@ class TorchDecoder(Decoder):
         attention neither writes nor reads its layer's keys and values.
         """
         self.skipped = checked_layers(self.config, attention), checked_layers(self.config, mlp)
-        kept = [m for i, x in enumerate(self._layers) if i not in self.skipped[0] for m in (x.qkv, x.o)]
-        kept += [m for i, x in enumerate(self._layers) if i not in self.skipped[1] for m in (x.gate_up, x.down)]
+        kept = [m for i, x in enumerate(self._layers) if i not in self.skipped[0] for m in x.attention.values()]
+        kept += [m for i, x in enumerate(self._layers) if i not in self.skipped[1] for m in x.mlp.values()]
         self.weight_bytes = self._head.nbytes + sum(m.nbytes for m in kept)
 
     def trim(self, ids: NDArray[np.int64]) -> None:
@@ -163,10 +156,11 @@ class TorchDecoder(Decoder):
         for i, layer in enumerate(self._layers):
             if i not in self.skipped[0]:
                 y = self._attend(i, layer, x, rotary[layer.kind], written, groups, storage)
-                x = x + self._maybe_norm(y, layer.after_attention)
+                x = x + self._norm(y, layer.norms.get("post_1"))
             if i not in self.skipped[1]:
-                y = layer.down(gated(layer.gate_up(self._norm(x, layer.mlp_norm)), self.config.activation))
-                x = x + self._maybe_norm(y, layer.after_mlp)
+                y = layer.mlp["gate_up"](self._norm(x, layer.norms["norm_2"]))
+                y = layer.mlp["down"](gated(y, self.config.activation))
+                x = x + self._norm(y, layer.norms.get("post_2"))
             if i in hidden_layers:
                 hidden[i] = x.float()
         rows = x[self._to_device(batch.logit_rows)]
@@ -195,12 +189,12 @@ class TorchDecoder(Decoder):
     ) -> torch.Tensor:
         """One layer's attention, its keys and values written to their slots. [T, D] -> [T, D]"""
         c = self.config
-        qkv = layer.qkv(self._norm(x, layer.input_norm))
+        qkv = layer.attention["qkv"](self._norm(x, layer.norms["norm_1"]))
         qkv = qkv.view(len(x), c.num_heads + 2 * c.num_kv_heads, c.head_dim)
         q, k, v = qkv.split((c.num_heads, c.num_kv_heads, c.num_kv_heads), dim=1)
-        q = rotate(self._maybe_norm(q, layer.q_norm).float(), *rotary).to(v.dtype)
+        q = rotate(self._norm(q, layer.norms.get("q_norm")).float(), *rotary).to(v.dtype)
         keys, values = storage.k_slots[index], storage.v_slots[index]
-        keys[written] = rotate(self._maybe_norm(k, layer.k_norm).float(), *rotary).to(v.dtype)
+        keys[written] = rotate(self._norm(k, layer.norms.get("k_norm")).float(), *rotary).to(v.dtype)
         values[written] = v
         out = torch.empty_like(q)
         compute = torch.float32 if self.device.type == "cpu" else v.dtype
@@ -215,7 +209,7 @@ class TorchDecoder(Decoder):
                 c.attention_scale,
             )
             out[group.targets] = result.reshape(g * n, c.num_heads, c.head_dim)[group.sources].to(out.dtype)
-        return layer.o(out.view(len(x), c.num_heads * c.head_dim))
+        return layer.attention["out"](out.view(len(x), c.num_heads * c.head_dim))
 
     def _groups(self, batch: ForwardBatch) -> list[_Group]:
         """On CPU each sequence by itself; on CUDA the short ones together, because launches cost."""
@@ -252,11 +246,8 @@ class TorchDecoder(Decoder):
             masks,
         )
 
-    def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, weight, self.config.rms_norm_eps)
-
-    def _maybe_norm(self, x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-        return x if weight is None else self._norm(x, weight)
+    def _norm(self, x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        return x if weight is None else rms_norm(x, weight, self.config.rms_norm_eps)
 
     def _to_device(self, x: NDArray) -> torch.Tensor:
         return torch.from_numpy(x).to(self.device)
@@ -311,56 +302,41 @@ class _Loader:
     """Turns a checkpoint into the decoder's tensors."""
 
     def __init__(self, checkpoint: Checkpoint, precision: Precision, device: torch.device) -> None:
-        self._config, self._precision, self._device = checkpoint.config, precision, device
-        self._reader = WeightReader(checkpoint)
-        self._dtype = _DTYPES[precision]
+        self._checkpoint, self._precision, self._device = checkpoint, precision, device
 
     def decoder(self, cls: Callable[..., TorchDecoder]) -> TorchDecoder:
-        c = self._config
-        table = self._reader.tensor("model.embed_tokens.weight", c.vocab_size, c.hidden_size)
-        embedding = self._tensor(table, self._dtype)
-        layers = [self._layer(i) for i in range(c.num_layers)]
-        norm = self._norm("model.norm.weight", c.hidden_size)
-        if c.tie_embeddings:
-            head = Int8ReferenceLinear(embedding) if self._precision == "int8" else DenseLinear(embedding)
-        else:
-            head = self._linear("", ["lm_head"], [c.vocab_size], c.hidden_size)
-        self._reader.finish()
-        return cls(c, self._precision, self._device, embedding, layers, norm, head)
+        config = self._checkpoint.config
+        model = describe(config)
+        embedding = self._tensor(f"{model.embedding.source}.weight", _DTYPES[self._precision])
+        layers = [self._layer(*parts) for parts in zip(config.layer_types, model.blocks, strict=True)]
+        # A tied head is the same tensor, except where int8 keeps it in whole numbers.
+        tied = config.tie_embeddings and self._precision != "int8"
+        head = DenseLinear(embedding) if tied else self._product(model.head)
+        return cls(config, self._precision, self._device, embedding, layers, self._norm(model.norm), head)
 
-    def _layer(self, i: int) -> _Layer:
-        c, p = self._config, f"model.layers.{i}."
-        d, q, kv = c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-        attention_names = [f"self_attn.{x}_proj" for x in "qkv"]
-        # gemma calls the norm before the MLP pre_feedforward and the one after attention post_attention
-        mlp_norm = "pre_feedforward_layernorm" if c.post_norms else "post_attention_layernorm"
-        return _Layer(
-            kind=c.layer_types[i],
-            input_norm=self._norm(p + "input_layernorm.weight", d),
-            qkv=self._linear(p, attention_names, [q, kv, kv], d, bias=c.qkv_bias),
-            q_norm=self._norm(p + "self_attn.q_norm.weight", c.head_dim) if c.qk_norm else None,
-            k_norm=self._norm(p + "self_attn.k_norm.weight", c.head_dim) if c.qk_norm else None,
-            o=self._linear(p, ["self_attn.o_proj"], [d], q),
-            after_attention=self._norm(p + "post_attention_layernorm.weight", d) if c.post_norms else None,
-            mlp_norm=self._norm(p + mlp_norm + ".weight", d),
-            gate_up=self._linear(p, ["mlp.gate_proj", "mlp.up_proj"], [c.intermediate_size] * 2, d),
-            down=self._linear(p, ["mlp.down_proj"], [d], c.intermediate_size),
-            after_mlp=self._norm(p + "post_feedforward_layernorm.weight", d) if c.post_norms else None,
+    def _layer(self, kind: LayerType, block: Block) -> _Layer:
+        norms = {norm.name: self._norm(norm) for norm in block.norms}
+        attention, mlp = (
+            {product.name: self._product(product) for product in sublayer.products}
+            for sublayer in (block.attention, block.mlp)
         )
+        return _Layer(kind, norms, attention, mlp)
 
-    def _linear(self, prefix: str, names: list[str], outputs: list[int], inputs: int, bias: bool = False) -> Linear:
-        """Several projections of one input as one matrix."""
-        sizes = list(zip(names, outputs, strict=True))
-        weight = np.concatenate([self._reader.tensor(f"{prefix}{x}.weight", n, inputs) for x, n in sizes])
-        added = None
-        if bias:
-            added = np.concatenate([self._reader.tensor(f"{prefix}{x}.bias", n) for x, n in sizes])
+    def _product(self, product: Product) -> Linear:
+        """Several projections of the same rows as one matrix."""
+        dtype = _DTYPES[self._precision]
+        weight = torch.cat([self._tensor(f"{part.source}.weight", dtype) for part in product.parts])
+        bias = [
+            self._tensor(f"{part.source}.bias", dtype) if part.bias else weight.new_zeros(part.outputs.size)
+            for part in product.parts
+        ]
         kind = Int8ReferenceLinear if self._precision == "int8" else DenseLinear
-        return kind(self._tensor(weight, self._dtype), None if added is None else self._tensor(added, self._dtype))
+        return kind(weight, torch.cat(bias) if product.bias else None)
 
-    def _norm(self, name: str, size: int) -> torch.Tensor:
-        weight = self._tensor(self._reader.tensor(name, size), torch.float32)
-        return weight + 1 if self._config.norm_plus_one else weight
+    def _norm(self, norm: Norm) -> torch.Tensor:
+        weight = self._tensor(f"{norm.source}.weight", torch.float32)
+        return weight + 1 if self._checkpoint.config.norm_plus_one else weight
 
-    def _tensor(self, value: NDArray[np.float32], dtype: torch.dtype) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(value)).to(self._device, dtype, copy=True)
+    def _tensor(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        value = np.ascontiguousarray(self._checkpoint.tensor(name))
+        return torch.from_numpy(value).to(self._device, dtype, copy=True)
