@@ -1,96 +1,100 @@
 """Sums of unsigned weights x signed activations by the integer instructions that a processor has.
 
-A *total* is i32[LANES outputs]: the sum over a group of depths of weights of a few bits x int8 activations in
+A *total* is i32[lanes outputs]: the sum over a group of depths of weights of a few bits x int8 activations in
 [-127, 127], four depths at a time. It is exact, so the same on every processor.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+from typing import ClassVar
+
 import llvmlite.ir as ir
 
 from . import isa
-from .emit import I1, I8, I16, I32, call, const, load, splat
+from .emit import I1, I8, I16, I32, Accumulators, call, const, load, splat
 
 
 def _all(value: int, ty: ir.VectorType) -> ir.Constant:
     return ir.Constant(ty, [value] * ty.count)
 
 
-def _vectors(lanes: int) -> tuple[ir.VectorType, ir.VectorType, ir.VectorType]:
-    """Of a register with `lanes` outputs: as int32, int16, bytes."""
-    return ir.VectorType(I32, lanes), ir.VectorType(I16, 2 * lanes), ir.VectorType(I8, 4 * lanes)
-
-
-class Plain:
-    """A sum in the making, by shifts and multiplications of int32 on any processor. Other classes are the same sum with
-    other instructions.
-
-    `bits`: of the weights; 4, 5, 6 or 8. `negated`: the address of the activations' negated sum, int32: the weights
-    then count less by half their range. Without it weights of eight bits count less by 128 - `excess`, and the sum goes
-    on from `begin`.
-    """
+class _Totals:
+    """`count` totals in registers, by shifts and multiplications of int32 on any processor; the other classes are the
+    same with other instructions. `bits`: of the weights; 4, 5, 6 or 8."""
 
     lanes = 16  # outputs of a register
-    excess = 128
+    excess = 128  # how much more eight-bit weights count than a signed byte with their uppermost bit flipped
+    # vectors that are best added at once, by bits; a divisor of 4 for six, of 8 for the others
+    STEP: ClassVar[dict[int, int]] = {4: 1, 5: 1, 6: 1, 8: 1}
 
-    def __init__(
-        self, b: ir.IRBuilder, bits: int, negated: ir.Value | None = None, begin: ir.Value | None = None
-    ) -> None:
+    def __init__(self, b: ir.IRBuilder, bits: int, count: int) -> None:
         self._b, self._bits = b, bits
-        self._total = ir.Constant(_vectors(self.lanes)[0], None) if begin is None else begin
-        if negated is not None and (bits < 8 or self.excess):
-            self._total = splat(b, b.shl(load(b, negated, I32), const(bits - 1, I32)), self.lanes)
+        self._whole, self._short, self._bytes = (
+            ir.VectorType(t, self.lanes * n) for t, n in ((I32, 1), (I16, 2), (I8, 4))
+        )
+        self._totals = Accumulators(b, count, self._whole)
 
-    def add(self, weights: ir.Value, activations: ir.Value) -> None:
-        """Four depths, as load_weights and load_activations give them."""
-        b, whole = self._b, _vectors(self.lanes)[0]
+    def begin(self, starts: Sequence[ir.Value] = ()) -> None:
+        """A total for each of the starts, or from zero."""
+        for i in range(len(self._totals.slots)):
+            self._totals[i] = starts[i] if starts else ir.Constant(self._whole, None)
+
+    def add(self, i: int, weights: Sequence[ir.Value], activations: Sequence[ir.Value]) -> None:
+        """To total i, vectors of four depths as load_weights and load_activations give them."""
+        for w, x in zip(weights, activations, strict=True):
+            self._totals[i] = self._dot(self._totals[i], w, x)
+
+    def _dot(self, total: ir.Value, weights: ir.Value, activations: ir.Value) -> ir.Value:
+        b, whole = self._b, self._whole
         w, x = b.bitcast(weights, whole), b.bitcast(activations, whole)
         for j in range(4):
             wj = b.and_(b.lshr(w, _all(8 * j, whole)), _all(255, whole))
             xj = b.ashr(b.shl(x, _all(24 - 8 * j, whole)), _all(24, whole))
-            self._total = b.add(self._total, b.mul(wj, xj))
+            total = b.add(total, b.mul(wj, xj))
+        return total
 
-    def sum(self) -> ir.Value:
-        return self._total
+    def sum(self, i: int) -> ir.Value:
+        return self._totals[i]
 
 
-class _OneInstruction(Plain):
+class _OneInstruction(_Totals):
     """An instruction that multiplies unsigned by signed bytes and adds four products to an int32."""
 
-    name: str
-    operands = 2  # which of the vectors of a register the instruction takes for its bytes
+    STEP: ClassVar[dict[int, int]] = {4: 8, 5: 8, 6: 4, 8: 8}
+    name = "llvm.x86.avx512.vpdpbusd.512"
 
-    def add(self, weights: ir.Value, activations: ir.Value) -> None:
-        kinds = _vectors(self.lanes)
-        parts = (self._b.bitcast(v, kinds[self.operands]) for v in (weights, activations))
-        self._total = call(self._b, self.name, kinds[0], self._total, *parts)
-
-
-class _Vnni(_OneInstruction):
-    name, operands = "llvm.x86.avx512.vpdpbusd.512", 0
+    def _dot(self, total: ir.Value, weights: ir.Value, activations: ir.Value) -> ir.Value:
+        w, x = (self._b.bitcast(v, self._whole) for v in (weights, activations))
+        return call(self._b, self.name, self._whole, total, w, x)
 
 
 class _AvxVnni(_OneInstruction):
-    name, operands, lanes = "llvm.x86.avx512.vpdpbusd.256", 0, 8
+    name, lanes = "llvm.x86.avx512.vpdpbusd.256", 8
 
 
 class _I8mm(_OneInstruction):
     name, lanes = "llvm.aarch64.neon.usdot.v4i32.v16i8", 4
 
+    def _dot(self, total: ir.Value, weights: ir.Value, activations: ir.Value) -> ir.Value:
+        return call(self._b, self.name, self._whole, total, weights, activations)
 
-class _Signed(Plain):
-    """Processors that multiply signed bytes alone. Weights of up to six bits are both; eight bits are made signed by
-    their uppermost bit flipped, which takes the 128 away without the activations' sum."""
+
+class _Signed(_Totals):
+    """Processors that multiply signed bytes alone. Weights of up to six bits are both; eight bits become signed by
+    their uppermost bit flipped, which is the offset that a start would take away: their totals begin at zero."""
 
     excess = 0
+    STEP: ClassVar[dict[int, int]] = {4: 4, 5: 4, 6: 4, 8: 4}
 
-    def add(self, weights: ir.Value, activations: ir.Value) -> None:
+    def begin(self, starts: Sequence[ir.Value] = ()) -> None:
+        super().begin(() if self._bits == 8 else starts)
+
+    def add(self, i: int, weights: Sequence[ir.Value], activations: Sequence[ir.Value]) -> None:
         if self._bits == 8:
-            weights = self._b.xor(weights, _all(-128, _vectors(self.lanes)[2]))
-        self._add(weights, activations)
-
-    def _add(self, weights: ir.Value, activations: ir.Value) -> None:
-        raise NotImplementedError
+            weights = [self._b.xor(w, _all(-128, self._bytes)) for w in weights]
+        super().add(i, weights, activations)
 
 
 class _Avx2(_Signed):
@@ -99,30 +103,45 @@ class _Avx2(_Signed):
     activations, so that two products fit: |w| <= 128."""
 
     lanes = 8
-    _short: ir.Value | None = None  # sums in int16, of so many vectors
-    _held = 0
+    STEP: ClassVar[dict[int, int]] = {4: 2, 5: 4, 6: 2, 8: 2}
 
-    def _add(self, weights: ir.Value, activations: ir.Value) -> None:
-        b, (_, shorts, bytes_) = self._b, _vectors(self.lanes)
+    def __init__(self, b: ir.IRBuilder, bits: int, count: int) -> None:
+        super().__init__(b, bits, count)
+        self._shorts = Accumulators(b, count, self._short)
+
+    def begin(self, starts: Sequence[ir.Value] = ()) -> None:
+        super().begin(starts)
+        if self._bits == 4:
+            self._shorts.zero()
+
+    def add(self, i: int, weights: Sequence[ir.Value], activations: Sequence[ir.Value]) -> None:
+        """Of four bits at most eight vectors to one total; of the others at most STEP at once."""
         if self._bits == 8:
-            activations = call(b, "llvm.x86.avx2.psign.b", bytes_, activations, weights)
-            weights = call(b, "llvm.abs.v32i8", bytes_, weights, const(0, I1))
-        pairs = call(b, "llvm.x86.avx2.pmadd.ub.sw", shorts, weights, activations)
-        self._short = pairs if self._short is None else b.add(self._short, pairs)
-        self._held += 1
-        if self._held == {4: 8, 5: 4, 6: 2, 8: 1}[self._bits]:
-            self._fold()
+            super().add(i, weights, activations)
+            return
+        pairs = [self._pairs(w, x) for w, x in zip(weights, activations, strict=True)]
+        assert len(pairs) <= {4: 8, 5: 4, 6: 2}[self._bits], "int16 has no room for more"
+        short = functools.reduce(self._b.add, pairs)
+        if self._bits == 4:
+            self._shorts[i] = self._b.add(self._shorts[i], short)
+        else:
+            self._totals[i] = self._fold(self._totals[i], short)
 
-    def _fold(self) -> None:
-        whole, shorts, _ = _vectors(self.lanes)
-        if self._short is not None:
-            fours = call(self._b, "llvm.x86.avx2.pmadd.wd", whole, self._short, _all(1, shorts))
-            self._total = self._b.add(self._total, fours)
-            self._short, self._held = None, 0
+    def _dot(self, total: ir.Value, weights: ir.Value, activations: ir.Value) -> ir.Value:
+        """Signed by signed."""
+        turned = call(self._b, "llvm.x86.avx2.psign.b", self._bytes, activations, weights)
+        size = call(self._b, "llvm.abs.v32i8", self._bytes, weights, const(0, I1))
+        return self._fold(total, self._pairs(size, turned))
 
-    def sum(self) -> ir.Value:
-        self._fold()
-        return self._total
+    def _pairs(self, weights: ir.Value, activations: ir.Value) -> ir.Value:
+        return call(self._b, "llvm.x86.avx2.pmadd.ub.sw", self._short, weights, activations)
+
+    def _fold(self, total: ir.Value, short: ir.Value) -> ir.Value:
+        fours = call(self._b, "llvm.x86.avx2.pmadd.wd", self._whole, short, _all(1, self._short))
+        return self._b.add(total, fours)
+
+    def sum(self, i: int) -> ir.Value:
+        return self._fold(self._totals[i], self._shorts[i]) if self._bits == 4 else self._totals[i]
 
 
 class _Dotprod(_Signed):
@@ -130,9 +149,8 @@ class _Dotprod(_Signed):
 
     lanes = 4
 
-    def _add(self, weights: ir.Value, activations: ir.Value) -> None:
-        name, whole = "llvm.aarch64.neon.sdot.v4i32.v16i8", _vectors(4)[0]
-        self._total = call(self._b, name, whole, self._total, weights, activations)
+    def _dot(self, total: ir.Value, weights: ir.Value, activations: ir.Value) -> ir.Value:
+        return call(self._b, "llvm.aarch64.neon.sdot.v4i32.v16i8", self._whole, total, weights, activations)
 
 
 class _Neon(_Signed):
@@ -140,42 +158,48 @@ class _Neon(_Signed):
 
     lanes = 4
 
-    def _add(self, weights: ir.Value, activations: ir.Value) -> None:
-        b, (whole, shorts, _) = self._b, _vectors(4)
-        halves = []
+    def _dot(self, total: ir.Value, weights: ir.Value, activations: ir.Value) -> ir.Value:
+        b, halves = self._b, []
         for first in (0, 8):
             order = ir.Constant(ir.VectorType(I32, 8), list(range(first, first + 8)))
-            eight = [b.sext(b.shuffle_vector(v, v, order), shorts) for v in (weights, activations)]
+            eight = [b.sext(b.shuffle_vector(v, v, order), self._short) for v in (weights, activations)]
             halves.append(b.mul(*eight))
-        pairs = call(b, "llvm.aarch64.neon.addp.v8i16", shorts, *halves)
-        self._total = b.add(self._total, call(b, "llvm.aarch64.neon.saddlp.v4i32.v8i16", whole, pairs))
+        pairs = call(b, "llvm.aarch64.neon.addp.v8i16", self._short, *halves)
+        return b.add(total, call(b, "llvm.aarch64.neon.saddlp.v4i32.v8i16", self._whole, pairs))
 
 
-_OF_LEVELS: dict[int, type[Plain]] = {
-    isa.PORTABLE: Plain,
+_OF_LEVELS: dict[int, type[_Totals]] = {
+    isa.PORTABLE: _Totals,
     isa.NEON: _Neon,
     isa.DOTPROD: _Dotprod,
     isa.I8MM: _I8mm,
     isa.AVX2: _Avx2,
     isa.AVXVNNI: _AvxVnni,
-    isa.VNNI: _Vnni,
+    isa.VNNI: _OneInstruction,
 }
 
 
-def total_of(level: int) -> type[Plain]:
+def totals_of(level: int) -> type[_Totals]:
     """The sums of a level up to VNNI."""
     return _OF_LEVELS[level]
 
 
-Total = total_of(isa.DOT)
-LANES = Total.lanes
+Totals = totals_of(isa.DOT)
+LANES = Totals.lanes
+
+
+def start(b: ir.IRBuilder, bits: int, negated: ir.Value | None, lanes: int = LANES) -> ir.Value:
+    """What a total begins with: nothing, or the address of the activations' negated sum times the weights' offset."""
+    if negated is None:
+        return ir.Constant(ir.VectorType(I32, lanes), None)
+    return splat(b, b.shl(load(b, negated, I32), const(bits - 1, I32)), lanes)
 
 
 def load_weights(b: ir.IRBuilder, address: ir.Value, lanes: int = LANES) -> ir.Value:
     """Four depths of `lanes` outputs."""
-    return load(b, address, _vectors(lanes)[2], 1)
+    return load(b, address, ir.VectorType(I8, 4 * lanes), 1)
 
 
 def load_activations(b: ir.IRBuilder, address: ir.Value, lanes: int = LANES) -> ir.Value:
     """Four depths of a row, once for each output."""
-    return b.bitcast(splat(b, load(b, address, I32, 1), lanes), _vectors(lanes)[2])
+    return b.bitcast(splat(b, load(b, address, I32, 1), lanes), ir.VectorType(I8, 4 * lanes))

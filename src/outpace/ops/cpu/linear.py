@@ -77,7 +77,7 @@ from .simd import (
 _SPARE = 2 * LANES * SCRATCH_ROW  # where int4's scratch lies behind the results
 SCRATCH_BYTES = _SPARE + INT4_SPARE
 
-EXCESS = dots.Total.excess  # what the kernels add to each int8 weight
+EXCESS = dots.Totals.excess  # what the kernels add to each int8 weight
 
 KIND_F32, KIND_BF16, KIND_INT8, KIND_INT4 = 0, 1, 2, 3
 STORE, ADD, GATED_SILU, GATED_GELU = 0, 1, 2, 3

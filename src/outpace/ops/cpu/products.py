@@ -96,39 +96,37 @@ def _vnni_dot(b: ir.IRBuilder, acc: ir.Value, weights: ir.Value, x4: ir.Value) -
 
 
 def _int8(rows: int, panels: int, level: int = DOT) -> Callable[..., Any]:
-    """int8: `rows` rows x panels without tiles.
+    """`rows` rows x panels without tiles.
 
     Where the instruction multiplies unsigned by signed bytes, these sums are too large by 128 * sum_k x[m, k]; the
-    epilogue takes that off (`Total.excess`).
+    epilogue takes that off (`Totals.excess`).
     """
-    made = dots.total_of(level)
-    lanes, parts = made.lanes, LANES // made.lanes * panels
-    whole, quads = ir.VectorType(I32, lanes), ir.VectorType(I8, 4 * lanes)
+    made = dots.totals_of(level)
+    lanes, parts = made.lanes, LANES // made.lanes * panels  # a part: some outputs of one of the panels
 
     @emit(types.void, *[types.int64] * 5)
     def kernel(b, x, stride, w, steps, scratch):
-        acc = Accumulators(b, rows * parts, whole)
-        acc.zero()
+        totals = made(b, 8, rows * parts)
+        totals.begin()
+        flip = ir.Constant(ir.VectorType(I8, 4 * lanes), [-128] * 4 * lanes)
         ws = [at(b, w, b.mul(steps, const(1024 * n))) for n in range(panels)]
-        places = [(ws[lanes * n // LANES], 4 * (lanes * n % LANES)) for n in range(parts)]
         xs = [at(b, x, b.mul(stride, const(r))) for r in range(rows)]
         with cgutils.for_range(b, b.mul(steps, const(LANES))) as loop:
             depth = b.mul(loop.index, const(4))
             offset = b.mul(loop.index, const(TILE_ROW))
-            weights = [dots.load_weights(b, at(b, at(b, start, offset), skip), lanes) for start, skip in places]
+            here = [at(b, at(b, ws[lanes * n // LANES], offset), 4 * (lanes * n % LANES)) for n in range(parts)]
+            weights = [dots.load_weights(b, place, lanes) for place in here]
             if rows > 8:
                 for start in ws:
                     prefetch(b, at(b, at(b, start, offset), _AHEAD))
-            weights = [b.xor(v, ir.Constant(quads, [-128] * 4 * lanes)) for v in weights]
+            weights = [b.xor(v, flip) for v in weights]
             for r in range(rows):
                 x4 = dots.load_activations(b, at(b, xs[r], depth), lanes)
                 for n in range(parts):
-                    total = made(b, 8, begin=acc[r * parts + n])
-                    total.add(weights[n], x4)
-                    acc[r * parts + n] = total.sum()
+                    totals.add(r * parts + n, [weights[n]], [x4])
         for r in range(rows):
             for n in range(parts):
-                store(b, at(b, scratch, SCRATCH_ROW * r + 4 * lanes * n), acc[r * parts + n])
+                store(b, at(b, scratch, SCRATCH_ROW * r + 4 * lanes * n), totals.sum(r * parts + n))
 
     return kernel
 
