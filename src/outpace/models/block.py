@@ -108,17 +108,30 @@ class Model:
     norm: Norm
     head: Product
 
+    def products(self) -> Iterator[tuple[str, Product]]:
+        """The head last; each with what its names begin with in packed weights."""
+        for i, block in enumerate(self.blocks):
+            yield from ((f"{i}.", product) for product in block.products)
+        yield "", self.head
+
+    def norms(self) -> Iterator[tuple[str, Norm]]:
+        """The same of norms."""
+        for i, block in enumerate(self.blocks):
+            yield from ((f"{i}.", norm) for norm in block.norms)
+        yield "", self.norm
+
     def projections(self) -> Iterator[Projection]:
+        """The embedding first."""
         yield self.embedding
-        for product in (*(p for block in self.blocks for p in block.products), self.head):
+        for _, product in self.products():
             yield from product.parts
 
     def tensors(self) -> Iterator[Tensor]:
         """Those of a file. A tied head is the embedding once more."""
-        for norm in (*(n for block in self.blocks for n in block.norms), self.norm):
-            yield from norm.tensors()
         for projection in self.projections():
             yield from projection.tensors()
+        for _, norm in self.norms():
+            yield from norm.tensors()
 
 
 def describe(config: ModelConfig) -> Model:
