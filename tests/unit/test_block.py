@@ -36,7 +36,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_made_up_part_is_expected_of_files(made_up: None, tmp_path: Path) -> None:
-    with pytest.raises(CorruptModel, match=r"missing: model\.layers\.0\.made_up_norm\.weight.*made_up\.weight"):
+    with pytest.raises(CorruptModel, match=r"missing: model\.layers\.0\.made_up\.weight.*made_up_norm\.weight"):
         toy_gguf.write(tmp_path / "m.gguf")
         GGUFCheckpoint(tmp_path / "m.gguf")
     shapes = {"made_up_norm.weight": (32,), "made_up.weight": (5, 32), "made_up.bias": (5,)}
