@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from click.testing import Result
+from llama_programs import bench, server
 from peering import GOOD, gone
 
 from outpace.bench.compare import ceilings, run
@@ -96,3 +98,41 @@ def test_the_rest_goes_on_and_every_failure_stands_in_the_table_the_file_and_the
     assert not told
     assert table.count("failed") >= len(expected)
     assert all(gone(int(pid)) for pid in engines.read_text().split())
+
+
+def test_programs_of_the_user_stand_beside_ours_and_leave_no_process_and_no_path(
+    outpace: Run, engines: Path, tmp_path: Path
+) -> None:
+    """Two builds by their labels; one that is a bench, one that ends at once; those that cannot be run at all."""
+    folders = {name: tmp_path / f"builds {name}" for name in ("mine", "ends", "bench", "other")}
+    programs = {name: server(folders[name]) for name in ("mine", "other")}
+    programs["ends"] = server(folders["ends"], at_start="print('no such option: -rtr'); sys.exit(1)")
+    programs["bench"] = bench(folders["bench"])
+    asked = {name: f"{name}='{path}' -rtr" for name, path in programs.items() if name != "other"}
+    asked["other:lookup"] = f"other:lookup={folders['other']}"
+    out = tmp_path / "out"
+    args = (*ARGS, "-m", str(tmp_path / "toy.gguf"), "--out", str(out))
+    for wrong, why in (
+        (["ik=/no/such"], "there is no such file"),
+        ([f"ik={folders['mine']}", f"ik={folders['other']}"], "two peers are called ik=llama-server"),
+    ):
+        done = outpace(*args, *(part for peer in wrong for part in ("--peer", peer)))
+        assert done.exit_code == 2 and why in " ".join(done.output.split())
+        assert not out.exists()
+
+    done = outpace(*args, *(part for peer in asked.values() for part in ("--peer", peer)))
+    assert done.exit_code == 0, done.output
+    lines = read(out)
+    made = [x for x in lines if x["kind"] == "measurement"]
+    for name in ("mine", "other:lookup", "bench"):
+        own = [x for x in made if x["method"] == name]
+        assert [x["round"] for x in own] == [0, 1, 2] and all(x["tokens"] == 6 and x["decode_s"] for x in own)
+    (failure,) = (x for x in lines if x["kind"] == "failure")
+    assert failure["method"] == "ends" and "no such option: -rtr" in failure["reason"]
+    about = next(x for x in lines if x["kind"] == "model")["peers_about"]
+    assert about["mine"]["version"] == "version: 77 (abcdef)" and about["mine"]["arguments"].endswith(" -rtr")
+    page, results = (out / "report.html").read_text("utf-8"), (out / "results.jsonl").read_text("utf-8")
+    assert "no such option: -rtr" in page and "version: 77 (abcdef)" in page
+    assert str(tmp_path) not in page + results and "builds" not in page + results
+    started = [json.loads(x) for path in folders.values() for x in (path / "started").read_text().splitlines()]
+    assert len(started) > 4 and all(gone(line["pid"]) for line in started)

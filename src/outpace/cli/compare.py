@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..bench.compare.plan import CompareConfig
     from ..bench.compare.store import Store
     from ..bench.compare.summary import Summary
+    from ..bench.peers.open import PeerSpec
     from ..bench.peers.peer import Peer
     from ..engine.llm import LLM
 
@@ -60,9 +61,9 @@ def many(*names: str, help: str, **more: Any) -> Callable[[Any], Any]:
 @many("--batch", "batches", type=click.IntRange(1), default=[1, 8], show_default=True, help="Answers at once.")
 @many("--temperature", "temperatures", type=float, default=[0.0], show_default=True, help="0 is greedy.")
 @many(
-    "--peer", "peers", metavar="ENGINE|URL",
-    help="Another engine in the same run: llama.cpp, transformers or openvino, each also with :draft or :lookup, or "
-    "the URL of an OpenAI-compatible server.",
+    "--peer", "peers", metavar="ENGINE|URL|NAME=PATH",
+    help="Another engine in the same run: llama.cpp, transformers or openvino, each also with :draft or :lookup; "
+    "the URL of an OpenAI-compatible server; or NAME=\"PATH ARGUMENTS\" of a llama-server or llama-bench of your own.",
 )  # fmt: skip
 @many(
     "--peer-python", "pythons", metavar="[ENGINE=]PATH",
@@ -128,7 +129,6 @@ def compare(ctx: click.Context, **options: Any) -> None:
 def configuration(options: dict[str, Any]) -> CompareConfig:
     """From the options; what could never run is refused before anything is loaded."""
     from ..bench.compare.plan import WORKLOADS, CompareConfig
-    from ..bench.peers.open import PeerSpec
     from ..decoding.methods import make_verifier
     from ..engine.needs import check_needs, needs_draft_model
 
@@ -138,8 +138,9 @@ def configuration(options: dict[str, Any]) -> CompareConfig:
             check_needs(spec, needs_draft_model(spec) and options["draft_model"] is not None)
         if slash:
             make_verifier(verifier)
-    for peer in options["peers"]:
-        python_of(PeerSpec.parse(peer).engine, options["pythons"])
+    peers = peers_of(options["peers"])
+    for peer in peers.values():
+        python_of(peer.engine, options["pythons"])
     names = ("precision", "threads", "device")
     draft = options["draft_model"]
     return CompareConfig(
@@ -149,7 +150,7 @@ def configuration(options: dict[str, Any]) -> CompareConfig:
         categories=options["categories"],
         batch_sizes=tuple(sorted(options["batches"])),
         temperatures=options["temperatures"],
-        peers=options["peers"],
+        peers=tuple(peers),
         max_tokens=options["max_tokens"],
         prompts=options["prompts"],
         rounds=options["rounds"],
@@ -167,22 +168,35 @@ def opener(options: dict[str, Any]) -> Callable[[str, int], LLM]:
     return open_model
 
 
+def peers_of(written: Sequence[str]) -> dict[str, PeerSpec]:
+    """By how they are shown, without folders. Raises ParameterError for what is no peer, and for two of one name."""
+    from ..bench.peers.open import PeerSpec
+
+    peers = [PeerSpec.parse(peer) for peer in dict.fromkeys(written)]
+    found = {peer.shown: peer for peer in peers}
+    for peer in peers:
+        if found[peer.shown] != peer:
+            raise ParameterError(f"two peers are called {peer.shown}: give each a name of its own, NAME=PATH")
+    return found
+
+
 def peer_opener(options: dict[str, Any]) -> Callable[[str, str, LLM, int], Peer]:
-    def open_one(spec: str, model: str, llm: LLM, batch: int) -> Peer:
-        from ..bench.peers.open import PeerSpec, open_peer
+    def open_one(shown: str, model: str, llm: LLM, batch: int) -> Peer:
+        from ..bench.peers.open import open_peer
         from ..models.source import resolve
 
-        server = bool(PeerSpec.parse(spec).url)
+        peer = peers_of(options["peers"])[shown]
+        server = bool(peer.url)
         draft = options["draft_model"]
         return open_peer(
-            spec,
+            peer,
             llm.tokenizer,
             Path() if server else resolve(model).path,
             None if server or draft is None else resolve(draft).path,
             threads=getattr(llm.decoder, "threads", 0) or 1,
             context=min(llm.config.max_position, CONTEXT),
             max_batch=batch,
-            python=python_of(PeerSpec.parse(spec).engine, options["pythons"]),
+            python=None if peer.program else python_of(peer.engine, options["pythons"]),
             past_end=True,
         )
 
@@ -204,15 +218,21 @@ def python_of(engine: str, given: Sequence[str]) -> Path | None:
 
 def command(ctx: click.Context) -> str:
     """As typed, with files outside this folder by their names alone."""
+    from ..bench.peers.open import PeerSpec
+
     words = sys.argv[1:] if sys.argv[1:2] == [ctx.info_name] else [str(ctx.info_name)]
     here = Path.cwd()
 
-    def shown(word: str) -> str:
+    def shown(before: str, word: str) -> str:
+        if before == "--peer":
+            return PeerSpec.parse(word).shown
+        if word.startswith("--peer="):
+            return "--peer=" + PeerSpec.parse(word.removeprefix("--peer=")).shown
         head, equals, last = word.rpartition("=") if "://" not in word else ("", "", word)
         path = Path(last)
         return head + equals + (path.name if path.is_absolute() and not path.is_relative_to(here) else last)
 
-    return shlex.join(["outpace", *map(shown, words)])
+    return shlex.join(["outpace", *map(shown, ["", *words], words)])
 
 
 def finish(store: Store, out: Path, html: Callable[[Report], str]) -> Report:

@@ -110,12 +110,13 @@ def names_of(models: Sequence[str]) -> dict[str, str]:
 
 
 def peer_names(specs: Sequence[str], taken: Collection[str] = ()) -> dict[str, str]:
-    """What each engine is called: as it was named, but a server by its name if it was given one of its own.
+    """What each engine is called: as it was named, but a server or a program by the name that it was given.
 
-    >>> peer_names(["llama.cpp", "vllm=http://localhost:8000"])
-    {'llama.cpp': 'llama.cpp', 'vllm=http://localhost:8000': 'vllm'}
+    >>> peer_names(["llama.cpp,kv=f16", "vllm=http://localhost:8000"])
+    {'llama.cpp,kv=f16': 'llama.cpp,kv=f16', 'vllm=http://localhost:8000': 'vllm'}
     """
-    names = [spec.partition("=")[0] if "=http" in spec else spec for spec in specs]
+    heads = [spec.partition("=")[0] for spec in specs]
+    names = [spec if "," in head or "://" in head else head for spec, head in zip(specs, heads, strict=True)]
     alone = {name for name in names if names.count(name) == 1 and name not in taken}
     return {spec: name if name in alone else spec for spec, name in zip(specs, names, strict=True)}
 

@@ -7,7 +7,7 @@ line of JSON and answers with one:
         -> {"about": {...}}  |  {"error": "...", "missing": "the module that is not installed" | null}
     {"id", "prompts": [[token, ...], ...], "max_tokens", "temperature", "seed"}
         -> {"id", "answers": [{"token_ids" | "text", "ended", "first_token_s", "first_tokens", "total_s", "steps"}
-            | {"error"}, ...]}
+            | {"error"}, ...], "memory_bytes": of the process that has the model, where that is another one, at most}
         |  {"id", "error": "..."}
 
 Every engine gets the token ids that ours would read, and answers with ids where it can.
@@ -39,6 +39,7 @@ class ScriptPeer(Peer):
     script: ClassVar[str]  # a file of `scripts/`
     package: ClassVar[str]  # what pip installs
     takes: ClassVar[tuple[str, ...]] = ("a GGUF file", "a folder")
+    counts: ClassVar[bool] = False  # text has as many tokens as the engine says: some that it generates have no text
 
     def __init__(self, config: PeerConfig, name: str | None = None) -> None:
         for model in filter(None, (config.model, config.draft)):
@@ -49,6 +50,7 @@ class ScriptPeer(Peer):
         self.name = name or (self.engine if config.mode == "plain" else f"{self.engine}:{config.mode}")
         self._child: Child | None = None
         self._about: dict[str, Any] = {}
+        self._memory: int | None = None  # of a process of its own
         self._sent = 0
         self._closed = "was not started"
 
@@ -109,7 +111,7 @@ class ScriptPeer(Peer):
 
     @property
     def memory_bytes(self) -> int | None:
-        return None if self._child is None else self._child.memory_bytes()
+        return None if self._child is None else self._memory or self._child.memory_bytes()
 
     def generate(
         self, prompts: Sequence[PeerPrompt], max_tokens: int, temperature: float, seed: int, timeout_s: float
@@ -143,6 +145,7 @@ class ScriptPeer(Peer):
                 raise Fault(f"answered request {reply.get('id')!r} instead of {self._sent}")
             if "error" in reply:
                 return [PeerAnswer(error=f"{self.name}: {self._public(reply['error'])}")] * count
+            self._memory = reply["memory_bytes"] if type(reply.get("memory_bytes")) is int else None
             raw = reply.get("answers")
             if not isinstance(raw, list) or len(raw) != count:
                 raise Fault(f"did not answer {count} prompts with a list of {count} answers")
@@ -183,7 +186,9 @@ class ScriptPeer(Peer):
             if not isinstance(text, str) or "text" not in raw:
                 return PeerAnswer(error=f"{self.name}: gave neither tokens nor text")
             tokens = len(words.encode(text)) + bool(raw.get("ended"))
-        if wrong := _wrong_count(raw, tokens, ids is not None, max_tokens):
+            if self.counts and type(raw.get("tokens")) is int:
+                tokens = raw["tokens"]
+        if wrong := _wrong_count(raw, tokens, self.counts or ids is not None, max_tokens):
             return PeerAnswer(error=f"{self.name}: {wrong}")
         if type(at_first) is not int or not 1 <= at_first <= tokens:
             return PeerAnswer(error=f"{self.name}: says that {at_first!r} of {tokens} tokens came first")

@@ -1,18 +1,24 @@
 """The loop of a peer's process: a line of JSON in, a line out. Imports nothing but Python's own modules.
 
 An engine is a class that is made from the first line, has `about` (plain data) and answers a request with a list of
-plain answers, `token_ids` or `text` with `first_token_s`, `total_s` and `steps` each. See `../process.py`.
+plain answers, `token_ids` or `text` with `first_token_s`, `total_s` and `steps` each. See `../process.py`. One that has
+a process of its own ends it in `close()`, and says in `memory_bytes` what that held at most.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
+
+
+class Refused(Exception):
+    """What an engine says in its own words when it cannot do what is wanted."""
 
 
 def serve(make: Callable[[dict[str, Any]], Any]) -> None:
@@ -37,20 +43,27 @@ def serve(make: Callable[[dict[str, Any]], Any]) -> None:
     for line in sys.stdin:
         request = json.loads(line)
         try:
-            say({"id": request["id"], "answers": engine.generate(request)})
+            found = engine.generate(request)
+            say({"id": request["id"], "answers": found, "memory_bytes": getattr(engine, "memory_bytes", None)})
         except Exception as e:
             say({"id": request["id"], "error": words(e)})
+    if close := getattr(engine, "close", None):
+        close()
 
 
 def words(error: Exception) -> str:
     said = [line for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, Refused):
+        return said[-1]
     return type(error).__name__ + (": " + said[-1] if said else "")
 
 
 def end_with(parent: int) -> None:
-    """Whoever asked has gone, whatever this process is at: end."""
+    """Whoever asked has gone, whatever this process is at: end, and with it all that it started."""
     while os.getppid() == parent:
         time.sleep(0.5)
+    if os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)
     os._exit(1)
 
 
