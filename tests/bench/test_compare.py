@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -417,6 +418,9 @@ def test_a_peers_batch_is_timed_from_when_all_have_a_first_token() -> None:
     early, late = PeerAnswer("", None, 11, 1.0, 6.0), PeerAnswer("", None, 11, 2.0, 7.0)
     run = run_of_answers([early, late], unit, None)
     assert run.decode_s == 5.0 and run.decode_tokens == pytest.approx(10 * 4 / 5 + 10) and run.tokens == 22
+    waited = replace(early, arrivals=(1.9, *(2.0 + i / 2 for i in range(1, 9)), 6.0))  # one token came meanwhile
+    run = run_of_answers([waited, late], unit, None)
+    assert run.decode_tokens == pytest.approx(9 + 10) and run.full_tokens == pytest.approx(9 + 10 * 4 / 5)
     untold = run_of_answers([early, PeerAnswer("", None, 11, None, 7.0)], unit, None)
     assert untold.decode_s == 0.0 and untold.total_s == 7.0
 

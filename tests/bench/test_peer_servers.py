@@ -37,6 +37,7 @@ def test_a_server_is_measured_from_its_stream():
             assert (one.text, one.tokens, one.reported_tokens, one.error) == ("hello", 6, 6, None)
             assert one.first_tokens == 2  # those of the first piece of text
             assert 0.2 <= one.first_token_s < one.total_s - 0.15
+            assert len(one.arrivals) == 3 and min(one.arrivals) > one.first_token_s + 0.15  # those of the second piece
         by_seed = {body["seed"]: (path, body) for path, body in asked}
         assert by_seed[10][0] == "/v1/completions" and by_seed[10][1]["prompt"] == "abc"
         assert by_seed[11][0] == "/v1/chat/completions" and by_seed[11][1]["messages"][0]["content"] == "hi"

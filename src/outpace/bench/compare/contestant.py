@@ -257,8 +257,8 @@ class Engine(Contestant):
 
 
 def run_of_answers(answers: Sequence[PeerAnswer], unit: Unit, memory: int | None) -> Run:
-    """Of another engine, as far as it reports. An answer's tokens after its first ones are spread evenly over their
-    time, to say how many came after every answer had a first one."""
+    """Of another engine, as far as it reports. Where it is not known when an answer's tokens came, those after its
+    first ones are spread evenly over their time, to say how many came after every answer had a first one."""
     total = max(a.total_s for a in answers)
     tokens = sum(a.tokens for a in answers)
     run = Run(tokens=tokens, total_s=total, memory_bytes=memory)
@@ -272,20 +272,25 @@ def run_of_answers(answers: Sequence[PeerAnswer], unit: Unit, memory: int | None
         return run
     run.first_s = max(firsts)
     run.decode_s = total - run.first_s
-    parts = [
-        (a.tokens - a.first_tokens) * (a.total_s - run.first_s) / (a.total_s - first)
-        for a, first in zip(answers, firsts, strict=True)
-        if a.total_s > run.first_s
-    ]
-    run.decode_tokens = sum(parts)
+    run.decode_tokens = sum(tokens_between(a, run.first_s, total) for a in answers)
     ended = min(a.total_s for a in answers)
     if ended > run.first_s:
-        rates = [(a.tokens - a.first_tokens) / (a.total_s - first) for a, first in zip(answers, firsts, strict=True)]
-        run.full_s, run.full_tokens = ended - run.first_s, sum(rates) * (ended - run.first_s)
+        run.full_s = ended - run.first_s
+        run.full_tokens = sum(tokens_between(a, run.first_s, ended) for a in answers)
     if run.turns:  # of the whole answers, cut to the same part
         later = tokens - sum(a.first_tokens for a in answers)
         run.turns = round(run.turns * run.decode_tokens / max(later, 1))
     return run
+
+
+def tokens_between(answer: PeerAnswer, start: float, end: float) -> float:
+    """How many of its tokens after the first ones came within these seconds."""
+    later, first = answer.tokens - answer.first_tokens, answer.first_token_s
+    if answer.arrivals:  # by their share, since text is not cut into tokens as it came
+        return later * sum(start < at <= end for at in answer.arrivals) / len(answer.arrivals)
+    if first is None or answer.total_s <= max(start, first):
+        return 0.0
+    return later * (min(end, answer.total_s) - start) / (answer.total_s - first)
 
 
 def by_depth(results: Sequence[Result]) -> tuple[list[int], list[int]]:

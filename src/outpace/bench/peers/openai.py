@@ -195,6 +195,7 @@ class _Answer:
     def __init__(self, began: float) -> None:
         self._began = began
         self._pieces: list[str] = []
+        self._times: list[float] = []  # of the pieces
         self._first: float | None = None
         self._last = 0.0
         self._reason: str | None = None
@@ -231,6 +232,7 @@ class _Answer:
         if text:
             self._first = now if self._first is None else self._first
             self._pieces.append(text)
+            self._times.append(now)
         if choice.get("finish_reason"):
             self._reason = str(choice["finish_reason"])
         if text or choice.get("finish_reason"):
@@ -252,7 +254,10 @@ class _Answer:
         if self._reported is not None and abs(self._reported - tokens) > slack:
             raise Refusal(f"says that it gave {self._reported} tokens, and its text has {tokens}")
         at_first = min(max(len(words.encode(self._pieces[0])), 1), tokens) if self._pieces else 1
-        return PeerAnswer(text, None, tokens, self._first, self._last, None, None, self._reported, at_first)
+        arrivals = tuple(
+            at for at, piece in zip(self._times[1:], self._pieces[1:], strict=True) for _ in words.encode(piece)
+        )
+        return PeerAnswer(text, None, tokens, self._first, self._last, None, None, self._reported, at_first, arrivals)
 
 
 def _refused(status: int, body: bytes) -> str:

@@ -82,6 +82,7 @@ class PeerAnswer:
     steps: int | None = None  # target forwards that decoded, the one over the prompt apart; None: not reported
     reported_tokens: int | None = None  # by the peer's own count
     first_tokens: int = 1  # that came at `first_token_s`: a first step that verifies a draft gives more than one
+    arrivals: tuple[float, ...] = ()  # when those after the first ones came, as far as the peer shows it
 
     @property
     def decode_tokens_per_s(self) -> float | None:

@@ -1,7 +1,9 @@
 """A `llama-server`: started on a port of its own, asked by HTTP, one request for each prompt of a batch.
 
 Answers are not streamed: the server says how long it generated (`timings`), so a first token came that long before the
-answer was there, and sending each token costs it nothing. Prompts are always read anew.
+answer was there, and sending each token costs it nothing. Prompts are always read anew. The server reads those of a
+batch by the thousand tokens, and an answer gets one token meanwhile for each such step: as if all began when the last
+prompt was read.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ _HOST = "127.0.0.1"
 _PORTS = 3  # tried; another program may take a free port before the server does
 _TAKEN = re.compile(r"\bbind|address already in use|port.*in use", re.I)
 _CLOCKS_S = 0.05  # by which two processes' ideas of a duration may differ
+_DEATH_S = 0.5
 _PLACES = 256  # a cache is made in multiples of it
 #: Names that builds have for drafting with a second model, and for n-grams of prompt and output
 _DRAFTING = ("draft-simple", "draft")
@@ -112,9 +115,12 @@ class LlamaServer:
         numbers = range(len(prompts))
         answers = list(self._pool.map(lambda i: self._answer(i, prompts[i], request, began), numbers))
         assert self._process is not None
-        if self._process.poll() is not None:
-            raise Refused(self._death())
-        return answers
+        if any("error" in answer for answer in answers):
+            with suppress(subprocess.TimeoutExpired):  # one that dies closes its connections a moment before
+                self._process.wait(_DEATH_S)
+                raise Refused(self._death())
+        read = max((a["first_token_s"] for a in answers if "error" not in a), default=0.0)
+        return [a if "error" in a else a | {"first_token_s": min(read, a["total_s"])} for a in answers]
 
     def _answer(self, number: int, prompt: list[int], request: dict[str, Any], began: float) -> dict[str, Any]:
         body: dict[str, Any] = {

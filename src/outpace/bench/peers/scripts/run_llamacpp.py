@@ -142,6 +142,9 @@ class LlamaCpp:
             choose.look(self.target.decode(part))
             for at, number in enumerate(ends):
                 self._take(sequences[number], [choose(at, number)], began, most)
+        read = perf_counter() - began  # nobody goes on before all prompts are read
+        for s in sequences:
+            s.first_s = s.first_s if s.done else read
 
     def _take(self, sequence: Sequence, tokens: list[int], began: float, most: int) -> None:
         """Append, up to an end token or the most that is wanted."""
