@@ -44,17 +44,6 @@ get8, get16, get32 = _reader(I8), _reader(I16), _reader(I32)
 put8, put16, put32 = _writer(I8), _writer(I16), _writer(I32)
 
 
-def _spread() -> NDArray[np.uint32]:
-    """By a byte of fifth bits, eight depths: depth 4k + j moves to bit 8j + k."""
-    table = np.zeros(256, dtype=np.uint32)
-    for depth in range(8):
-        table |= (np.arange(256, dtype=np.uint32) >> depth & 1) << (8 * (depth % 4) + depth // 4)
-    return table
-
-
-_SPREAD = _spread()
-
-
 @njit
 def _is_bad(half):
     """Whether an f16 is infinite or no number."""
@@ -71,11 +60,28 @@ def _pair(first, second, to):
 
 
 @njit
+def _every_fourth(word):
+    """Bits 0, 4, 8, ... of each half of 64 bits, in the lowest eight of the half."""
+    word = (word | word >> 3) & 0x03030303_03030303
+    word = (word | word >> 6) & 0x000F000F_000F000F
+    return (word | word >> 12) & 0x000000FF_000000FF
+
+
+@njit
 def _fifth(block, to):
-    word = 0
-    for i in range(4):
-        word |= np.int64(_SPREAD[get8(block + i)]) << 2 * i
-    put32(to, word)
+    """Bit 4k + j moves to bit 8j + k."""
+    bits = get32(block)
+    even = _every_fourth(bits & 0x11111111 | (bits >> 2 & 0x11111111) << 32)
+    odd = _every_fourth(bits >> 1 & 0x11111111 | (bits >> 3 & 0x11111111) << 32)
+    both = even | odd << 8
+    put32(to, both | both >> 16)
+
+
+@njit
+def _swap(a, b, by, mask):
+    """The fields of a above `mask`, and those of b under it, change places."""
+    t = (a >> by ^ b) & mask
+    return a ^ t << by, b ^ t
 
 
 @njit
@@ -101,17 +107,13 @@ def _of_32(kind, first, second, to, o):
 
 
 @njit
-def _of_bytes(first, second, to, o, flips):
-    """Q8_0. `flips`: of each block, 0x80 in each byte where it is there."""
-    bad = 0
-    for g in range(2):
-        block = first if g == 0 else second
-        for v in range(8):
-            put32(to + 64 * (8 * g + v), get32(block + 2 + 4 * v) ^ flips[g])
-        half = get16(block)
-        bad += _is_bad(half)
-        put16(to + 16 * 64 - 2 * o + 32 * g, half)
-    return bad
+def _of_bytes(block, to, to_scale, flip):
+    """A block of Q8_0. `flip`: 0x80 in each byte, 0 where there is no block."""
+    for v in range(8):
+        put32(to + 64 * v, get32(block + 2 + 4 * v) ^ flip)
+    d = get16(block)
+    put16(to_scale, d)
+    return _is_bad(d)
 
 
 @njit
@@ -128,16 +130,45 @@ def _scales_and_minima(packed, at):
 
 
 @njit
+def _transpose_bits(source, to):
+    """Bit g of each byte of word k becomes bit k of each byte of row g; eight words."""
+    a, b, c, d = get32(source), get32(source + 4), get32(source + 8), get32(source + 12)
+    e, f, g, h = get32(source + 16), get32(source + 20), get32(source + 24), get32(source + 28)
+    a, b = _swap(a, b, 1, 0x55555555)
+    c, d = _swap(c, d, 1, 0x55555555)
+    e, f = _swap(e, f, 1, 0x55555555)
+    g, h = _swap(g, h, 1, 0x55555555)
+    a, c = _swap(a, c, 2, 0x33333333)
+    b, d = _swap(b, d, 2, 0x33333333)
+    e, g = _swap(e, g, 2, 0x33333333)
+    f, h = _swap(f, h, 2, 0x33333333)
+    a, e = _swap(a, e, 4, _LOW)
+    b, f = _swap(b, f, 4, _LOW)
+    c, g = _swap(c, g, 4, _LOW)
+    d, h = _swap(d, h, 4, _LOW)
+    for row, word in enumerate((a, b, c, d, e, f, g, h)):
+        put32(to + 64 * row, word)
+
+
+@njit
+def _transpose_pairs(source, to):
+    """Bits 2f, 2f + 1 of each byte of word t become bits 2t, 2t + 1 of each byte of row 2f; four words."""
+    a, b, c, d = get32(source), get32(source + 4), get32(source + 8), get32(source + 12)
+    a, b = _swap(a, b, 2, 0x33333333)
+    c, d = _swap(c, d, 2, 0x33333333)
+    a, c = _swap(a, c, 4, _LOW)
+    b, d = _swap(b, d, 4, _LOW)
+    for row, word in enumerate((a, b, c, d)):
+        put32(to + 128 * row, word)
+
+
+@njit
 def _of_k(kind, block, to, o):
     """Q4_K and Q5_K, whose pairs of nibbles are already the panels'."""
     nibbles, at = block + 16, to + 32 * 64
     if kind == _Q5_K:
         nibbles += 32
-        for g in range(8):
-            word = 0
-            for k in range(8):
-                word |= (get32(block + 16 + 4 * k) >> g & 0x01010101) << k
-            put32(at + 64 * g, word)
+        _transpose_bits(block + 16, at)
         at += 8 * 64
     for i in range(32):
         put32(to + 64 * i, get32(nibbles + 4 * i))
@@ -157,12 +188,8 @@ def _of_q6_k(block, to, o):
             a, b = get32(block + 64 * half + 4 * k), get32(block + 64 * half + 32 + 4 * k)
             put32(to + 64 * (16 * half + k), a & _LOW | (b & _LOW) << 4)
             put32(to + 64 * (16 * half + 8 + k), a >> 4 & _LOW | b & _HIGH)
-        for r in range(8):  # rows of sixteen depths
-            word = 0
-            for t in range(4):
-                two = get32(block + 128 + 32 * half + 16 * (r % 2) + 4 * t) >> 2 * (r // 2)
-                word |= (two & 0x03030303) << 2 * t
-            put32(to + 64 * (32 + 8 * half + r), word)
+        for i in range(2):
+            _transpose_pairs(block + 128 + 32 * half + 16 * i, to + 64 * (32 + 8 * half + i))
     at = to + 48 * 64 - 3 * o
     for g in range(16):
         put8(at + 16 * g, get8(block + 192 + g))
@@ -216,7 +243,9 @@ def _interleave(kind, source, row_bytes, rows, panels, first, last):
                     both = here and at + step < row_bytes
                     second = block + step if both else empty
                     if kind == _Q8_0:
-                        bad += _of_bytes(block, second, to, o, (0x80808080 * here, 0x80808080 * both))
+                        scales = to + 16 * 64 - 2 * o
+                        bad += _of_bytes(block, to, scales, 0x80808080 * here)
+                        bad += _of_bytes(second, to + 8 * 64, scales + 32, 0x80808080 * both)
                     else:
                         bad += _of_32(kind, block, second, to, o)
                 elif kind == _Q6_K:
