@@ -19,6 +19,7 @@ from outpace.errors import CorruptModel
 from outpace.models.formats import FORMATS, Format, dequantise, quantise_q4_1, regions_of, take_outputs
 from outpace.models.gguf import GGUFCheckpoint
 from outpace.ops.cpu.interleave import KINDS, interleave
+from outpace.ops.cpu.quantise import quantise_rows
 
 BLOCKS = [name for name, form in FORMATS.items() if form.is_quantised]
 FLOATS = [name for name, form in FORMATS.items() if not form.is_quantised]
@@ -198,3 +199,40 @@ def test_a_file_that_became_shorter_is_refused(tmp_path: Path) -> None:
     last = max(checkpoint._infos, key=lambda name: checkpoint._infos[name].start)
     with pytest.raises(CorruptModel, match=r"m\.gguf.*shorter"):
         checkpoint.tensor(last)
+
+
+@given(
+    seed=seeds,
+    rows=st.integers(1, 4),
+    blocks=st.integers(1, 4),
+    scale=st.floats(-8, 3),
+    offset=st.sampled_from([0.0, 1.0, -30.0]),
+)
+def test_compiled_blocks_are_those_of_the_reference(
+    seed: int, rows: int, blocks: int, scale: float, offset: float
+) -> None:
+    rng = np.random.default_rng(seed)
+    w = ((rng.standard_normal((rows, 32 * blocks)) + offset) * 10**scale).astype(np.float32)
+    w[rng.random(w.shape) < 0.1] = 0
+    got, want = np.zeros((rows, 20 * blocks), np.uint8), quantise_q4_1(w)
+    assert quantise_rows(w, got) == 0
+    same = (got == want).reshape(-1, 20).all(1)
+    assert same.mean() > 0.9 or same.sum() >= len(same) - 1  # sums in another order: ties may fall otherwise
+    errors = [
+        np.square(gguf.quants.dequantize(x, Q.Q4_1).astype(np.float64) - w).reshape(-1, 32).sum(1) for x in (got, want)
+    ]
+    np.testing.assert_allclose(*errors, rtol=1e-4, atol=1e-18)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e6, -1e6])
+def test_weights_that_f16_cannot_scale_are_counted(value: float) -> None:
+    w = np.ones((4, 64), np.float32)
+    w[2, 40] = value
+    assert quantise_rows(w, np.zeros((4, 40), np.uint8)) == 1
+
+
+def test_blocks_of_equal_and_of_zero_weights() -> None:
+    w = np.repeat(np.array([0.0, 0.5, -2.0, 1e-7, -3e-5], np.float32)[:, None], 32, axis=1)
+    out = np.zeros((5, 20), np.uint8)
+    assert quantise_rows(w, out) == 0
+    np.testing.assert_allclose(gguf.quants.dequantize(out, Q.Q4_1), w, rtol=1e-3, atol=2.0**-25)

@@ -207,15 +207,15 @@ def quantise_q4_1(w: NDArray[Any]) -> NDArray[np.uint8]:
     n, k = w.shape
     groups = np.pad(np.asarray(w, dtype=np.float32), ((0, 0), (0, -k % 32))).reshape(n, -1, 32)
     low, high = groups.min(-1, keepdims=True), groups.max(-1, keepdims=True)
-    low = low.astype(np.float16).astype(np.float32)
+    low = low.astype(np.float16).astype(np.float32) + np.float32(0)  # no negative zero
     best, scale = np.full_like(low, np.inf), np.ones_like(low)
     for steps in range(15, 8, -1):
         candidate = np.maximum((high - low) / np.float32(steps), SMALLEST).astype(np.float16).astype(np.float32)
-        q = np.clip(np.rint((groups - low) / candidate), 0, 15)
+        q = np.clip(np.rint((groups - low) * (1 / candidate)), 0, 15)
         error = np.square(q * candidate + low - groups).sum(-1, keepdims=True)
         better = error < best
         best, scale = np.where(better, error, best), np.where(better, candidate, scale)
-    q = np.clip(np.rint((groups - low) / scale), 0, 15).astype(np.uint8)
+    q = np.clip(np.rint((groups - low) * (1 / scale)), 0, 15).astype(np.uint8)
     parts = [x.astype(np.float16).view(np.uint8) for x in (scale, low)]
     return np.concatenate((*parts, q[..., :16] | q[..., 16:] << 4), axis=-1).reshape(n, -1)
 
