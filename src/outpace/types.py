@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 Exactness = Literal["identical", "distribution", "approximate"]
 FinishReason = Literal["stop", "length", "cancelled", "error"]
-Precision = Literal["float32", "bfloat16", "int8", "int4"]
+#: of weights; "file": each matrix in the format that its file has it in
+Precision = Literal["file", "float32", "bfloat16", "int8", "int4"]
 Pooling = Literal["mean", "last"]
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float32]

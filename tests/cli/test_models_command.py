@@ -123,13 +123,14 @@ def used(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A toy model that has been opened and packed, and a kernel. Returns the prepared folder."""
     import toy_gguf
 
-    from outpace.models import packed
+    from outpace.models import packed_file
+    from outpace.models.packing import pack
     from outpace.models.prepared import open_model
     from outpace.ops.cpu import kept
 
     toy_gguf.write(cache / "toy.gguf")
     model = open_model(str(cache / "toy.gguf"))
-    packed.save(packed.pack(model.checkpoint(), "int8"), model.prepared_dir / packed.file_name("int8"))
+    packed_file.save(pack(model.checkpoint(), "int8"), model.prepared_dir / packed_file.file_name("int8"))
     (model.prepared_dir / "weights-int8-v1.bin").write_bytes(b"of an earlier layout")
     base = cache / "kernels" / "abc" / "cpu_1" / "step.serve-1.py3"
     base.parent.mkdir(parents=True)
@@ -153,10 +154,10 @@ def test_verify_finds_all_sound(used: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["weights", "tokenizer", "manifest", "kernel", "model"])
 def test_verify_names_what_is_damaged_and_repair_removes_it(used: Path, cache: Path, damage: str) -> None:
-    from outpace.models import packed
+    from outpace.models import packed_file
     from outpace.models.prepared import open_model
 
-    weights = used / packed.file_name("int8")
+    weights = used / packed_file.file_name("int8")
     path, named = {
         "weights": (weights, "tensor head.w is not what was written"),
         "tokenizer": (used / "tokenizer.json", "the tokenizer is not what was written"),

@@ -24,11 +24,12 @@ class TokenizerFiles:
 @dataclass(frozen=True, slots=True)
 class Raw:
     """A matrix as the file has it. `data`: u8[N, bytes per row], a view of the file; `rows` i64[N]: the file's row of
-    each output, None where they are in order."""
+    each output, None where they are in order; `label`: file and tensor, for messages."""
 
     data: NDArray[np.uint8]
     form: Format
-    rows: NDArray[np.int64] | None = None
+    rows: NDArray[np.int64] | None
+    label: str
 
 
 class Checkpoint(ABC):
@@ -45,6 +46,11 @@ class Checkpoint(ABC):
     @abstractmethod
     def tensor(self, name: str) -> NDArray[np.float32]:
         """Read (and dequantise) one tensor. Raises CorruptModel, or UnsupportedModel for an unknown quantisation."""
+
+    def rows(self, name: str, first: int, last: int) -> NDArray[np.float32]:
+        """Rows first..last-1 of `tensor(name)`, for less than the whole where that is possible. Threads may call it at
+        the same time."""
+        return self.tensor(name)[first:last]
 
     def raw(self, name: str) -> Raw | None:
         """A matrix in the file's own format, nothing computed; None where it is only to be had as floats."""

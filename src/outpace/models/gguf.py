@@ -84,7 +84,8 @@ class GGUFCheckpoint(Checkpoint):
             return None
         heads = self._in_pairs.get(name)
         rows = unpermute(np.arange(info.shape[0]), heads) if heads else None
-        return Raw(self._bytes(info).reshape(info.shape[0], -1), FORMATS[info.type_name], rows)
+        label = f"{self.path}: tensor {info.name!r}"
+        return Raw(self._bytes(info).reshape(info.shape[0], -1), FORMATS[info.type_name], rows, label)
 
     def tokenizer_files(self) -> TokenizerFiles:
         from .gguf_tokenizer import build
@@ -92,16 +93,7 @@ class GGUFCheckpoint(Checkpoint):
         return build(str(self.path), self._header.metadata, self.config)
 
     def _read(self, info: TensorInfo) -> NDArray[np.float32]:
-        from gguf import GGMLQuantizationType
-        from gguf.quants import dequantize
-
-        raw = self._bytes(info)
-        if info.type_name in ("F32", "F16"):
-            values = raw.view("<f4" if info.type_name == "F32" else "<f2").astype(np.float32)
-        else:
-            with np.errstate(all="ignore"):  # damaged scales: refused by the caller
-                values = dequantize(raw.reshape(*info.shape[:-1], -1), GGMLQuantizationType(info.type_id))
-        return np.asarray(values, dtype=np.float32).reshape(info.shape)
+        return _floats(self._bytes(info).reshape(*info.shape[:-1], -1), info.type_name).reshape(info.shape)
 
     def _bytes(self, info: TensorInfo) -> NDArray[np.uint8]:
         """A tensor's part of the file, mapped."""
@@ -122,6 +114,17 @@ class GGUFCheckpoint(Checkpoint):
         if info.type_name not in SUPPORTED_TYPES:
             raise UnsupportedModel(f"{self.path}: tensor {info.name!r} is quantised as {info.type_name}")
         return self._read(info)
+
+
+def _floats(data: NDArray[np.uint8], kind: str) -> NDArray[np.float32]:
+    """u8[..., bytes per row] -> f32[..., K]"""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    if kind in ("F32", "F16"):
+        return data.view("<f4" if kind == "F32" else "<f2").astype(np.float32)
+    with np.errstate(all="ignore"):  # damaged scales: refused by the caller
+        return np.asarray(dequantize(data, GGMLQuantizationType[kind]), dtype=np.float32)
 
 
 def unpermute(values: NDArray[Any], heads: int) -> NDArray[Any]:

@@ -23,12 +23,13 @@ from ..ops.cpu.linear import GATED_GELU, GATED_SILU, KIND_BF16, KIND_F32, KIND_I
 from ..ops.cpu.ready import made_ready
 from ..ops.cpu.team import team
 from ..types import FloatArray, Logits, Precision
-from . import packed
+from . import packed, packed_file
 from .batch import PAGE_SIZE, ForwardBatch
 from .checkpoint import Checkpoint
 from .config import ModelConfig, rope_inv_freq
 from .decoder import Cpu, Decoder, DecoderOutput, checked_ids, checked_layers
 from .packed import Tensors, padded
+from .packing import pack
 
 _KINDS: dict[Precision, int] = {"float32": KIND_F32, "bfloat16": KIND_BF16, "int8": KIND_INT8, "int4": KIND_INT4}
 _ROPE_CHUNK = 4096
@@ -97,29 +98,42 @@ class NativeDecoder(Decoder):
     ) -> NativeDecoder:
         """Pack and run, keeping nothing on disk."""
         cls.require(precision)
-        return cls(checkpoint.config, packed.pack(checkpoint, precision), precision, threads, level)
+        weights = pack(checkpoint, precision, threads or default_threads())
+        return cls(checkpoint.config, weights.tensors, precision, threads, level)
 
     @classmethod
     def load(
-        cls, model: Any, precision: Precision, threads: int | None = None, progress: packed.Progress | None = None
+        cls,
+        model: Any,
+        precision: Precision,
+        threads: int | None = None,
+        progress: packed.Progress | None = None,
+        keep: bool = True,
     ) -> NativeDecoder:
-        """From an opened model (models.prepared.OpenModel); packs at the first use, then reads the packed file. One
-        that is damaged is packed anew, with a line on stderr."""
+        """From an opened model (models.prepared.OpenModel): its own blocks, a file of packed weights, or packed now.
+        With `keep` such a file is then written in the background; one that is damaged is made anew, with a line on
+        stderr."""
         cls.require(precision)
         with made_ready():
-            tensors = cls._weights(model, precision, progress)
-        return cls(model.config, tensors, precision, threads)
+            weights = cls._weights(model, precision, threads or default_threads(), progress, keep)
+        return cls(model.config, weights.tensors, precision, threads)
 
     @staticmethod
-    def _weights(model: Any, precision: Precision, progress: packed.Progress | None) -> Tensors:
-        path = Path(model.prepared_dir) / packed.file_name(precision)
+    def _weights(
+        model: Any, precision: Precision, threads: int, progress: packed.Progress | None, keep: bool
+    ) -> packed.Weights:
+        if precision == "file":  # nothing is gained by a copy
+            return pack(model.checkpoint(), precision, threads, progress)
+        path = Path(model.prepared_dir) / packed_file.file_name(precision)
         if path.exists():
             try:
-                return packed.load_checked(path, model.config, precision)
+                return packed_file.load_checked(path, model.config, precision)
             except CorruptModel as error:
                 print(f"{error}; packing the weights anew", file=sys.stderr, flush=True)
-        packed.save(packed.pack(model.checkpoint(), precision, progress), path)
-        return packed.load_checked(path, model.config, precision)
+        weights = pack(model.checkpoint(), precision, threads, progress)
+        if keep:
+            packed_file.keep(weights, path)
+        return weights
 
     @staticmethod
     def require(precision: Precision) -> None:

@@ -91,12 +91,18 @@ class SafetensorsCheckpoint(Checkpoint):
         return set(self._names)
 
     def tensor(self, name: str) -> NDArray[np.float32]:
+        return self._part(name, slice(None))
+
+    def rows(self, name: str, first: int, last: int) -> NDArray[np.float32]:
+        return self._part(name, slice(first, last))
+
+    def _part(self, name: str, rows: slice) -> NDArray[np.float32]:
         if name not in self._names:
             raise CorruptModel(f"{self.folder}: there is no tensor {name!r}")
         from safetensors import SafetensorError
 
         try:
-            values: NDArray[np.float32] = self._files[name].get_tensor(name).float().numpy()
+            values: NDArray[np.float32] = self._files[name].get_slice(name)[rows].float().numpy()
         except (SafetensorError, OSError) as e:
             raise CorruptModel(f"{self.folder}: tensor {name!r} cannot be read: {e}") from e
         if not (np.isfinite(values.min()) and np.isfinite(values.max())):

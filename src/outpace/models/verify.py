@@ -42,7 +42,7 @@ def everything() -> Iterator[Kept]:
 
 
 def _prepared(entry: PreparedFolder) -> Iterator[Kept]:
-    from . import packed
+    from . import packed, packed_file
 
     folder, name = folder_of(entry), entry.model or entry.key
     if texts := texts_of(folder):
@@ -50,11 +50,11 @@ def _prepared(entry: PreparedFolder) -> Iterator[Kept]:
         check, remove = partial(_check_texts, folder), partial(forget, folder)
         yield Kept(f"{name}, configuration and tokenizer", folder, size, check, remove)
     for precision in packed.DEPTH_UNIT:
-        path = folder / packed.file_name(precision)
+        path = folder / packed_file.file_name(precision)
         if path.is_file():
             size, verify, delete = (
                 path.stat().st_size,
-                partial(packed.verify, path),
+                partial(packed_file.verify, path),
                 partial(path.unlink, missing_ok=True),
             )
             yield Kept(f"{name}, {precision} weights", path, size, verify, delete)
