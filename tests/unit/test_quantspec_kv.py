@@ -33,7 +33,6 @@ from outpace.ops.cpu import isa
 from outpace.types import Precision, Result, SamplingParams
 
 F64 = NDArray[np.float64]
-needs_vnni = pytest.mark.skipif(isa.best_level() < isa.VNNI, reason="few bits are read with VNNI")
 each_bits = pytest.mark.parametrize("bits", [4, 8])
 
 
@@ -267,7 +266,6 @@ def decode_into(store: QuantizedPages, pages: NDArray[np.int32]) -> None:
     storage.values[:, pages] = bf16(values.reshape(*count, 8, 2, -1).swapaxes(-1, -2))
 
 
-@needs_vnni
 @each_bits
 @pytest.mark.parametrize(
     ("architecture", "overrides"),
@@ -313,7 +311,6 @@ def test_attention_over_codes_is_attention_over_the_numbers_they_stand_for(
         assert off < 0.3 * harm, "the codes were read, not the pages"
 
 
-@needs_vnni
 def test_no_complete_old_page_no_difference() -> None:
     model, rig = decoder(), Rig(decoder())
     seq = rig.cache.new()
@@ -326,7 +323,6 @@ def test_no_complete_old_page_no_difference() -> None:
     assert (model.forward(replace(batch, compact=compact), rig.cache.storage).logits.numpy() == expected).all()
 
 
-@needs_vnni
 def test_a_batch_that_reads_few_bits_loses_no_pages() -> None:
     _, batch = one_step(4)
     with pytest.raises(AssertionError, match="left out before"):
@@ -372,7 +368,6 @@ def run(method: str, params: SamplingParams) -> tuple[list[Result], Any]:
     return [results[i] for i in ids], drafter
 
 
-@needs_vnni
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED])
 @pytest.mark.parametrize("kv", ["int4", "int8", "bf16", "auto"])
 def test_the_output_is_that_of_plain_decoding(kv: str, params: SamplingParams) -> None:

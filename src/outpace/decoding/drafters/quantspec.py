@@ -51,9 +51,9 @@ class QuantSpec(DraftChain):
     Tiwari et al., "QuantSpec: Self-Speculative Decoding with Hierarchical Quantized KV Cache", section 4.
 
     Parameters: `kv` what the draft reads: int4, int8, bf16 (the target's own cache, no copy), or auto: int8 on a CPU
-    with VNNI, else bf16; `recent` full pages of 16 tokens that are always read as they are; those of the chain (see
-    DraftChain). Raises MethodError for a target in int4 (nothing coarser is left) or float32 (its cache has another
-    layout), on CUDA, or for few bits without VNNI; ParameterError out of range.
+    with integer dot products, else bf16; `recent` full pages of 16 tokens that are always read as they are; those of
+    the chain (see DraftChain). Raises MethodError for a target in int4 (nothing coarser is left) or float32 (its cache
+    has another layout), on CUDA, or for few bits on a CPU without them; ParameterError out of range.
     """
 
     name = "quantspec"
@@ -94,13 +94,13 @@ class QuantSpec(DraftChain):
     def _chosen(cls, kv: str, target: NativeDecoder) -> str:
         if kv not in ("auto", *_BITS):
             raise ParameterError(f"{cls.name}:kv={kv} is unknown: it must be auto, {', '.join(_BITS)}")
-        vnni = target.level >= isa.VNNI
-        if kv in ("int8", "int4") and not vnni:
+        fast = target.level > isa.PORTABLE
+        if kv in ("int8", "int4") and not fast:
             raise MethodError(
-                f"method {cls.name!r} reads keys and values in {kv} with AVX512-VNNI, which this CPU does not "
+                f"method {cls.name!r} reads keys and values in {kv} with integer dot products, which this CPU does not "
                 "offer; choose kv=bf16"
             )
-        return kv if kv != "auto" else "int8" if vnni else "bf16"
+        return kv if kv != "auto" else "int8" if fast else "bf16"
 
     def explain(self) -> list[str]:
         if self.store is None:

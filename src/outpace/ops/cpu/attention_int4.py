@@ -7,11 +7,12 @@ and weights its signed other side:
     sum_t w[t] v[t] = sum_t (w[t] scale[t]) (u[t] - 7.5) + sum_t w[t] mid[t]
 
 The spread-out query is rounded to eight bits once for all pages, the scaled weights of a page with a scale of their
-own. Needs VNNI. The result of a row does not depend on the others', but it is not that of the exact pages.
+own. The result of a row does not depend on the others', but it is not that of the exact pages.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import llvmlite.ir as ir
@@ -19,9 +20,9 @@ import numpy as np
 from numba import njit, types
 from numba.core import cgutils
 
+from . import dots
 from .attention import _add_path, _all_scores, _all_values, _fill, _softmax, row_span, to_position_order
-from .emit import I32, VF, VI, Accumulators, at, call, const, emit, fma, load, prefetch, splat, splat_int, store
-from .isa import HAS_VNNI
+from .emit import F32, I8, LANES, at, const, emit, fma, load, prefetch, splat, store
 from .kv_int4 import NOTHING, key_codes, key_mids, value_codes, value_scales
 from .simd import (
     hmax,
@@ -45,46 +46,60 @@ from .simd import (
     vstore,
     vsub,
 )
-from .tiles import unavailable
 
 QUERIES = 8  # that one pass over a page serves
 SCRATCH_FIXED = 2048  # bytes, and C + 8 more for each query of a work item
 
 
-def _bytes(b: ir.IRBuilder, codes: Any, lower: Any, with_lower: bool) -> list[Any]:
-    """Two vectors of unsigned bytes from one of codes: the first and the second half of their channels or places."""
-    low, high = splat_int(0x0F0F0F0F), splat_int(0xF0F0F0F0 - (1 << 32))
-    x = load(b, codes, VI)
-    if not with_lower:
-        return [b.and_(x, low), b.and_(b.lshr(x, splat_int(4)), low)]
-    y = load(b, lower, VI)
-    first = b.or_(b.shl(b.and_(x, low), splat_int(4)), b.and_(y, low))
-    return [first, b.or_(b.and_(x, high), b.and_(b.lshr(y, splat_int(4)), low))]
+_PARTS = range(0, 4 * LANES, 4 * dots.LANES)  # where the outputs of a register begin in a vector of codes, in bytes
 
 
-def _dot(b: ir.IRBuilder, total: Any, unsigned: Any, signed: Any) -> Any:
-    """total[16] += four products of bytes; `signed`: four bytes for all lanes."""
-    return call(b, "llvm.x86.avx512.vpdpbusd.512", VI, total, unsigned, splat(b, signed))
+class _Codes:
+    """`count` sums of code bytes times signed bytes, for the outputs of one register. Codes are nibbles, or bytes where
+    there are lower nibbles too: processors that multiply signed bytes alone then sum both nibbles apart."""
+
+    def __init__(self, b: ir.IRBuilder, count: int, with_lower: bool) -> None:
+        self._b, self._count, self._bytes = b, count, with_lower and dots.Totals.excess > 0
+        self._upper = dots.Totals(b, 8 if self._bytes else 5, count)
+        self._below = dots.Totals(b, 5, count) if with_lower and not self._bytes else None
+        self._upper.begin()
+        if self._below:
+            self._below.begin()
+
+    def add(self, codes: Sequence[Any], lower: Sequence[Any], signed: Callable[[int], Sequence[Any]]) -> None:
+        """`codes`: at most two vectors, each with the codes of two; `lower`: their lower nibbles, or nothing. `signed`:
+        what meets each of these in a sum."""
+        b, ty = self._b, ir.VectorType(I8, 4 * dots.LANES)
+        nibble, four = (ir.Constant(ty, [n] * ty.count) for n in (15, 4))
+        upper, below = ([half for x in v for half in (b.and_(x, nibble), b.lshr(x, four))] for v in (codes, lower))
+        if self._bytes:
+            upper = [b.or_(b.shl(u, four), v) for u, v in zip(upper, below, strict=True)]
+        for i in range(self._count):
+            self._upper.add(i, upper, signed(i))
+            if self._below:
+                self._below.add(i, below, signed(i))
+
+    def sum(self, i: int) -> Any:
+        total = self._upper.sum(i)
+        if not self._below:
+            return total
+        return self._b.add(self._b.shl(total, ir.Constant(total.type, [4] * dots.LANES)), self._below.sum(i))
 
 
 def _key_page(queries: int, with_lower: bool) -> Any:
     @emit(types.void, *[types.int64] * 6)
     def kernel(b, q, q_stride, width, codes, lower, out):
         """out i32[queries][16 places] = sum over channels of query bytes times code bytes."""
-        if not HAS_VNNI:
-            unavailable(b)
-            return
-        total = Accumulators(b, queries, VI)
-        total.zero()
         qs = [at(b, q, b.mul(q_stride, const(i))) for i in range(queries)]
-        with cgutils.for_range(b, b.sdiv(width, const(8))) as loop:
-            row, eight = b.mul(loop.index, const(64)), b.mul(loop.index, const(8))
-            for half, unsigned in enumerate(_bytes(b, at(b, codes, row), at(b, lower, row), with_lower)):
-                for i in range(queries):
-                    signed = load(b, at(b, at(b, qs[i], eight), 4 * half), I32)
-                    total[i] = _dot(b, total[i], unsigned, signed)
-        for i in range(queries):
-            store(b, at(b, out, 64 * i), total[i])
+        for part in _PARTS:
+            sums = _Codes(b, queries, with_lower)
+            with cgutils.for_range(b, b.sdiv(width, const(8))) as loop:
+                row, eight = at(b, b.mul(loop.index, const(64)), part), b.mul(loop.index, const(8))
+                signed = [[dots.load_activations(b, at(b, at(b, x, eight), 4 * h)) for h in range(2)] for x in qs]
+                found = [[dots.load_weights(b, at(b, x, row))] for x in ((codes, lower) if with_lower else (codes,))]
+                sums.add(found[0], found[1] if with_lower else [], signed.__getitem__)
+            for i in range(queries):
+                store(b, at(b, out, 64 * i + part), sums.sum(i))
 
     return kernel
 
@@ -93,23 +108,24 @@ def _value_page(queries: int, with_lower: bool) -> Any:
     @emit(types.void, *[types.int64] * 6)
     def kernel(b, w, factors, width, codes, lower, out):
         """out f32[queries][C] += factor times the sum over places of weight bytes [queries][16] times code bytes."""
-        if not HAS_VNNI:
-            unavailable(b)
-            return
-        row = b.mul(width, const(4))
-        factor = [splat(b, load(b, at(b, factors, 4 * i), ir.FloatType())) for i in range(queries)]
-        signed = [[load(b, at(b, w, 16 * i + 4 * d), I32) for d in range(4)] for i in range(queries)]
-        outs = [at(b, out, b.mul(row, const(i))) for i in range(queries)]
+        floats = ir.VectorType(F32, dots.LANES)
+        factor = [splat(b, load(b, at(b, factors, 4 * i), F32), dots.LANES) for i in range(queries)]
+        outs = [at(b, out, b.mul(width, const(4 * i))) for i in range(queries)]
         with cgutils.for_range(b, b.sdiv(width, const(16))) as loop:
             block, column = b.mul(loop.index, const(128)), b.mul(loop.index, const(64))
-            total: list[Any] = [ir.Constant(VI, None)] * queries
-            for pair in range(2):
-                where = [at(b, at(b, x, block), 64 * pair) for x in (codes, lower)]
-                for half, unsigned in enumerate(_bytes(b, *where, with_lower)):
-                    total = [_dot(b, total[i], unsigned, signed[i][2 * pair + half]) for i in range(queries)]
-            for i in range(queries):
-                target = at(b, outs[i], column)
-                store(b, target, fma(b, b.sitofp(total[i], VF), factor[i], load(b, target, VF)))
+            for part in _PARTS:
+                sums = _Codes(b, queries, with_lower)
+                found = [
+                    [dots.load_weights(b, at(b, at(b, x, block), 64 * pair + part)) for pair in range(2)]
+                    for x in ((codes, lower) if with_lower else (codes,))
+                ]
+                signed = [
+                    [dots.load_activations(b, at(b, w, 16 * i + 4 * d)) for d in range(4)] for i in range(queries)
+                ]
+                sums.add(found[0], found[1] if with_lower else [], signed.__getitem__)
+                for i in range(queries):
+                    target = at(b, at(b, outs[i], column), part)
+                    store(b, target, fma(b, b.sitofp(sums.sum(i), floats), factor[i], load(b, target, floats)))
 
     return kernel
 

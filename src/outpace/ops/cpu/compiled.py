@@ -19,11 +19,11 @@ from numba import njit
 from numba.core import config as _numba_config
 
 from ...paths import cache_dir
-from .isa import FORCED, NAMES
+from .isa import NAMED, NAMES
 from .kept import guard, is_private
 
 _KEPT_VERSIONS = 3
-_SUFFIX = "" if FORCED is None else f"-{NAMES[FORCED]}"
+_SUFFIX = "" if NAMED is None else f"-{NAMES[NAMED]}"
 
 
 def sources_digest(sources: Path) -> str:

@@ -101,10 +101,11 @@ def _compile_for(level: int, features: set[str]) -> None:
 
 _FEATURES = _features()
 _OFFERED = _offered(_FEATURES)
-FORCED = _named(_OFFERED)
-if FORCED is not None:
-    _compile_for(FORCED, _FEATURES)
-_TOP = _OFFERED[-1] if FORCED is None else FORCED
+#: the level that OUTPACE_ISA names, if it is not the best one
+NAMED = None if (_name := _named(_OFFERED)) == _OFFERED[-1] else _name
+if NAMED is not None:
+    _compile_for(NAMED, _FEATURES)
+_TOP = _OFFERED[-1] if NAMED is None else NAMED
 
 #: the level of integer dot products
 DOT = max(level for level in _OFFERED if level <= min(_TOP, VNNI))
