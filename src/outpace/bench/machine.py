@@ -51,9 +51,10 @@ def cpu_name() -> str:
 
 def cpu_features() -> list[str]:
     """Of those that matter here."""
-    wanted = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16")
+    x86 = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16")
+    wanted = (*x86, "asimd", "asimddp", "i8mm")
     for line in _cpuinfo():
-        if line.startswith("flags"):
+        if line.startswith(("flags", "Features")):
             present = set(line.split(":", 1)[1].split())
             return [f for f in wanted if f in present]
     return []

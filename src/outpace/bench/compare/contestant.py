@@ -9,7 +9,6 @@ all of them run, is kept as well (`full_tokens` in `full_s`).
 from __future__ import annotations
 
 import hashlib
-import resource
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -308,8 +307,12 @@ def digest(tokens: Sequence[int]) -> str:
     return hashlib.sha256(" ".join(map(str, tokens)).encode()).hexdigest()[:16]
 
 
-def peak_memory() -> int:
-    """The most memory that this process has held, in bytes."""
+def peak_memory() -> int | None:
+    """The most memory that this process has held, in bytes. None: the system does not say."""
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -25,6 +25,8 @@ class Child:
     """Raises Fault when the program cannot be run. `exchange` and `end` are for one thread."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        if not hasattr(os, "killpg"):
+            raise Fault("cannot be run here: other engines need the process groups of Linux or macOS")
         try:
             self._process = subprocess.Popen(
                 command,
@@ -108,10 +110,7 @@ class Child:
         return data
 
     def _exited(self) -> bool:
-        """Without reaping: as long as it is not reaped, its process group is nobody else's."""
-        with suppress(ChildProcessError):
-            return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-        return True
+        return _exited(self._process)
 
     def _death(self) -> str:
         """How it ended, as far as it has. Ends what is left of it."""
@@ -143,6 +142,15 @@ class Child:
         return None
 
 
+def _exited(process: subprocess.Popen[bytes]) -> bool:
+    """Without reaping, where the system can: as long as it is not reaped, its process group is nobody else's."""
+    if not hasattr(os, "waitid"):  # macOS, before Python 3.13
+        return process.poll() is not None
+    with suppress(ChildProcessError):
+        return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    return True
+
+
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Close its input, wait a moment, kill the group, reap."""
     if process.returncode is not None:
@@ -151,7 +159,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.stdin.close()
     until = monotonic() + _GRACE_S
     try:
-        while monotonic() < until and os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        while monotonic() < until and not _exited(process):
             sleep(0.01)
     finally:
         with suppress(ProcessLookupError, PermissionError):

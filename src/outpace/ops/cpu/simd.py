@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import llvmlite.ir as ir
@@ -30,7 +31,7 @@ from .emit import (
     splat_int,
     store,
 )
-from .isa import IS_X86
+from .isa import IS_ARM, IS_X86
 
 # memory
 
@@ -285,9 +286,11 @@ def pause(b):
     """Tell the core that this is a waiting loop."""
     if IS_X86:
         call(b, "llvm.x86.sse2.pause", ir.VoidType())
+    elif IS_ARM:
+        call(b, "llvm.aarch64.hint", ir.VoidType(), const(1, I32))
 
 
 @emit(types.void)
 def yield_core(b):
     """Let another thread have the core (matters when there are fewer free cores than threads)."""
-    call(b, "sched_yield", I32)
+    call(b, "SwitchToThread" if sys.platform == "win32" else "sched_yield", I32)
