@@ -15,7 +15,10 @@ from outpace.models import block as blocks
 from outpace.models.config import ModelConfig
 from outpace.models.gguf import GGUFCheckpoint
 from outpace.models.layout import check_layout, expected_shapes
+from outpace.models.packed import layout
+from outpace.models.packing import pack
 from outpace.models.torch_decoder import TorchDecoder
+from outpace.types import Precision
 
 
 @pytest.fixture
@@ -60,6 +63,17 @@ def test_a_made_up_part_is_in_the_reference(made_up: None) -> None:
     c = checkpoint.config
     assert layer.norms["norm_3"].shape == (c.num_heads * c.head_dim,)
     assert layer.attention["qkv"](layer.norms["norm_1"]).shape == ((c.num_heads + 2 * c.num_kv_heads) * c.head_dim + 5,)
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_a_made_up_part_is_in_the_packed_weights(made_up: None, precision: Precision) -> None:
+    checkpoint = made_up_checkpoint()
+    tensors, c = pack(checkpoint, precision).tensors, checkpoint.config
+    columns = (c.num_heads + 2 * c.num_kv_heads) * 32
+    assert tensors["2.norm_3"].shape == (c.num_heads * 32,)
+    assert len(tensors["2.qkv.w"]) == columns // 16 + 1 and len(tensors["2.qkv.scale"]) == columns + 16
+    np.testing.assert_array_equal(np.flatnonzero(tensors["2.qkv.bias"]), columns + np.arange(5))
+    assert tensors.keys() == layout(c, precision, {}).keys()
 
 
 def test_missing_misshapen_and_unknown_tensors_are_named() -> None:
