@@ -31,8 +31,8 @@ def test_answer_on_stdout_figures_on_stderr(outpace: Callable[..., Result]) -> N
     assert len(result.stdout) == 21 and result.stdout.endswith("\n")
     line = result.stderr.strip()
     assert re.fullmatch(
-        r"20 tokens in [\d.]+ s \(.*\), [\d.]+ tokens per step, same text as plain decoding, cut after 20 tokens; "
-        r"-n 80 allows more",
+        r"20 tokens in [\d.]+ s \(.*\), [\d.]+ tokens per step, float32, same text as plain decoding, "
+        r"cut after 20 tokens; -n 80 allows more",
         line,
     )
     assert outpace("run", "hello", "--max-tokens", "20", "--no-stream").stdout == result.stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import get_args
 
@@ -37,7 +38,26 @@ def test_the_cpu_has_all_precisions() -> None:
     assert set(PRECISIONS["cpu"]) == set(get_args(Precision))
 
 
-@pytest.mark.parametrize("precision", get_args(Precision))
+def test_floats_have_no_formats_of_a_file(folder: Path) -> None:
+    args = ["run", "-m", str(folder), "--precision", "file", "--device", "cpu", "--threads", "1", "--raw", "abc"]
+    result = CliRunner().invoke(main, args)
+    assert result.exit_code == 3 and "floats: use bfloat16 or int8" in result.stderr
+    assert not list((folder.parent / "cache").rglob("weights-*"))
+
+
+def test_too_little_memory_is_said_before_any_is_taken(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from outpace.engine import load
+
+    monkeypatch.setattr(load, "available_bytes", lambda device: 300_000)
+    monkeypatch.setattr(native.NativeDecoder, "load", lambda *_, **__: pytest.fail("it was loaded"))
+    args = ["run", "-m", str(folder), "--device", "cpu", "--raw", "--max-tokens", "2", "--precision"]
+    result = CliRunner().invoke(main, [*args, "float32", "abc"])
+    assert result.exit_code == 4 and result.stderr.count("\n") == 1
+    assert re.search(r"toy-model in float32 needs [\d.]+ GB \([\d.]+ of weights, [\d.]+ of KV cache\)", result.stderr)
+    assert "end other programs" in result.stderr
+
+
+@pytest.mark.parametrize("precision", [p for p in get_args(Precision) if p != "file"])
 def test_run_in_every_precision_is_identical(folder: Path, precision: str) -> None:
     args = ["run", "-m", str(folder), "--precision", precision, "--device", "cpu", "--threads", "1", "--raw", "--json"]
     result = CliRunner().invoke(main, [*args, "--max-tokens", "24", "--against-plain", "abababab"])

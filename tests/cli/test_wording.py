@@ -26,16 +26,21 @@ def result(
 
 
 def test_closing_line() -> None:
-    line = "128 tokens in 2.1 s (62 tokens/s), 2.4 tokens per step, same text as plain decoding"
-    assert closing_line(result()) == line
-    assert closing_line(result(method="plain", steps=127)) == "128 tokens in 2.1 s (62 tokens/s), plain decoding"
-    slow = closing_line(result(first_s=8.0))
-    assert slow.startswith("128 tokens in 10.1 s (first after 8.00 s, then 62 tokens/s), ")
-    assert closing_line(result(), "1.9 times as fast as plain decoding").count("1.9 times") == 1
-    assert closing_line(result(tokens=1, steps=0, decode_s=0.0)).startswith(
-        "1 token in 0.04 s (first after 0.04 s), same"
+    line = "128 tokens in 2.1 s (62 tokens/s), 2.4 tokens per step, int8, same text as plain decoding"
+    assert closing_line(result(), "int8") == line
+    assert (
+        closing_line(result(method="plain", steps=127), "int8")
+        == "128 tokens in 2.1 s (62 tokens/s), int8, plain decoding"
     )
-    assert closing_line(result(tokens=0, steps=0, decode_s=0.0)) == "0 tokens, same text as plain decoding"
+    slow = closing_line(result(first_s=8.0), "int8")
+    assert slow.startswith("128 tokens in 10.1 s (first after 8.00 s, then 62 tokens/s), ")
+    assert closing_line(result(), "int8", "1.9 times as fast as plain decoding").count("1.9 times") == 1
+    assert closing_line(result(tokens=1, steps=0, decode_s=0.0), "int8").startswith(
+        "1 token in 0.04 s (first after 0.04 s), int8, same"
+    )
+    assert (
+        closing_line(result(tokens=0, steps=0, decode_s=0.0), "int8") == "0 tokens, int8, same text as plain decoding"
+    )
 
 
 @pytest.mark.parametrize(
@@ -43,7 +48,7 @@ def test_closing_line() -> None:
     [("distribution", "equally likely"), ("approximate", "the text may differ from plain decoding's")],
 )
 def test_what_is_not_promised_is_not_said(exactness: Exactness, says: str) -> None:
-    line = closing_line(result(exactness=exactness))
+    line = closing_line(result(exactness=exactness), "int8")
     assert says in line and "same text" not in line
 
 

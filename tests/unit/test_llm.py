@@ -199,7 +199,7 @@ def test_a_stream_that_outlives_its_llm_says_so() -> None:
 
 def test_devices_and_precisions() -> None:
     cpu = choose_device("cpu")
-    assert choose_precision("auto", cpu) == "int8" and choose_precision("int4", cpu) == "int4"
+    assert choose_precision("auto", cpu) is None and choose_precision("int4", cpu) == "int4"
     with pytest.raises(ParameterError, match=r"'int3' does not work on cpu.*int8"):
         choose_precision("int3", cpu)
     for wrong in ("tpu", "meta", "cuda:99"):

@@ -122,7 +122,7 @@ def test_a_record_and_single_options(llm: LLM) -> None:
         ({"prefix_cache": 1}, "wrong type"),
         ({"threads": 0}, "out of range"),
         ({"threads": 1.0}, "wrong type"),
-        ({"precision": "int7"}, "unknown: it must be one of auto, float32.*did you mean 'int8'"),
+        ({"precision": "int7"}, "unknown: it must be one of auto, file, float32.*did you mean 'int8'"),
         ({"precision": 8}, "wrong type"),
         ({"draft_precision": "wet"}, "unknown"),
         ({"method": 3}, "wrong type"),
@@ -185,7 +185,7 @@ def test_a_loaded_model_has_threads_of_its_own() -> None:
 
 
 def test_a_cache_beyond_the_memory_is_refused(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("outpace.engine.load._memory_bytes", lambda device: 1 << 20)
+    monkeypatch.setattr("outpace.engine.load.memory_bytes", lambda device: 1 << 20)
     page = llm.decoder.new_storage(1).bytes_per_page
     most = (1 << 20) // page * 16
     assert size_of_cache(llm.decoder, most, 1) == most

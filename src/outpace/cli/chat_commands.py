@@ -152,7 +152,7 @@ def _stats(talk: Talk, rest: str) -> None:
     if not talk.results:
         say("nothing has been said yet")
         return
-    say(f"last answer: {closing_line(talk.results[-1])}")
+    say(f"last answer: {closing_line(talk.results[-1], talk.llm.arithmetic)}")
     tokens = sum(r.stats.tokens - 1 for r in talk.results if r.stats.tokens)
     steps, seconds = sum(r.stats.steps for r in talk.results), sum(r.stats.decode_s for r in talk.results)
     if steps and seconds:

@@ -103,7 +103,7 @@ def run(
                 record["explanation"] = explanation
             click.echo(json.dumps(record, ensure_ascii=False))
         else:
-            figures(result, compared, show_draft)
+            figures(result, llm.arithmetic, compared, show_draft)
             for line in explanation:
                 say(line)
     if cancelled:
@@ -255,11 +255,11 @@ def compare(llm: LLM, ask: Prompt, params: SamplingParams, result: Result) -> di
     }
 
 
-def figures(result: Result, compared: dict[str, Any] | None, show_draft: bool) -> None:
+def figures(result: Result, arithmetic: str, compared: dict[str, Any] | None, show_draft: bool) -> None:
     """One line about the run, and one for each further thing that was asked for or must be said."""
     extra = f"{compared['speedup']:.2f} times as fast as plain decoding" if compared and compared["speedup"] else ""
     cut = ending(result, f"-n {4 * result.stats.tokens} allows more")
-    say(", ".join(part for part in (closing_line(result, extra), cut) if part))
+    say(", ".join(part for part in (closing_line(result, arithmetic, extra), cut) if part))
     for note in result.notes:
         say(f"note: {note}")
     if compared:
@@ -283,6 +283,7 @@ def json_object(llm: LLM, result: Result, compared: dict[str, Any] | None) -> di
         "finish_reason": result.finish_reason,
         "model": llm.name,
         "precision": llm.precision,
+        "formats": list(llm.loaded.formats),
         "method": result.method,
         "verifier": llm.verifier,
         "exactness": result.exactness,

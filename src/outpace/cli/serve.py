@@ -216,7 +216,7 @@ def welcome(llm: LLM, url: str, keyed: bool, options: dict[str, Any]) -> None:
     """What it is and how to call it."""
     key = ' -H "Authorization: Bearer $KEY"' if keyed else ""
     data = '{"messages": [{"role": "user", "content": "Say hello."}]}'
-    say(f'\n{llm.name}, {llm.method}, {llm.precision}, at {url}/v1  (any OpenAI client: base_url="{url}/v1")\n')
+    say(f'\n{llm.name}, {llm.method}, {llm.arithmetic}, at {url}/v1  (any OpenAI client: base_url="{url}/v1")\n')
     say(f"  curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{data}'\n")
     if options["playground"]:
         say(f"  Playground: {url}/playground/")

@@ -83,7 +83,7 @@ def summary(llm: LLM, found: Suggestions) -> str:
             f"{n} suggestion{'s' if n != 1 else ''}",
             f"{written} tokens in {found.forwards + 1} steps",
             f"{found.prefill_s + found.decode_s:.2f} s",
-            f"{found.exactness} ({found.method}, {llm.precision})",
+            f"{found.exactness} ({found.method}, {llm.arithmetic})",
         ]
     )
 

@@ -17,10 +17,10 @@ SAME: dict[Exactness, str] = {
 _NOTABLE = 0.1  # share of the time from which reading the prompt is mentioned
 
 
-def closing_line(result: Result, extra: str = "") -> str:
+def closing_line(result: Result, arithmetic: str, extra: str = "") -> str:
     """The one line after a run, as in
 
-    128 tokens in 2.1 s (61 tokens/s), 2.4 tokens per step, same text as plain decoding
+    128 tokens in 2.1 s (61 tokens/s), 2.4 tokens per step, file (Q4_K, Q6_K), same text as plain decoding
     """
     stats = result.stats
     parts = [f"{stats.tokens} token{'s' if stats.tokens != 1 else ''}"]
@@ -35,6 +35,7 @@ def closing_line(result: Result, extra: str = "") -> str:
         parts.append(f"{stats.mean_accepted:.1f} tokens per step")
     if extra:
         parts.append(extra)
+    parts.append(arithmetic)
     parts.append("plain decoding" if result.method == "plain" else SAME[result.exactness])
     return ", ".join(parts)
 
@@ -54,7 +55,7 @@ def explained(llm: LLM, result: Result) -> list[str]:
     stats = result.stats
     cached = f", {stats.cached_tokens} of which were known from before" if stats.cached_tokens else ""
     lines = [
-        f"How this answer was made: method {result.method}, {llm.precision} arithmetic.",
+        f"How this answer was made: method {result.method}, {llm.arithmetic} arithmetic.",
         f"The prompt has {stats.prompt_tokens} tokens{cached}; reading it took {stats.prefill_s:.2f} s and gave the "
         "first token.",
     ]

@@ -81,6 +81,7 @@ class LLM:
                 precision=options.precision,
                 device=options.device,
                 threads=options.threads,
+                kv_tokens=options.kv_tokens,
                 progress=progress,
             )
         self.name = self.loaded.name  # by which responses call it; may be changed
@@ -139,6 +140,12 @@ class LLM:
     @property
     def precision(self) -> Precision:
         return self.loaded.decoder.precision
+
+    @property
+    def arithmetic(self) -> str:
+        """The precision in words for people, as in "file (Q4_K, Q6_K)"."""
+        formats = self.loaded.formats
+        return f"{self.precision} ({', '.join(formats)})" if formats else self.precision
 
     @property
     def width(self) -> int:

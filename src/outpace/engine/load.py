@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from ..cache.storage import PAGE_SIZE
-from ..errors import MethodError, ParameterError
+from ..errors import CapacityError, MethodError, ParameterError, UnsupportedModel
 from ..models.config import ModelConfig
 from ..models.decoder import Cpu, Decoder, Device
 from ..models.tokenizer import Tokenizer
 from ..types import Precision
+from .available import available_bytes, memory_bytes
+
+if TYPE_CHECKING:
+    from ..models.formats import Format
+    from ..models.prepared import OpenModel
 
 #: What a decoder exists for, the default first
 PRECISIONS: dict[str, tuple[Precision, ...]] = {
-    "cpu": ("int8", "float32", "bfloat16", "int4"),
+    "cpu": ("int8", "float32", "bfloat16", "int4", "file"),
     "cuda": ("bfloat16", "float32"),
 }
+FILE_BY_DEFAULT = False  # whether a quantised model runs in the formats of its file, on a CPU
+LEAST_TOKENS = 1024  # of a cache, below which a model is of little use
 KV_BYTES = 2 << 30  # the default cache holds at most this much, or a quarter of the free memory if that is less
 
 #: progress(what, done, total), called while something takes long
@@ -46,6 +53,14 @@ class LoadedModel:
                 "use a method that does not need two"
             )
         return self.reload(precision)
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """Names of the formats that the weights of precision "file" are in, the one of most matrices first."""
+        if self.decoder.precision != "file":
+            return ()
+        formats: Mapping[str, Format] = getattr(self.decoder, "formats", {})
+        return tuple(name for name, _ in Counter(form.name for form in formats.values()).most_common())
 
     @property
     def config(self) -> ModelConfig:
@@ -82,11 +97,11 @@ def _has_cuda_driver() -> bool:
     return True
 
 
-def choose_precision(precision: str, device: Device) -> Precision:
-    """ "auto": the fastest that is as good as lossless there. Raises ParameterError for one without a decoder."""
+def choose_precision(precision: str, device: Device) -> Precision | None:
+    """None for "auto". Raises ParameterError for one without a decoder."""
     possible = PRECISIONS[device.type]
     if precision == "auto":
-        return possible[0]
+        return None
     for known in get_args(Precision):
         if precision == known and known in possible:
             chosen: Precision = known
@@ -102,20 +117,24 @@ def load_model(
     precision: str = "auto",
     device: str = "auto",
     threads: int | None = None,
+    kv_tokens: int | None = None,
     progress: Progress | None = None,
 ) -> LoadedModel:
     """Open a model (fetching it at first use) and make its decoder: fused kernels on the CPU, PyTorch on CUDA.
 
-    Raises ParameterError for a device or precision that does not work, ModelError for the model's own troubles.
+    `kv_tokens`: of the cache that is to be made, as far as it is known. Raises ParameterError for a device or precision
+    that does not work, CapacityError where the memory cannot hold the model, ModelError for the model's own troubles.
     """
     from ..models.native import NativeDecoder
     from ..models.prepared import open_model
 
     where = choose_device(device)
-    arithmetic = choose_precision(precision, where)
+    wanted = choose_precision(precision, where)
     if threads is not None and where.type != "cpu":
         raise ParameterError(f"threads={threads} has no use on {where.type}, only on a CPU: leave it out")
     opened = open_model(name, progress)
+    arithmetic = wanted or best_precision(opened, where)
+    check_memory(opened, arithmetic, where, kv_tokens)
     decoder: Decoder
     if where.type == "cuda":
         import torch
@@ -127,9 +146,50 @@ def load_model(
 
     @cache
     def native(precision: Precision) -> Decoder:
-        return NativeDecoder.load(opened, precision, threads, progress=_packing(progress))
+        # of what was asked for a copy is kept, but not of what a method needs beside it
+        return NativeDecoder.load(opened, precision, threads, _packing(progress), keep=precision == arithmetic)
 
     return LoadedModel(opened.name, native(arithmetic), opened.tokenizer, native, opened.source.key)
+
+
+def best_precision(opened: OpenModel, device: Device) -> Precision:
+    """The fastest that is as good as lossless: on a CPU the formats of a quantised file, else int8. What a file has in
+    blocks that cannot run so is said on stderr."""
+    from ..models.packing import is_quantised, own_formats
+
+    default = PRECISIONS[device.type][0]
+    may_be = FILE_BY_DEFAULT and device.type == "cpu" and opened.source.kind == "gguf"
+    if not may_be or not is_quantised(opened.checkpoint()):
+        return default
+    try:
+        own_formats(opened.checkpoint())
+    except UnsupportedModel as error:
+        print(f"{opened.name} runs in {default}: {error}", file=sys.stderr, flush=True)
+        return default
+    return "file"
+
+
+def check_memory(opened: OpenModel, precision: Precision, device: Device, kv_tokens: int | None) -> None:
+    """Raises CapacityError if the weights and the least useful cache do not fit into the memory that is left. Reads
+    no weights, allocates nothing."""
+    from ..models.packing import weight_bytes
+
+    def total(precision: Precision) -> int:
+        return weight_bytes(opened, precision) + kv
+
+    width = 4 if precision == "float32" else 2
+    c = opened.config
+    kv = 2 * width * c.num_layers * c.num_kv_heads * c.head_dim * (kv_tokens or LEAST_TOKENS)
+    there = available_bytes(device)
+    if total(precision) <= there:
+        return
+    others = [p for p in PRECISIONS[device.type] if p != "file" and total(p) <= there]
+    raise CapacityError(
+        f"{opened.name} in {precision} needs {total(precision) / 1e9:.1f} GB ({(total(precision) - kv) / 1e9:.1f} of "
+        f"weights, {kv / 1e9:.1f} of KV cache), and of {memory_bytes(device) / 1e9:.1f} GB of memory "
+        f"{there / 1e9:.1f} GB are free: end other programs, take a smaller model"
+        f"{', a smaller kv_tokens' if kv_tokens else ''}{f' or precision {others[-1]!r}' if others else ''}"
+    )
 
 
 def check_loaded(
@@ -163,15 +223,16 @@ def load_draft_model(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> LoadedModel:
-    """A draft model beside its target, on the same device. "auto": as the target, but beside an int8 target on the CPU
-    int4 for drafting and int8 for reading prompts. Raises as `load_model`.
+    """A draft model beside its target, on the same device. "auto": as the target; each in its own file's formats where
+    the target is; and for int8 on the CPU int4 for drafting and int8 for reading prompts. Raises as `load_model`.
     """
     from ..models.native import NativeDecoder
     from ..models.two_speed import TwoSpeed
 
-    own = target.decoder.precision if precision == "auto" else precision
+    of_target = target.decoder.precision
+    own = precision if precision != "auto" or of_target == "file" else of_target
     loaded = load_model(name, precision=own, device=str(target.decoder.device), threads=threads, progress=progress)
-    if precision == "auto" and own == "int8":
+    if precision == "auto" and loaded.decoder.precision == "int8":
         few, many = loaded.in_precision("int4"), loaded.decoder
         assert isinstance(few, NativeDecoder) and isinstance(many, NativeDecoder)
         return replace(loaded, decoder=TwoSpeed(few, many))
@@ -187,36 +248,12 @@ def size_of_cache(decoder: Decoder, wanted: int | None, max_batch: int) -> int:
     ParameterError for more than the memory could ever hold."""
     page = decoder.new_storage(1).bytes_per_page
     if wanted is not None:
-        size, most = -(-wanted // PAGE_SIZE) * page, _memory_bytes(decoder.device)
+        size, most = -(-wanted // PAGE_SIZE) * page, memory_bytes(decoder.device)
         if size > most:
             raise ParameterError(
                 f"kv_tokens={wanted} is out of range: it takes {size / 2**30:,.1f} GiB, and {decoder.device} has "
                 f"{most / 2**30:,.1f} GiB: at most {most // page * PAGE_SIZE} tokens fit"
             )
         return wanted
-    limit = min(KV_BYTES, _free_bytes(decoder.device) // 4)
+    limit = min(KV_BYTES, available_bytes(decoder.device) // 4)
     return PAGE_SIZE * max(1, min(-(-decoder.config.max_position // PAGE_SIZE) * max_batch, limit // page))
-
-
-def _memory_bytes(device: Device) -> int:
-    """Of the device in all, used or not."""
-    if device.type == "cuda":
-        import torch
-
-        return int(torch.cuda.mem_get_info(str(device))[1])
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        return 1 << 62
-
-
-def _free_bytes(device: Device) -> int:
-    if device.type == "cuda":
-        import torch
-
-        free: int = torch.cuda.mem_get_info(str(device))[0]
-        return free
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        return 4 * KV_BYTES

@@ -49,7 +49,8 @@ class EngineOptions:
     draft_precision: str = value(
         "auto",
         Choice(PRECISIONS),
-        "Arithmetic of the draft model; auto: the model's, but beside int8 int4 for drafting.",
+        "Arithmetic of the draft model; auto: as the model, each in its own file's formats, but beside int8 int4 for "
+        "drafting.",
     )
     method: str = value(
         "auto",
@@ -73,7 +74,8 @@ class EngineOptions:
     precision: str = value(
         "auto",
         Choice(PRECISIONS),
-        "Arithmetic of the model; auto: int8 on a CPU, bfloat16 on CUDA. int4 loses quality.",
+        "Arithmetic of the model; file: in the formats that its file has its weights in; auto: int8 on a CPU, bfloat16 "
+        "on CUDA. int4 loses quality.",
     )
     threads: int | None = value(None, Whole(1, 1024), "CPU threads.", unset="one per core")
     device: str = value("auto", Text(), "cpu, cuda, or auto: cuda if there is one.")

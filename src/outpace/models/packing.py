@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,7 @@ from ..ops.cpu.quantise import quantise_rows
 from ..types import Precision
 from .block import Axis, Projection, describe
 from .checkpoint import Checkpoint, Raw
+from .config import ModelConfig
 from .formats import Format
 from .packed import (
     DEPTH_UNIT,
@@ -46,34 +48,54 @@ class _Task:
 
 
 def own_formats(checkpoint: Checkpoint) -> dict[str, Format]:
-    """Of the parts of all products, as the file has them. Raises UnsupportedModel where some part has none."""
-    config, found = checkpoint.config, {}
+    """Of the parts of all products, as the file has them. Raises UnsupportedModel where they cannot run so."""
+    config, found = checkpoint.config, _found_formats(checkpoint)
+    if not found:
+        raise UnsupportedModel(
+            "precision 'file' runs the formats of GGUF files; this model's weights are floats: use bfloat16 or int8"
+        )
     if head_width(config) != config.head_dim:
         raise UnsupportedModel(
             f"heads of {config.head_dim} are no multiple of 32, which blocks of a file cannot be padded to: "
             "precision 'file' does not work for this model, int8 does"
         )
-    model = describe(config)
-    parts = [(f"{prefix}{part.name}", part) for prefix, product in model.products() for part in product.parts]
-    if not config.tie_embeddings:
-        parts.append(("embedding", model.embedding))
-    for name, part in parts:
-        raw = checkpoint.raw(f"{part.source}.weight")
-        if raw is None:
-            raise UnsupportedModel(
-                "precision 'file' runs the formats of GGUF files; this model's weights are floats: use bfloat16 or int8"
-            )
-        found[name] = raw.form
     return found
 
 
 def is_quantised(checkpoint: Checkpoint) -> bool:
-    """Whether most of the weights are in blocks, and can run so."""
-    try:
-        formats = own_formats(checkpoint).values()
-    except UnsupportedModel:
-        return False
+    """Whether most of the matrices are in blocks in the file."""
+    formats = _found_formats(checkpoint).values()
     return 2 * sum(form.is_quantised for form in formats) > len(formats)
+
+
+def _found_formats(checkpoint: Checkpoint) -> dict[str, Format]:
+    """Of the parts of all products; none at all where one of them is only to be had as floats."""
+    model, found = describe(checkpoint.config), {}
+    parts = [(f"{prefix}{part.name}", part) for prefix, product in model.products() for part in product.parts]
+    if not checkpoint.config.tie_embeddings:
+        parts.append(("embedding", model.embedding))
+    for name, part in parts:
+        raw = checkpoint.raw(f"{part.source}.weight")
+        if raw is None:
+            return {}
+        found[name] = raw.form
+    return found
+
+
+def weight_bytes(opened: Any, precision: Precision) -> int:
+    """Of an opened model (models.prepared.OpenModel) in memory, without reading any weights. Raises as `pack`."""
+    formats = _formats(opened.checkpoint() if precision == "file" else None, opened.config, precision)
+    return sum(
+        int(np.prod(shape)) * np.dtype(kind).itemsize
+        for shape, kind in layout(opened.config, precision, formats).values()
+    )
+
+
+def _formats(checkpoint: Checkpoint | None, config: ModelConfig, precision: Precision) -> Mapping[str, Format]:
+    if precision == "file":
+        assert checkpoint is not None
+        return own_formats(checkpoint)
+    return float_formats(config) if precision in IN_BLOCKS else {}
 
 
 def pack(checkpoint: Checkpoint, precision: Precision, threads: int = 1, progress: Progress | None = None) -> Weights:
@@ -81,9 +103,7 @@ def pack(checkpoint: Checkpoint, precision: Precision, threads: int = 1, progres
 
     Raises CorruptModel for weights that are no numbers, UnsupportedModel where the precision does not work for them.
     """
-    formats: Mapping[str, Format] = {}
-    if precision in IN_BLOCKS:
-        formats = own_formats(checkpoint) if precision == "file" else float_formats(checkpoint.config)
+    formats = _formats(checkpoint, checkpoint.config, precision)
     tensors = allocate(layout(checkpoint.config, precision, formats))
     _vectors(checkpoint, tensors)
     tasks = list(_tasks(checkpoint, precision, formats, tensors))

@@ -93,7 +93,7 @@ def product_rate(device: str, precision: str, threads: int, repeats: int = 4) ->
     try:
         if device == "cpu":
             torch.set_num_threads(threads)
-        if precision in ("int8", "int4"):
+        if precision in ("int8", "int4", "file"):
             a = torch.randint(-100, 100, (SIZE, SIZE), dtype=torch.int8, device=device)
             return _rate(lambda: torch._int_mm(a, a), device, repeats)
         kind = torch.bfloat16 if precision == "bfloat16" else torch.float32

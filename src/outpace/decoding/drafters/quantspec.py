@@ -36,7 +36,7 @@ class CompactView:
     title="Self-drafting with int4 weights and KV cache (QuantSpec)",
     paper="https://arxiv.org/abs/2502.10424",
     exactness="identical",
-    needs=("int8 or bfloat16 target on a CPU",),
+    needs=("target on a CPU, not in float32 or int4",),
     claim="over 90 % accepted, up to about 2.5x (long contexts, GPU)",
 )
 class QuantSpec(DraftChain):
@@ -52,8 +52,9 @@ class QuantSpec(DraftChain):
 
     Parameters: `kv` what the draft reads: int4, int8, bf16 (the target's own cache, no copy), or auto: int8 on a CPU
     with integer dot products, else bf16; `recent` full pages of 16 tokens that are always read as they are; those of
-    the chain (see DraftChain). Raises MethodError for a target in int4 (nothing coarser is left) or float32 (its cache
-    has another layout), on CUDA, or for few bits on a CPU without them; ParameterError out of range.
+    the chain (see DraftChain). Beside a file of four bits only the cache is read any faster, not the weights. Raises
+    MethodError for a target in int4 (nothing coarser is left) or float32 (its cache has another layout), on CUDA, or
+    for few bits on a CPU without them; ParameterError out of range.
     """
 
     name = "quantspec"
@@ -80,11 +81,11 @@ class QuantSpec(DraftChain):
     def create(cls, context: DrafterContext, *, kv: str = "auto", **options: Any) -> QuantSpec:  # type: ignore[override]
         source = SelfSource.of(context, cls.name)
         target = require_cpu(context, cls.name)
-        if target.precision not in ("int8", "bfloat16") or context.target_in is None:
+        if target.precision not in ("file", "int8", "bfloat16") or context.target_in is None:
             raise MethodError(
                 f"method {cls.name!r} drafts with the target's int4 weights in the target's cache, which works for a "
-                f"target in int8 or bfloat16, not in {target.precision}; choose --precision int8 (the default), or "
-                "another method"
+                f"target in its file's formats, int8 or bfloat16, not in {target.precision}; choose --precision auto, "
+                "or another method"
             )
         few_bits = cls._chosen(kv, target)
         source.decoder = context.target_in("int4")
