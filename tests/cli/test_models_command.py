@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -196,3 +197,61 @@ def test_verify_of_nothing(cache: Path) -> None:
 def test_verify_goes_alone(arguments: list[str]) -> None:
     result = outpace(*arguments)
     assert result.exit_code == 2 and "--verify" in result.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------- --prune
+
+
+def test_packed_weights_are_listed_and_what_can_go_goes(used: Path, cache: Path) -> None:
+    from outpace.models import packed_file
+
+    weights = used / packed_file.file_name("int8")
+    (used / f"{packed_file.file_name('bfloat16')}.99999.partial").write_bytes(b"cut off")
+    stale = used / packed_file.file_name("float32")
+    stale.write_bytes(b"x" * 5000)
+    os.utime(stale, (1e9, 1e9))
+    gone = cache / "prepared" / "gone-0123456789abcdef"
+    gone.mkdir()
+    (gone / "manifest.json").write_text(json.dumps({"model": "gone", "path": str(cache / "gone.gguf")}))
+    (gone / packed_file.file_name("int4")).write_bytes(b"y" * 10)
+    shown = outpace().stdout
+    assert "toy, int8" in shown and "used today" in shown and "can go: of an earlier version" in shown
+    listed = json.loads(outpace("--json").stdout)["packed"]
+    assert [c["precision"] for c in listed if not c["can_go"]] == ["int8"]
+    result = outpace("--prune")
+    assert result.exit_code == 0
+    assert result.stdout.count(" freed (") == 4 and "toy, float32: 5.0 kB freed (not used for " in result.stdout
+    assert "its model is gone" in result.stdout and "its writer was stopped" in result.stdout
+    assert sorted(f.name for f in used.glob("weights-*")) == [weights.name, f"{weights.name}.checked"]
+    assert "nothing to remove" in outpace("--prune").stdout and json.loads(outpace("--prune", "--json").stdout) == []
+
+
+def test_prune_leaves_a_file_that_is_being_written(used: Path) -> None:
+    from filelock import FileLock
+
+    from outpace.models import packed_file
+
+    name = packed_file.file_name("bfloat16")
+    partial = used / f"{name}.123.partial"
+    partial.write_bytes(b"going on")
+    with FileLock(used / f"{name}.lock"):
+        outpace("--prune")
+    assert partial.exists()
+    assert "its writer was stopped" in outpace("--prune").stdout and not partial.exists()
+
+
+def test_a_copy_is_as_old_as_its_last_use(used: Path) -> None:
+    from outpace.models import packed_file
+
+    weights = used / packed_file.file_name("int8")
+    for file in used.glob(f"{weights.name}*"):
+        os.utime(file, (1e9, 1e9))
+    assert "can go: not used for " in outpace().stdout
+    packed_file.load(weights)
+    assert f"{'toy, int8':<24}" in outpace().stdout and "can go: not used" not in outpace().stdout
+
+
+@pytest.mark.parametrize("arguments", [["--prune", "--verify"], ["--prune", "list"]])
+def test_prune_goes_alone(arguments: list[str]) -> None:
+    result = outpace(*arguments)
+    assert result.exit_code == 2 and "--prune" in result.stderr

@@ -15,6 +15,7 @@ from ..errors import CorruptModel, ModelNotFound, did_you_mean
 from ..models.catalog import CATALOG, DEFAULT_MODEL, HUB_NAMES, KnownModel
 
 if TYPE_CHECKING:
+    from ..models.copies import Copy
     from ..models.prepared import PreparedFolder
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -51,19 +52,31 @@ class _Models(click.Group):
 @_json_option
 @click.option("--verify", is_flag=True, help="Read all that is kept and check its digests; damage ends with an error.")
 @click.option("--repair", is_flag=True, help="With --verify: remove what is damaged; it is made anew at its next use.")
+@click.option(
+    "--prune",
+    is_flag=True,
+    help="Remove packed weights that nothing reads any more, or that were not used for 30 days; they are made anew at "
+    "their next use.",
+)
 @click.pass_context
-def models(ctx: click.Context, as_json: bool, verify: bool, repair: bool) -> None:
+def models(ctx: click.Context, as_json: bool, verify: bool, repair: bool, prune: bool) -> None:
     """List the known models and what is kept of models on this machine, or fetch and remove them.
 
     Models are fetched by themselves when they are first used.
     """
     ctx.obj = as_json
-    if (verify or repair) and ctx.invoked_subcommand:
-        raise click.UsageError(f"--verify and --repair go without a command, not with {ctx.invoked_subcommand!r}")
+    if (verify or repair or prune) and ctx.invoked_subcommand:
+        raise click.UsageError(
+            f"--verify, --repair and --prune go without a command, not with {ctx.invoked_subcommand!r}"
+        )
     if repair and not verify:
         raise click.UsageError("--repair goes with --verify")
+    if prune and verify:
+        raise click.UsageError("--prune and --verify go one after the other")
     if verify:
         _verify(as_json, repair)
+    elif prune:
+        _prune(as_json)
     elif ctx.invoked_subcommand is None:
         _show_list(as_json)
 
@@ -176,6 +189,30 @@ def _verify(as_json: bool, repair: bool) -> None:
         )
 
 
+def _prune(as_json: bool) -> None:
+    from ..models.copies import prune
+
+    gone = prune()
+    if as_json:
+        click.echo(json.dumps([_copy(copy) for copy in gone], indent=1))
+        return
+    for copy in gone:
+        click.echo(f"{copy.model}, {copy.precision}: {_size(copy.size)} freed ({copy.reason})")
+    if not gone:
+        click.echo("nothing to remove: all packed weights are of this version and were used within 30 days")
+
+
+def _copy(copy: Copy) -> dict[str, Any]:
+    return {
+        "model": copy.model,
+        "precision": copy.precision,
+        "path": str(copy.path),
+        "bytes": copy.size,
+        "unused_days": copy.days,
+        "can_go": copy.reason or None,
+    }
+
+
 def _belongs(entry: PreparedFolder, name: str) -> bool:
     """Whether the folder is the one that the list shows under `name`."""
     return entry.key == f"{name}-{CATALOG[name].sha256[:16]}" if name in CATALOG else name in (entry.key, entry.model)
@@ -186,13 +223,15 @@ def _others(entries: list[PreparedFolder]) -> list[PreparedFolder]:
 
 
 def _show_list(as_json: bool) -> None:
+    from ..models.copies import copies
     from ..models.prepared import prepared_folders
 
-    entries = prepared_folders()
+    entries, packed = prepared_folders(), copies()
     known = [_known(model, entries) for model in CATALOG.values()]
     others: list[dict[str, Any]] = [{"name": e.key, "path": e.path, "prepared_bytes": e.size} for e in _others(entries)]
     if as_json:
-        click.echo(json.dumps({"models": known, "others": others, "hub": HUB_NAMES}, indent=1))
+        listed = {"models": known, "others": others, "packed": [_copy(copy) for copy in packed], "hub": HUB_NAMES}
+        click.echo(json.dumps(listed, indent=1))
         return
     for model in known:
         default = " (default)" if model["default"] else ""
@@ -206,6 +245,12 @@ def _show_list(as_json: bool) -> None:
     for other in others:
         path = other["path"] or "unreadable"
         click.echo(f"{other['name']}\n{'':<24} {_size(other['prepared_bytes']):>8}  prepared from {path}")
+    if packed:
+        click.echo("\npacked weights, which save time at a start (`outpace models --prune` removes what can go):")
+    for copy in packed:
+        used = "used today" if not copy.days else f"used {copy.days} day{'s' if copy.days > 1 else ''} ago"
+        state = f"can go: {copy.reason}" if copy.reason else used
+        click.echo(f"{f'{copy.model}, {copy.precision}':<24} {_size(copy.size):>8}  {state}")
 
 
 def _known(model: KnownModel, entries: list[PreparedFolder]) -> dict[str, Any]:

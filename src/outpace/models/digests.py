@@ -68,6 +68,21 @@ def note_checked(path: Path) -> None:
         os.replace(partial, stamp)
 
 
+def note_used(path: Path) -> None:
+    """For `last_used`: the stamp's own time."""
+    with suppress(OSError):
+        os.utime(_stamp(path))
+
+
+def last_used(path: Path) -> float:
+    """When a file was last read or written, as far as is known. Raises OSError."""
+    written = path.stat().st_mtime
+    try:
+        return max(written, _stamp(path).stat().st_mtime)
+    except OSError:
+        return written
+
+
 def forget_checked(path: Path) -> None:
     with suppress(OSError):
         _stamp(path).unlink()

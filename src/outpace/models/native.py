@@ -123,6 +123,7 @@ class NativeDecoder(Decoder):
         model: Any, precision: Precision, threads: int, progress: packed.Progress | None, keep: bool
     ) -> packed.Weights:
         if precision == "file":  # nothing is gained by a copy
+            packed_file.remove_old(Path(model.prepared_dir))
             return pack(model.checkpoint(), precision, threads, progress)
         path = Path(model.prepared_dir) / packed_file.file_name(precision)
         if path.exists():

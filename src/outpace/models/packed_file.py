@@ -23,7 +23,7 @@ import numpy as np
 from ..errors import CorruptModel
 from ..types import Precision
 from .config import ModelConfig
-from .digests import damaged, forget_checked, is_checked, new_digest, note_checked
+from .digests import damaged, forget_checked, is_checked, new_digest, note_checked, note_used
 from .formats import FORMATS
 from .packed import Tensors, Weights, huge_memory, layout
 
@@ -77,6 +77,20 @@ def remove_old(folder: Path) -> int:
             old.unlink()
             forget_checked(old)
     return freed
+
+
+def is_being_written(partial: Path) -> bool:
+    """Whether a partial file has a writer that is alive."""
+    from filelock import FileLock, Timeout
+
+    lock = partial.with_name(f"{partial.name.rsplit('.', 2)[0]}.lock")
+    if not lock.exists():
+        return False
+    try:
+        with FileLock(lock, timeout=0):
+            return False
+    except (Timeout, OSError):
+        return True
 
 
 def old_files(folder: Path) -> list[Path]:
@@ -180,6 +194,7 @@ def load(path: Path) -> Weights:
             forget_checked(path)
             raise CorruptModel(f"{path}: {_named(wrong)} not what was written (wrong digest)")
         note_checked(path)
+    note_used(path)
     return weights
 
 
