@@ -13,6 +13,7 @@ from gguf import GGMLQuantizationType as Q
 from numpy.typing import NDArray
 
 from outpace.errors import CorruptModel, UnsupportedModel
+from outpace.models import gguf_header
 from outpace.models.gguf import SUPPORTED_TYPES, GGUFCheckpoint
 
 MLP_UP, UP = "blk.0.ffn_up.weight", "model.layers.0.mlp.up_proj.weight"
@@ -99,11 +100,40 @@ def test_every_supported_type_is_tested_above() -> None:
     assert tested == set(SUPPORTED_TYPES)
 
 
-def test_another_quantisation_is_refused_by_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "IQ2_XS", "IQ3_S", "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4"])
+def test_another_quantisation_is_refused_by_name(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "m.gguf"
-    raw = np.zeros((256, gguf.GGML_QUANT_SIZES[Q.Q2_K][1]), np.uint8)
-    with pytest.raises(UnsupportedModel, match=r"m\.gguf.*ffn_up.*Q2_K.*supported: Q4_0"):
-        load_up(path, raw, Q.Q2_K)
+    block, size = gguf.GGML_QUANT_SIZES[Q[kind]]
+    raw = np.zeros((256, 256 // block * size), np.uint8)
+    with pytest.raises(UnsupportedModel, match=rf"m\.gguf.*ffn_up.*{kind}.*Q4_K_M.*supported: Q4_0"):
+        load_up(path, raw, Q[kind])
+
+
+def test_rows_that_are_no_multiple_of_a_block_say_so(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    toy_gguf.write(path, width=64)
+    data = bytearray(path.read_bytes())
+    name = b"blk.0.ffn_up.weight"
+    at = data.index(name) + len(name) + 4 + 16  # behind the number of dimensions and two of them
+    assert data[at : at + 4] == struct.pack("<I", Q.F32)
+    data[at : at + 4] = struct.pack("<I", Q.Q4_K)
+    path.write_bytes(data)
+    with pytest.raises(CorruptModel, match=r"m\.gguf: tensor 'blk\.0\.ffn_up.*Q4_K.* 64 values.*blocks of 256"):
+        GGUFCheckpoint(path)
+
+
+def test_vocabularies_are_decoded_when_they_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "m.gguf"
+    toy_gguf.write(path)
+    monkeypatch.setattr(gguf_header._Cursor, "strings", lambda *_: pytest.fail("decoded"))
+    checkpoint = GGUFCheckpoint(path)
+    checkpoint.tensor(UP)
+    monkeypatch.undo()
+    assert "the" in checkpoint.tokenizer_files().tokenizer_json
+    data = path.read_bytes().replace("Ġthe".encode(), b"\xff\xfethe")  # as long, and no text
+    path.write_bytes(data)
+    with pytest.raises(CorruptModel, match=r"m\.gguf.*not UTF-8"):
+        GGUFCheckpoint(path).tokenizer_files()
 
 
 # ------------------------------------------------------------------------------------------- layout of the writers

@@ -8,6 +8,7 @@ The data stay in the file (memory-mapped): a tensor is dequantised, or handed ou
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,9 @@ class GGUFCheckpoint(Checkpoint):
         for info in self._infos.values():
             if info.type_name not in SUPPORTED_TYPES:
                 raise UnsupportedModel(
-                    f"{path}: tensor {info.name!r} is quantised as {info.type_name}; "
-                    f"supported: {', '.join(SUPPORTED_TYPES)}"
+                    f"{path}: tensor {info.name!r} is quantised as {info.type_name}, which has no kernels here; take "
+                    f"a file of this model in Q4_K_M (small), Q6_K or Q8_0 (accurate), or convert it from the "
+                    f"original weights; supported: {', '.join(SUPPORTED_TYPES)}"
                 )
         if rope_factors is not None and self.config.rope_scaling and 2 * rope_factors.size != self.config.head_dim:
             raise CorruptModel(f"{path}: {rope_factors.size} rotary factors for heads of {self.config.head_dim}")
@@ -136,7 +138,6 @@ def unpermute(values: NDArray[Any], heads: int) -> NDArray[Any]:
 def hf_config(path: Path, header: Header, rope_factors: NDArray[np.float32] | None) -> dict[str, Any]:
     """The metadata in the words of a `transformers` configuration. Raises CorruptModel, UnsupportedModel."""
     meta, architecture = header.metadata, header.metadata["general.architecture"]
-    tokenizer = {k.removeprefix("tokenizer.ggml."): v for k, v in meta.items() if k.startswith("tokenizer.ggml.")}
     embedding = header.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise CorruptModel(f"{path}: there is no token embedding (token_embd.weight)")
@@ -165,8 +166,8 @@ def hf_config(path: Path, header: Header, rope_factors: NDArray[np.float32] | No
         "rope_scaling": _rope_scaling(path, get, rope_factors),
         "sliding_window": window,
         "tie_word_embeddings": "output.weight" not in header.tensors,
-        "bos_token_id": tokenizer.get("bos_token_id"),
-        "eos_token_id": _stops(path, tokenizer),
+        "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": _stops(path, meta),
         "head_dim": get("attention.key_length"),
     }
     wanted = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
@@ -197,11 +198,11 @@ def _gemma(config: dict[str, Any], get: Any) -> None:
         config["sliding_window_pattern"] = pattern
 
 
-def _stops(path: Path, tokenizer: dict[str, Any]) -> list[int] | None:
-    more = tokenizer.get("eos_token_ids") or []
+def _stops(path: Path, meta: Mapping[str, Any]) -> list[int] | None:
+    more = meta.get("tokenizer.ggml.eos_token_ids") or []
     if not isinstance(more, list):
         raise CorruptModel(f"{path}: tokenizer.ggml.eos_token_ids must be a list of token ids")
-    ids = [*(tokenizer.get(k) for k in ("eos_token_id", "eot_token_id", "eom_token_id")), *more]
+    ids = [*(meta.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")), *more]
     return list(dict.fromkeys(i for i in ids if i is not None)) or None
 
 

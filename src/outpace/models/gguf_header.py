@@ -12,13 +12,15 @@ import math
 import mmap
 import os
 import struct
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from ..errors import CorruptModel, UnsupportedModel
 
+T = TypeVar("T")
 _SCALARS = {
     0: struct.Struct("<B"),
     1: struct.Struct("<b"),
@@ -52,8 +54,40 @@ class TensorInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class _Strings:
+    """An array of strings that has not been decoded."""
+
+    start: int
+    count: int
+
+
+class Metadata(Mapping[str, Any]):
+    """The entries by key. Arrays of strings are decoded when they are asked for: a vocabulary has hundreds of
+    thousands, and of a model that was used before it is not needed. Raises CorruptModel then for one that is no text.
+    """
+
+    def __init__(self, path: Path, entries: dict[str, Any]) -> None:
+        self._path, self._entries = path, entries
+
+    def __getitem__(self, key: str) -> Any:
+        value = self._entries[key]
+        if isinstance(value, _Strings):
+            value = self._entries[key] = _opened(self._path, lambda c: c.strings(value))
+        return value
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+@dataclass(frozen=True, slots=True)
 class Header:
-    metadata: dict[str, Any]
+    metadata: Metadata
     tensors: dict[str, TensorInfo]
 
 
@@ -85,12 +119,28 @@ class _Cursor:
         except UnicodeDecodeError:
             self.corrupt("a string that is not UTF-8")
 
-    def array(self) -> list[Any]:
+    def skip_strings(self, n: int) -> _Strings:
+        found, at, length = _Strings(self.at, n), self.at, _U64.unpack_from
+        try:
+            for _ in range(n):
+                at += 8 + length(self.data, at)[0]
+        except (struct.error, OverflowError):  # beyond the end
+            at = self.end + 1
+        if at > self.end:
+            self.corrupt(f"an array of {n} strings that do not fit the file")
+        self.at = at
+        return found
+
+    def strings(self, where: _Strings) -> list[str]:
+        self.at = where.start
+        return [self.string() for _ in range(where.count)]
+
+    def array(self) -> list[Any] | _Strings:
         kind, n = self.scalar(_U32), self.scalar(_U64)
         if kind == _STRING:
             if n > (self.end - self.at) // _U64.size:
                 self.corrupt(f"an array of {n} strings")
-            return [self.string() for _ in range(n)]
+            return self.skip_strings(n)
         if kind not in _SCALARS:
             self.corrupt(f"an array of unknown type {kind}")
         form = _SCALARS[kind]
@@ -111,12 +161,16 @@ class _Cursor:
 
 def read_header(path: Path) -> Header:
     """Raises CorruptModel for a damaged or truncated file, UnsupportedModel for another version or byte order."""
+    return _opened(path, _read)
+
+
+def _opened(path: Path, read: Callable[[_Cursor], T]) -> T:
     try:
         with path.open("rb") as f:
             if os.fstat(f.fileno()).st_size < 24:
                 raise CorruptModel(f"{path}: too short for a GGUF file; fetch or copy the file again")
             with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _read(_Cursor(path, data))
+                return read(_Cursor(path, data))
     except OSError as e:
         raise CorruptModel(f"{path}: cannot be read: {e.strerror or e}") from e
 
@@ -141,7 +195,7 @@ def _read(c: _Cursor) -> Header:
     alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
     if not isinstance(alignment, int) or not 0 < alignment <= 1 << 20 or alignment & (alignment - 1):
         c.corrupt(f"general.alignment={alignment!r} is not a power of two")
-    return Header(metadata, _place(c, described, alignment))
+    return Header(Metadata(c.path, metadata), _place(c, described, alignment))
 
 
 def _describe(c: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
@@ -164,11 +218,18 @@ def _place(c: _Cursor, described: list[tuple[str, tuple[int, ...], int, int]], a
         try:
             kind = GGMLQuantizationType(type_id)
         except ValueError:
-            raise UnsupportedModel(f"{c.path}: tensor {name!r} has the unknown type {type_id}") from None
+            raise UnsupportedModel(
+                f"{c.path}: tensor {name!r} has the unknown type {type_id}; take a file in Q4_K_M, Q6_K or Q8_0"
+            ) from None
         block, block_bytes = GGML_QUANT_SIZES[kind]
         count = math.prod(shape)
-        if count == 0 or shape[-1] % block:
-            c.corrupt(f"tensor {name!r} of type {kind.name} has the shape {shape}")
+        if count == 0:
+            c.corrupt(f"tensor {name!r} has the shape {shape}")
+        if shape[-1] % block:
+            c.corrupt(
+                f"tensor {name!r} of type {kind.name} has rows of {shape[-1]} values, which are no multiple of its "
+                f"blocks of {block}"
+            )
         nbytes = count // block * block_bytes
         if offset % alignment or base + offset + nbytes > c.end:
             c.corrupt(f"tensor {name!r} does not lie within the file")
