@@ -19,9 +19,9 @@ from outpace.cache.pages import PagedKVCache
 from outpace.models.batch import Span, pack
 from outpace.models.native import NativeDecoder
 from outpace.models.torch_decoder import TorchDecoder
-from outpace.ops.cpu import isa
+from outpace.ops.cpu import blocks, isa
 from outpace.ops.cpu.isa import BF16, PORTABLE
-from outpace.ops.cpu.linear import KIND_INT4, KIND_INT8
+from outpace.ops.cpu.linear import KIND_INT8
 from outpace.ops.cpu.rows import pack_row
 from outpace.ops.masks import CAUSAL, Tree
 from outpace.types import Precision
@@ -319,13 +319,13 @@ def test_a_first_step_may_want_no_logits():
     assert decoder.forward(batch, cache.storage).logits.shape == (0, decoder.config.vocab_size)
 
 
-@pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_rows_of_denormal_numbers_are_zero(precision):
+def test_rows_of_denormal_numbers_are_zero():
     """Attention to one place only leaves next to nothing of the others: 127 over that is infinite."""
     width = 64
-    kind = {"int8": KIND_INT8, "int4": KIND_INT4}[precision]
     x = np.full(width, 1e-44, dtype=np.float32)
     out, scale, spare = np.zeros(4 * width, np.int8), np.ones(2, np.float32), np.zeros(4 * width, np.float32)
-    pack_row(kind, x.ctypes.data, width, spare.ctypes.data, out.ctypes.data, scale.ctypes.data)
-    assert not out[:width].any()
-    assert np.isfinite(scale).all() and np.isfinite(out[width:].view(np.float32)).all()
+    pack_row(KIND_INT8, x.ctypes.data, width, spare.ctypes.data, out.ctypes.data, scale.ctypes.data)
+    assert not out[:width].any() and np.isfinite(scale).all()
+    block = np.zeros(blocks.X_BLOCK, np.int8)
+    blocks.pack_blocks(x.ctypes.data, width, block.ctypes.data, 0, 0)
+    assert not block[: blocks.X_SCALES].any() and np.isfinite(block[blocks.X_SCALES :].view(np.float32)).all()

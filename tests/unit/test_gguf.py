@@ -13,6 +13,7 @@ from gguf import GGMLQuantizationType as Q
 from numpy.typing import NDArray
 
 from outpace.errors import CorruptModel, UnsupportedModel
+from outpace.models import gguf as files
 from outpace.models import gguf_header
 from outpace.models.gguf import SUPPORTED_TYPES, GGUFCheckpoint
 
@@ -170,6 +171,8 @@ def test_llama_rows_are_unpermuted(tmp_path: Path) -> None:
     ours_q, ours_k = in_halves(heads(checkpoint.tensor(q), x), at_x), in_halves(heads(checkpoint.tensor(k), y), at_y)
     np.testing.assert_allclose((theirs_q[::2] * theirs_k).sum(1), (ours_q[::2] * ours_k).sum(1), rtol=1e-9)
     assert not np.array_equal(checkpoint.tensor(q), stored["blk.0.attn_q.weight"])
+    for name in (q, "model.embed_tokens.weight"):
+        np.testing.assert_array_equal(checkpoint.rows(name, 3, 9), checkpoint.tensor(name)[3:9])
 
 
 def test_qwen_rows_are_left_alone(tmp_path: Path) -> None:
@@ -294,3 +297,11 @@ def test_unknown_tensor_name(tmp_path: Path) -> None:
     toy_gguf.write(tmp_path / "m.gguf")
     with pytest.raises(CorruptModel, match="no tensor 'nope'"):
         GGUFCheckpoint(tmp_path / "m.gguf").tensor("nope")
+
+
+def test_of_a_part_of_a_tensor_no_more_is_dequantised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toy_gguf.write(tmp_path / "m.gguf", width=64)
+    checkpoint, sizes, floats = GGUFCheckpoint(tmp_path / "m.gguf"), [], files._floats
+    monkeypatch.setattr(files, "_floats", lambda data, kind: (sizes.append(len(data)), floats(data, kind))[1])
+    checkpoint.rows("model.embed_tokens.weight", 3, 9)
+    assert sizes == [6]

@@ -19,7 +19,7 @@ from outpace.ops.cpu.step import decoder_step
 from outpace.ops.cpu.team import post, serve, work
 from outpace.ops.select import row_argmax
 
-ENTRIES = (decoder_step, work, serve, post, top_rows)
+ENTRIES = (work, serve, post, top_rows)
 
 
 def test_steps_use_the_kernels_that_were_made_ready() -> None:

@@ -26,7 +26,7 @@ PRECISIONS: dict[str, tuple[Precision, ...]] = {
     "cpu": ("int8", "float32", "bfloat16", "int4", "file"),
     "cuda": ("bfloat16", "float32"),
 }
-FILE_BY_DEFAULT = False  # whether a quantised model runs in the formats of its file, on a CPU
+FILE_BY_DEFAULT = True  # whether a quantised model runs in the formats of its file, on a CPU
 LEAST_TOKENS = 1024  # of a cache, below which a model is of little use
 KV_BYTES = 2 << 30  # the default cache holds at most this much, or a quarter of the free memory if that is less
 

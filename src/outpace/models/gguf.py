@@ -80,6 +80,15 @@ class GGUFCheckpoint(Checkpoint):
             raise CorruptModel(f"{self.path}: tensor {name!r} holds values that are not numbers")
         return np.ascontiguousarray(values)
 
+    def rows(self, name: str, first: int, last: int) -> NDArray[np.float32]:
+        raw = self.raw(name)
+        if raw is None:
+            return self.tensor(name)[first:last]
+        values = _floats(raw.data[slice(first, last) if raw.rows is None else raw.rows[first:last]], raw.form.name)
+        if not (np.isfinite(values.min()) and np.isfinite(values.max())):
+            raise CorruptModel(f"{raw.label} holds values that are not numbers")
+        return values
+
     def raw(self, name: str) -> Raw | None:
         info = self._infos.get(name)
         if info is None or len(info.shape) != 2:

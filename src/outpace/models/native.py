@@ -6,9 +6,9 @@ Shapes: `B` sequences, `T` packed rows, `R` rows of logits, `D` width, `Hq`/`Hkv
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,9 +17,22 @@ from ..cache.native_storage import NativeStorage
 from ..cache.storage import KVStorage
 from ..errors import CorruptModel, ParameterError, UnsupportedModel
 from ..ops.cpu import isa, step
+from ..ops.cpu.arguments import SEGMENT_SIZE
 from ..ops.cpu.attention import MAX_QUERIES
 from ..ops.cpu.attention_int4 import SCRATCH_FIXED
-from ..ops.cpu.linear import GATED_GELU, GATED_SILU, KIND_BF16, KIND_F32, KIND_INT4, KIND_INT8, SCRATCH_BYTES
+from ..ops.cpu.blocks import KERNELS, X_BLOCK
+from ..ops.cpu.compiled import address_of
+from ..ops.cpu.linear import GATED_GELU, GATED_SILU, KIND_BF16, KIND_F16, KIND_F32, KIND_INT8
+from ..ops.cpu.product import (
+    IN_BF16,
+    IN_BLOCKS,
+    IN_F32,
+    IN_INT8,
+    INPUTS,
+    PRODUCT_SCRATCH,
+    PRODUCT_SIZE,
+    whole_kinds,
+)
 from ..ops.cpu.ready import made_ready
 from ..ops.cpu.team import team
 from ..types import FloatArray, Logits, Precision
@@ -28,13 +41,20 @@ from .batch import PAGE_SIZE, ForwardBatch
 from .checkpoint import Checkpoint
 from .config import ModelConfig, rope_inv_freq
 from .decoder import Cpu, Decoder, DecoderOutput, checked_ids, checked_layers
+from .formats import Format, dequantise, take_outputs
 from .packed import Tensors, padded
 from .packing import pack
 
-_KINDS: dict[Precision, int] = {"float32": KIND_F32, "bfloat16": KIND_BF16, "int8": KIND_INT8, "int4": KIND_INT4}
+#: Weights without blocks: kind and what activations are packed to, by precision or format
+_WHOLE = {
+    "float32": (KIND_F32, IN_F32), "bfloat16": (KIND_BF16, IN_BF16), "int8": (KIND_INT8, IN_INT8),
+    "F32": (KIND_F32, IN_F32), "BF16": (KIND_BF16, IN_BF16), "F16": (KIND_F16, IN_F32),
+}  # fmt: skip
 _ROPE_CHUNK = 4096
-_ATTENTION_TENSORS = ("qkv.w", "qkv.scale", "qkv.bias", "out.w", "out.scale", "norm_1", "post_1", "q_norm", "k_norm")
-_MLP_TENSORS = ("gate_up.w", "gate_up.scale", "down.w", "down.scale", "norm_2", "post_2")
+#: Parts of the products of a layer: of each either the fused one or its segments are there
+_QKV, _OUT, _GATE_UP, _DOWN = ("qkv", "q", "k", "v"), ("out",), ("gate_up", "gate", "up"), ("down",)
+_ATTENTION = (*_QKV, *_OUT, "qkv.bias", "norm_1", "post_1", "q_norm", "k_norm")
+_MLP = (*_GATE_UP, *_DOWN, "norm_2", "post_2")
 
 
 def default_threads() -> int:
@@ -61,7 +81,8 @@ class _Rope:
 
 
 class NativeDecoder(Decoder):
-    """Runs on any CPU with numba; fastest with AMX. Precisions float32, bfloat16, int8 and int4.
+    """Runs on any CPU with numba; fastest with AMX. Precisions float32, bfloat16, int8, int4, and file: each matrix in
+    the format that its file has it in.
 
     Every row's result is independent of the others' (`row_invariant`), in all precisions: chunked prefill, batches and
     trees give the bits that one token at a time gives.
@@ -76,7 +97,10 @@ class NativeDecoder(Decoder):
         precision: Precision,
         threads: int | None = None,
         level: int | None = None,
+        formats: Mapping[str, Format] | None = None,
     ) -> None:
+        """`formats`: of the products' parts ("0.q", "head", "embedding"), where they have formats of a file."""
+        self.formats = dict(formats or {})
         self.config, self.precision, self.device = config, precision, Cpu()
         self.threads = threads or default_threads()
         self.level = isa.best_level() if level is None else level
@@ -99,7 +123,7 @@ class NativeDecoder(Decoder):
         """Pack and run, keeping nothing on disk."""
         cls.require(precision)
         weights = pack(checkpoint, precision, threads or default_threads())
-        return cls(checkpoint.config, weights.tensors, precision, threads, level)
+        return cls(checkpoint.config, weights.tensors, precision, threads, level, weights.formats)
 
     @classmethod
     def load(
@@ -116,7 +140,7 @@ class NativeDecoder(Decoder):
         cls.require(precision)
         with made_ready():
             weights = cls._weights(model, precision, threads or default_threads(), progress, keep)
-        return cls(model.config, weights.tensors, precision, threads)
+        return cls(model.config, weights.tensors, precision, threads, formats=weights.formats)
 
     @staticmethod
     def _weights(
@@ -138,8 +162,9 @@ class NativeDecoder(Decoder):
 
     @staticmethod
     def require(precision: Precision) -> None:
-        if precision not in _KINDS:
-            raise UnsupportedModel(f"precision {precision!r} is not for the CPU decoder; it has {', '.join(_KINDS)}")
+        known = get_args(Precision)
+        if precision not in known:
+            raise UnsupportedModel(f"precision {precision!r} is not for the CPU decoder; it has {', '.join(known)}")
 
     def new_storage(self, num_pages: int) -> NativeStorage:
         c = self.config
@@ -148,7 +173,7 @@ class NativeDecoder(Decoder):
     def view(self, threads: int | None = None) -> NativeDecoder:
         """The same weights and KV layout with buffers of its own; `skip` and `trim` on it leave this one alone. It runs
         on as many threads as this one, or on `threads`; the two may run at the same time."""
-        twin = NativeDecoder(self.config, self._keep, self.precision, threads or self.threads, self.level)
+        twin = NativeDecoder(self.config, self._keep, self.precision, threads or self.threads, self.level, self.formats)
         twin._rope, twin._rope_local = self._rope, self._rope_local
         twin._set_head(self._head_ids)
         twin.skip(*self.skipped)
@@ -174,8 +199,16 @@ class NativeDecoder(Decoder):
             known = self._head_ids[np.minimum(rows, len(self._head_ids) - 1)] == kept
             if not known.all():
                 raise ParameterError("a trimmed head can only be trimmed further; trim the whole model instead")
-        w, scale = packed.take_outputs(self._keep["head.w"], self._keep["head.scale"], rows, self.precision)
-        self._keep |= {"head.w": w, "head.scale": scale}
+        if (
+            "embedding" not in self._keep and "embedding.w" not in self._keep
+        ):  # rows of it were read from the whole head
+            self._keep["embedding.w"] = self._keep["head.w"]
+            self.formats["embedding"] = self.formats["head"]
+        if "head" in self.formats:
+            self._keep["head.w"] = take_outputs(self._keep["head.w"], self.formats["head"], rows)
+        else:
+            w, scale = packed.take_outputs(self._keep["head.w"], self._keep["head.scale"], rows)
+            self._keep |= {"head.w": w, "head.scale": scale}
         self._set_head(kept)
         self.weight_bytes = self._streamed_bytes()
 
@@ -187,6 +220,12 @@ class NativeDecoder(Decoder):
         return ((hidden * scale).astype(np.float32) * weight).astype(np.float32)
 
     def embedding(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+        if "embedding" not in self._keep:
+            name = "embedding" if "embedding.w" in self._keep else "head"
+            form, wanted = self.formats[name], np.unique(tokens)
+            panels = take_outputs(self._keep[f"{name}.w"], form, wanted)
+            rows = dequantise(panels, form, len(wanted), self.config.hidden_size)
+            return rows[np.searchsorted(wanted, tokens)]
         rows = self._keep["embedding"][tokens, : self.config.hidden_size]
         return rows if rows.dtype == np.float32 else (rows.astype(np.uint16).astype(np.uint32) << 16).view(np.float32)
 
@@ -227,12 +266,11 @@ class NativeDecoder(Decoder):
     def _fill_constants(self) -> None:
         cfg, c, keep = self.config, self._control, self._keep
         head = packed.head_width(cfg)
-        unit = packed.DEPTH_UNIT[self.precision]
         width, hidden = padded(cfg.hidden_size), padded(cfg.intermediate_size)
-        self._depths = [padded(n, unit) for n in (cfg.hidden_size, cfg.num_heads * head, cfg.intermediate_size)]
-        self._row_bytes = max(self._depths) * {16: 4, 32: 2, 64: 1}[unit]
-        if self.precision == "int4":  # two float32 for each 32 elements follow them
-            self._row_bytes += max(self._depths) // 4
+        self._deepest = padded(max(width, hidden, cfg.num_heads * head), 256)
+        self._products: dict[str, NDArray[np.int64]] = {}
+        self._used_inputs = 0
+        self._inputs = np.zeros((INPUTS, 2), dtype=np.int64)
         self._floats = np.array([cfg.rms_norm_eps, cfg.embedding_scale, cfg.attention_scale], dtype=np.float32)
         self._tiles, self._page_tiles = isa.tile_config(), isa.tile_config(page_tiles=True)
         self._items = np.zeros(cfg.num_layers, dtype=np.int64)  # of attention, taken so far in each layer
@@ -240,7 +278,8 @@ class NativeDecoder(Decoder):
         for i, kind in enumerate(cfg.layer_types):
             self._layers[i] = self._layer_entries(i, kind == "sliding")
         values = {
-            step.C_KIND: _KINDS[self.precision], step.C_LEVEL: self.level, step.C_TILE_CONFIG: self._tiles.ctypes.data,
+            step.C_ATTEND: address_of(step.attention), step.C_LEVEL: self.level,
+            step.C_INPUTS: self._inputs.ctypes.data, step.C_TILE_CONFIG: self._tiles.ctypes.data,
             step.C_PAGE_TILE_CONFIG: self._page_tiles.ctypes.data,
             step.C_ITEMS: self._items.ctypes.data,
             step.C_THREADS: self.threads, step.C_LAYERS: cfg.num_layers, step.C_LAYER_TABLE: self._layers.ctypes.data,
@@ -249,37 +288,76 @@ class NativeDecoder(Decoder):
             step.C_HEAD_TRUE: cfg.head_dim, step.C_POST_NORMS: int(cfg.post_norms),
             step.C_ACTIVATION: GATED_GELU if cfg.activation == "gelu_tanh" else GATED_SILU,
             step.C_FINAL_NORM: keep["norm"].ctypes.data, step.C_KV_BF16: int(self.precision != "float32"),
-            step.C_PACKED_STRIDE: self._row_bytes, step.C_STEPS_WIDTH: self._depths[0] // unit,
-            step.C_STEPS_ATTENTION: self._depths[1] // unit, step.C_STEPS_HIDDEN: self._depths[2] // unit,
         }  # fmt: skip
         for index, value in values.items():
             c[index] = value
+        self._embedding, self._embedding_kind = self._embedding_table()
         self._set_head(None)
+
+    def _embedding_table(self) -> tuple[NDArray[Any], int]:
+        """What tokens are looked up in, and its kind (step.C_EMBEDDING)."""
+        table = self._keep.get("embedding")
+        if table is not None:
+            return table, step.ROWS_F32 if table.dtype == np.float32 else step.ROWS_BF16
+        return self._segment("embedding" if "embedding.w" in self._keep else "head"), step.PANELS
 
     def _set_head(self, ids: NDArray[np.int64] | None) -> None:
         """Point at the output head as it is in `_keep`, which gives the logits of `ids`."""
         c = self._control
         self._head_ids = ids
         self._outputs = self.config.vocab_size if ids is None else len(ids)
-        c[step.C_HEAD_W], c[step.C_HEAD_SCALE] = (self._keep[f"head.{part}"].ctypes.data for part in ("w", "scale"))
-        c[step.C_HEAD_PANELS], c[step.C_LOGITS_STRIDE] = padded(self._outputs) // 16, 4 * padded(self._outputs)
+        c[step.C_HEAD_PRODUCT] = self._product(("head",))
+        c[step.C_LOGITS_STRIDE] = 4 * padded(self._outputs)
         self._logit_rows = 0  # their buffers are made at the next forward
 
     def _streamed_bytes(self) -> int:
         """Weights that a step of one row reads."""
-        left_out = {f"{i}.{name}" for i in self.skipped[0] for name in _ATTENTION_TENSORS}
-        left_out |= {f"{i}.{name}" for i in self.skipped[1] for name in _MLP_TENSORS} | {"embedding"}
+        names = [f"{i}.{name}" for i in self.skipped[0] for name in _ATTENTION]
+        names += [f"{i}.{name}" for i in self.skipped[1] for name in _MLP] + ["embedding"]
+        left_out = {f"{name}{part}" for name in names for part in ("", ".w", ".scale")}
         return sum(array.nbytes for name, array in self._keep.items() if name not in left_out)
+
+    def _segment(self, part: str, bias: int = 0) -> NDArray[np.int64]:
+        """The record (ops.cpu.arguments) of one matrix. `bias`: address of that of its first output, 0: none."""
+        w, scale, form = self._keep[f"{part}.w"], self._keep.get(f"{part}.scale"), self.formats.get(part)
+        name = self.precision if form is None else form.name
+        kind, inputs = _WHOLE.get(name, (0, IN_BLOCKS))
+        kernel = address_of(KERNELS.get(name, whole_kinds))
+        steps = w[0].nbytes // 1024
+        if form is not None and form.name in KERNELS:
+            steps = w.shape[1] * form.unit_depth // 64
+        where = 0 if scale is None else scale.ctypes.data
+        return np.array([kernel, inputs, kind, w.ctypes.data, where, bias, len(w), steps], dtype=np.int64)
+
+    def _product(self, parts: Sequence[str], bias: str = "") -> int:
+        """Address of a product's record (ops.cpu.product), made of those parts that there are."""
+        bias_at = self._keep[bias].ctypes.data if bias in self._keep else 0
+        record = np.zeros(PRODUCT_SIZE, dtype=np.int64)
+        panels = 0
+        for part in parts:
+            if f"{part}.w" in self._keep:
+                at = 2 + SEGMENT_SIZE * int(record[0])
+                segment = self._segment(part, bias_at and bias_at + 64 * panels)
+                record[at : at + SEGMENT_SIZE] = segment
+                record[0] += 1
+                record[1] |= 1 << segment[1]
+                panels += len(self._keep[f"{part}.w"])
+        self._used_inputs |= int(record[1])
+        self._products[parts[0]] = record
+        return record.ctypes.data
 
     def _layer_entries(self, i: int, sliding: bool) -> list[int]:
         def where(name: str) -> int:
             array = self._keep.get(f"{i}.{name}")
             return 0 if array is None else array.ctypes.data
 
-        products = [f"{name}.{part}" for name in ("qkv", "out", "gate_up", "down") for part in ("w", "scale")]
-        names = [*products, "qkv.bias", "norm_1", "norm_2", "post_1", "post_2", "q_norm", "k_norm"]
+        products = [
+            self._product([f"{i}.{part}" for part in parts], f"{i}.{parts[0]}.bias")
+            for parts in (_QKV, _OUT, _GATE_UP, _DOWN)
+        ]
+        vectors = map(where, ("norm_1", "norm_2", "post_1", "post_2", "q_norm", "k_norm"))
         window = (self.config.sliding_window or 0) if sliding else 0
-        return [*map(where, names), window, int(sliding and self._rope_local is not None), -1, 0, 0]
+        return [*products, *vectors, window, int(sliding and self._rope_local is not None), -1, 0, 0]
 
     def _reserve(self, rows: int, wanted: int, places: int) -> None:
         """Grow the buffers to what this step needs; they never shrink."""
@@ -300,7 +378,7 @@ class NativeDecoder(Decoder):
             queries = max(MAX_QUERIES, padded(group, 8)) + 16
             c[step.C_SCORE_STRIDE] = 4 * (places + padded(rows) + 96)
             space = max(
-                SCRATCH_BYTES,
+                PRODUCT_SCRATCH,
                 8 * max(width, attention, hidden) + 512,
                 8 * queries * head
                 + 128 * head
@@ -312,12 +390,15 @@ class NativeDecoder(Decoder):
             c[step.C_THREAD_STRIDE] = padded(space, 4096)
             buffers["space"] = np.zeros(self.threads * int(c[step.C_THREAD_STRIDE]) + 64, dtype=np.uint8)
             c[step.C_THREAD_SPACE] = padded(buffers["space"].ctypes.data, 64)
-        if max(rows, wanted) > len(buffers.get("packed", ())):
+        if max(rows, wanted) > len(buffers.get("input_scales", ())):
             n = padded(max(rows, wanted), 32)
-            buffers["packed"] = np.zeros((n, self._row_bytes), dtype=np.uint8)
-            buffers["packed_scale"] = np.zeros((n, 2), dtype=np.float32)  # and the sums, int32
-            c[step.C_PACKED] = buffers["packed"].ctypes.data
-            c[step.C_PACKED_SCALE] = buffers["packed_scale"].ctypes.data
+            buffers["input_scales"] = np.zeros((n, 2), dtype=np.float32)  # and the sums, int32
+            c[step.C_INPUT_SCALES] = buffers["input_scales"].ctypes.data
+            for kind, row_bytes in ((IN_F32, 4), (IN_BF16, 2), (IN_INT8, 1)):
+                if self._used_inputs >> kind & 1:
+                    self._set_input(kind, np.zeros((n, row_bytes * self._deepest), dtype=np.uint8))
+            if self._used_inputs >> IN_BLOCKS & 1:
+                self._set_input(IN_BLOCKS, np.zeros((self._deepest // 256, n * X_BLOCK), dtype=np.uint8))
         if wanted > self._logit_rows or not self._logit_rows:  # a first chunk may want none
             self._logit_rows = max(wanted, 32)
             buffers["logits"] = np.empty((self._logit_rows, padded(self._outputs)), dtype=np.float32)
@@ -325,18 +406,23 @@ class NativeDecoder(Decoder):
             if self._head_ids is not None:
                 buffers["all_logits"] = np.full((self._logit_rows, cfg.vocab_size), -np.inf, dtype=np.float32)
 
+    def _set_input(self, kind: int, buffer: NDArray[np.uint8]) -> None:
+        self._buffers[f"input {kind}"] = buffer
+        self._inputs[kind] = buffer.ctypes.data, buffer.strides[0]
+
     def _point_at_batch(self, batch: ForwardBatch) -> list[NDArray[Any]]:
         c = self._control
         c[step.C_ROWS], c[step.C_SEQUENCES] = len(batch.tokens), len(batch.committed)
         c[step.C_LOGIT_ROWS] = len(batch.logit_rows)
         c[step.C_PAGES_STRIDE] = 4 * batch.page_tables.shape[1]
-        table, tokens, is_bf16 = self._keep["embedding"], batch.tokens, self.precision != "float32"
+        table, kind = self._embedding, self._embedding_kind
+        tokens = batch.tokens
         if batch.embeddings is not None:  # a table of this step's own, one entry for each row
             assert batch.embeddings.shape == (len(tokens), self.config.hidden_size), "embeddings are f32[T, D]"
             table = np.zeros((len(tokens), padded(self.config.hidden_size)), dtype=np.float32)
             table[:, : self.config.hidden_size] = batch.embeddings
-            tokens, is_bf16 = np.arange(len(tokens)), False
-        c[step.C_EMBEDDING], c[step.C_EMBEDDING_BF16] = table.ctypes.data, is_bf16
+            tokens, kind = np.arange(len(tokens)), step.ROWS_F32
+        c[step.C_EMBEDDING], c[step.C_EMBEDDING_KIND] = table.ctypes.data, kind
         held = [table]
         for entry, array, dtype in (
             (step.C_TOKENS, tokens, np.int64), (step.C_POSITIONS, batch.positions, np.int32),

@@ -25,9 +25,9 @@ from .block import Axis, Projection, describe
 from .config import ModelConfig
 from .formats import FORMATS, Format
 
-DEPTH_UNIT: dict[Precision, int] = {"float32": 16, "bfloat16": 32, "int8": 64, "int4": 64}
-_PANEL_TYPES: dict[Precision, Any] = {"float32": np.float32, "bfloat16": np.int16, "int8": np.int8, "int4": np.int8}
-IN_BLOCKS: tuple[Precision, ...] = ("file",)  # int4 joins when its kernels read blocks
+DEPTH_UNIT: dict[Precision, int] = {"float32": 16, "bfloat16": 32, "int8": 64}
+_PANEL_TYPES: dict[Precision, Any] = {"float32": np.float32, "bfloat16": np.int16, "int8": np.int8}
+IN_BLOCKS: tuple[Precision, ...] = ("file", "int4")
 Tensors = dict[str, NDArray[Any]]
 Spec = tuple[tuple[int, ...], Any]  # shape and type
 Progress = Callable[[int, int], None]
@@ -81,8 +81,6 @@ def layout(config: ModelConfig, precision: Precision, formats: Mapping[str, Form
             continue
         unit = DEPTH_UNIT[precision]
         shape: tuple[int, ...] = (panels, padded(depth, unit) // (unit // 16), 16, unit // 16)
-        if precision == "int4":
-            shape = (panels, padded(depth, unit) // unit, 640)
         specs[f"{name}.w"], specs[f"{name}.scale"] = (shape, _PANEL_TYPES[precision]), ((16 * panels,), np.float32)
     for prefix, norm in model.norms():
         specs[f"{prefix}{norm.name}"] = ((padded(width_of(norm.axis, head)),), np.float32)
@@ -123,35 +121,6 @@ def bfloat16_bits(w: NDArray[np.float32]) -> NDArray[np.int16]:
     return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16).view(np.int16)
 
 
-def _pack_int4(w: Any) -> NDArray[Any]:
-    """f32[N, K] -> bytes [N/16, K/64, 640]: nibbles of 64 depths, then scales and minima (bf16) of its two groups.
-
-    A weight is scale * nibble + minimum in groups of 32, as in Q4_1 and Q4_K. A group of such a file that spans n steps
-    comes back exactly when n is tried; of the candidates the one with the least squared error is taken.
-    """
-    import torch
-
-    n, k = w.shape
-    groups = w.view(n, k // 32, 32)
-    low, high = groups.amin(dim=-1, keepdim=True), groups.amax(dim=-1, keepdim=True)
-    low = low.to(torch.bfloat16).float()
-    best, scale = torch.full_like(low, torch.inf), torch.ones_like(low)
-    for steps in range(15, 8, -1):
-        candidate = ((high - low) / steps).clamp_min(1e-30).to(torch.bfloat16).float()
-        error = (((groups - low) / candidate).round().clamp(0, 15) * candidate + low - groups).square().sum(-1, True)
-        better = error < best
-        best, scale = torch.where(better, error, best), torch.where(better, candidate, scale)
-    q = ((groups - low) / scale).round().clamp(0, 15).to(torch.uint8)
-    tiles = q.view(n // 16, 16, k // 64, 16, 4).permute(0, 2, 3, 1, 4).reshape(n // 16, k // 64, 2, 512)
-    nibbles = (tiles[:, :, 0] | (tiles[:, :, 1] << 4)).numpy()
-
-    def by_group(values: Any) -> NDArray[np.uint8]:
-        laid = values.view(n // 16, 16, k // 64, 2).permute(0, 2, 3, 1).reshape(n // 16, k // 64, 32)
-        return laid.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint8)
-
-    return np.concatenate((nibbles, by_group(scale), by_group(low)), axis=-1).view(np.int8)
-
-
 def pack_product(w: NDArray[np.float32], precision: Precision) -> tuple[NDArray[Any], NDArray[np.float32]]:
     """f32[N, K] -> panels (int8, bf16 bits as i16, or float32) and scales f32[N] (ones but for int8).
 
@@ -163,10 +132,6 @@ def pack_product(w: NDArray[np.float32], precision: Precision) -> tuple[NDArray[
     rows = np.ascontiguousarray(np.pad(w, ((0, padded(n) - n), (0, padded(k, unit) - k))), dtype=np.float32)
     scales = np.ones(len(rows), dtype=np.float32)
     values: NDArray[Any] = rows
-    if precision == "int4":
-        import torch
-
-        return _pack_int4(torch.from_numpy(rows)), scales
     if precision == "int8":
         from ..ops.cpu.rotation import BLOCK, rotate_weights
 
@@ -183,7 +148,7 @@ def pack_product(w: NDArray[np.float32], precision: Precision) -> tuple[NDArray[
 
 
 def take_outputs(
-    w: NDArray[Any], scales: NDArray[np.float32], outputs: NDArray[np.int64], precision: Precision
+    w: NDArray[Any], scales: NDArray[np.float32], outputs: NDArray[np.int64]
 ) -> tuple[NDArray[Any], NDArray[np.float32]]:
     """A packed product with some outputs only, in that order: panels and scales as `pack_product` makes them.
 
@@ -197,9 +162,4 @@ def take_outputs(
         rows = np.arange(parts.shape[1])[None, :, None]
         return parts[panel[:, None], rows, lane[:, None]]
 
-    if precision != "int4":
-        return np.ascontiguousarray(take(w)), scales[wanted]
-    n, steps = w.shape[:2]
-    nibbles = take(w[..., :512].reshape(n, steps * 8, 16, 4)).reshape(-1, steps, 512)
-    factors = take(w[..., 512:].reshape(n, steps * 4, 16, 2)).reshape(-1, steps, 128)
-    return np.concatenate((nibbles, factors), axis=-1), scales[wanted]
+    return np.ascontiguousarray(take(w)), scales[wanted]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from numba import njit
 
-from .simd import atomic_add, atomic_load, load_i64, pause, yield_core
+from .simd import atomic_add, atomic_load, load_i64, pause, store_i64, yield_core
 
 # address of the team's count of arrivals, the count when the job began, threads of the team
 J_BARRIER, J_ARRIVED, J_THREADS = range(3)
@@ -17,6 +17,11 @@ SPINS_BEFORE_YIELD = 256
 @njit(inline="always")
 def get(c, index):
     return load_i64(c + 8 * index)
+
+
+@njit(inline="always")
+def put(c, index, value):
+    store_i64(c + 8 * index, value)
 
 
 @njit

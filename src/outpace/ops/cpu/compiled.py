@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numba
-from numba import njit
+from numba import int64, njit, void
 from numba.core import config as _numba_config
+from numba.core.ccallback import CFunc
 
 from ...paths import cache_dir
 from .isa import NAMED, NAMES
@@ -80,3 +81,40 @@ def compiled(function: Callable[..., Any]) -> Any:
         config.CACHE_DIR = before
     guard(made)
     return made
+
+
+@cache
+def address_of(function: Callable[[int, int], None]) -> int:
+    """Compile a function of two int64 by itself, kept on disk as `compiled` does; where its code lies.
+
+    What calls it by this address (simd.call_at) does not contain it, so it is compiled once, and only where it is used.
+    """
+    folder = _folder()
+    made = CFunc(function, ((int64, int64), void), {}, {})
+    if folder is not None:
+        config: Any = _numba_config
+        before = config.CACHE_DIR
+        config.CACHE_DIR = str(folder)
+        try:
+            made.enable_caching()
+        finally:
+            config.CACHE_DIR = before
+        guard(made)
+    made.compile()
+    _held.append(made)
+    address: Any = made.address
+    return int(address)
+
+
+def made_for(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """njit for functions that a factory makes: `name` keeps those of one call apart from those of another. Symbols of
+    code that different processes compiled must differ, and numba tells closures apart by a running number only."""
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        function.__qualname__ = f"{name}_{function.__name__}"
+        return njit(function)
+
+    return decorate
+
+
+_held: list[Any] = []  # code goes when its object goes

@@ -7,7 +7,8 @@ plain LLVM IR and run on any CPU (LLVM splits them where registers are narrower)
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import llvmlite.ir as ir
@@ -109,6 +110,25 @@ def prefetch(b: ir.IRBuilder, address: ir.Value) -> None:
     """Prefetch the cache line at an address."""
     pointer = b.inttoptr(address, I8.as_pointer())
     call(b, "llvm.prefetch.p0", ir.VoidType(), pointer, const(0, I32), const(3, I32), const(1, I32))
+
+
+@contextmanager
+def rolled(b: ir.IRBuilder, count: int) -> Iterator[ir.Value]:
+    """A loop that LLVM does not unroll: unrolled, the body is reordered until registers run out. Gives the index."""
+    if count == 1:
+        yield const(0)
+        return
+    hidden = b.asm(ir.FunctionType(I64, (I64,)), "", "=r,0", (const(count),), False)
+    before, body, after = b.block, b.append_basic_block("rolled"), b.append_basic_block("rolled.end")
+    b.branch(body)
+    b.position_at_end(body)
+    index = b.phi(I64)
+    index.add_incoming(const(0), before)
+    yield index
+    following = b.add(index, const(1))
+    index.add_incoming(following, b.block)
+    b.cbranch(b.icmp_signed("<", following, hidden), body, after)
+    b.position_at_end(after)
 
 
 def page_address(b: ir.IRBuilder, pages: ir.Value, p: ir.Value, base: ir.Value, page_stride: ir.Value) -> ir.Value:

@@ -1,11 +1,10 @@
 """Matrix products of a few rows with packed weights, y[m, n] = sum_k x[m, k] w[n, k].
 
 Weights lie in *panels* of sixteen outputs. Within a panel, depth runs in steps of one *tile row* of 64 bytes:
-  int8      16 outputs x 4 depths     float32   16 outputs x 1 depth
-  bfloat16  16 outputs x 2 depths
-int4 has 32 bytes for 64 depths of an output: low nibbles are the first 32, high ones the rest; per sixteen outputs 512
-bytes, then bf16 scales of the two groups and their bf16 minima. A panel is one contiguous stream, read from memory once
-per step; further rows find it in the cache. Micro-kernels multiply up to sixteen rows with 1, 2 or 4 panels into a
+  int8               16 outputs x 4 depths     float32   16 outputs x 1 depth
+  bfloat16, float16  16 outputs x 2 depths
+A panel is one contiguous stream, read from memory once per step; further rows find it in the cache. What a file has in
+blocks is multiplied by blocks.py. Micro-kernels multiply up to sixteen rows with 1, 2 or 4 panels into a
 scratch block of [16][64] int32 (int8) or float32 (others); the epilogue scales, adds the bias and stores, adds to the
 residual, or applies the gated activation.
 
@@ -21,8 +20,6 @@ from . import dots
 from .emit import LANES
 from .isa import AMX, DOT, PORTABLE, VNNI
 from .products import (
-    GROUP_BYTES,
-    INT4_SPARE,
     SCRATCH_ROW,
     TILE_ROW,
     amx_bf_1,
@@ -36,6 +33,9 @@ from .products import (
     bf_1,
     bf_2,
     bf_4,
+    f16_1,
+    f16_2,
+    f16_4,
     f32_1,
     f32_2,
     f32_4,
@@ -47,19 +47,13 @@ from .products import (
     i8_8x2,
     i8_12x2,
     i8_16x1,
-    int4_amx,
-    int4_plain_1,
-    int4_plain_4,
-    int4_vnni_1,
-    int4_vnni_2,
-    int4_vnni_4,
-    int4_vnni_8,
     plain_i8,
 )
 from .simd import (
     iload,
     isplat,
     isub,
+    kept_apart,
     load_f32,
     load_i32,
     to_float,
@@ -68,18 +62,18 @@ from .simd import (
     vexp,
     vfma,
     vload,
+    vmax,
     vmul,
     vsplat,
     vstore,
     vsub,
 )
 
-_SPARE = 2 * LANES * SCRATCH_ROW  # where int4's scratch lies behind the results
-SCRATCH_BYTES = _SPARE + INT4_SPARE
+SCRATCH_BYTES = 2 * LANES * SCRATCH_ROW
 
 EXCESS = dots.Totals.excess  # what the kernels add to each int8 weight
 
-KIND_F32, KIND_BF16, KIND_INT8, KIND_INT4 = 0, 1, 2, 3
+KIND_F32, KIND_BF16, KIND_INT8, KIND_F16 = 0, 1, 2, 3
 STORE, ADD, GATED_SILU, GATED_GELU = 0, 1, 2, 3
 
 
@@ -163,6 +157,8 @@ def _float_block(kind, panels, x, stride, w, steps, scratch):
             panel, out = w + n * steps * 1024, scratch + n * TILE_ROW
             if kind == KIND_BF16:
                 bf_1(x, stride, panel, steps, out)
+            elif kind == KIND_F16:
+                f16_1(x, stride, panel, steps, out)
             else:
                 f32_1(x, stride, panel, steps, out)
     elif kind == KIND_BF16:
@@ -172,46 +168,19 @@ def _float_block(kind, panels, x, stride, w, steps, scratch):
             bf_2(x, stride, w, steps, scratch)
         else:
             bf_1(x, stride, w, steps, scratch)
+    elif kind == KIND_F16:
+        if panels == 4:
+            f16_4(x, stride, w, steps, scratch)
+        elif panels == 2:
+            f16_2(x, stride, w, steps, scratch)
+        else:
+            f16_1(x, stride, w, steps, scratch)
     elif panels == 4:
         f32_4(x, stride, w, steps, scratch)
     elif panels == 2:
         f32_2(x, stride, w, steps, scratch)
     else:
         f32_1(x, stride, w, steps, scratch)
-
-
-@njit
-def _int4_rows(level, left, x, stride, panel, steps, out):
-    """The first rows of up to `left`: returns how many. A kernel may compute rows of the padding."""
-    if level < VNNI:
-        if left == 1:
-            int4_plain_1(x, stride, panel, steps, out)
-            return 1
-        int4_plain_4(x, stride, panel, steps, out)
-        return 4
-    if left > 4:
-        int4_vnni_8(x, stride, panel, steps, out)
-        return 8
-    if left > 2:
-        int4_vnni_4(x, stride, panel, steps, out)
-        return 4
-    if left == 2:
-        int4_vnni_2(x, stride, panel, steps, out)
-        return 2
-    int4_vnni_1(x, stride, panel, steps, out)
-    return 1
-
-
-@njit
-def _int4_panels(level, panels, x, stride, w, steps, rows, scratch):
-    for n in range(panels):
-        panel, out = w + n * steps * GROUP_BYTES, scratch + n * TILE_ROW
-        if level == AMX and rows > 8:
-            int4_amx(x, stride, panel, steps, out, scratch + _SPARE)
-        else:
-            r = 0
-            while r < rows:
-                r += _int4_rows(level, rows - r, x + r * stride, stride, panel, steps, out + r * SCRATCH_ROW)
 
 
 @njit(inline="always")
@@ -224,14 +193,15 @@ def _value(kind, scratch, row_scale, excess, scales, n):
 
 
 @njit
-def _epilogue(kind, mode, shift, rows, panels, scratch, row_scales, scales, bias, out, out_stride):
+def epilogue(kind, mode, shift, rows, panels, scratch, line_stride, row_scales, scales, bias, out, out_stride):
     """Finish `rows` x (16 * panels) products. `scales`, `bias`, `out` point at the first panel's entries.
 
-    `shift`: what the kernel has added to each int8 weight.
+    `line_stride`: bytes from one row's sums to the next one's; `shift`: what the kernel has added to each int8 weight.
     """
+    kept_apart()
     one = vsplat(np.float32(1.0))
     for m in range(rows):
-        line = scratch + m * SCRATCH_ROW
+        line = scratch + m * line_stride
         target = out + m * out_stride
         row_scale, excess = np.float32(1.0), 0
         if kind == KIND_INT8:
@@ -244,6 +214,7 @@ def _epilogue(kind, mode, shift, rows, panels, scratch, row_scales, scales, bias
                 if mode == GATED_GELU:  # x * sigmoid(2 * sqrt(2/pi) * (x + 0.044715 x^3)), the tanh form
                     cube = vmul(vmul(gate, gate), gate)
                     u = vmul(vfma(cube, vsplat(np.float32(0.044715)), gate), vsplat(np.float32(1.5957691216057308)))
+                u = vmax(u, vsplat(np.float32(-87.0)))  # e**-u must be finite
                 sigmoid = vdiv(one, vadd(one, vexp(vsub(vsplat(np.float32(0.0)), u))))
                 vstore(target + TILE_ROW * (n // 2), vmul(vmul(gate, sigmoid), up))
         else:
@@ -275,15 +246,15 @@ def linear(
     out_stride,
     scratch,
 ):
-    """Panels first..last-1 of one product. Addresses are int64; strides bytes; `steps` KiB (int4: groups) per panel.
+    """Panels first..last-1 of one product. Addresses are int64; strides bytes; `steps` KiB per panel.
 
     `x` has its rows padded to a multiple of sixteen (what lies in the padding does not matter); `row_scales` are of
     int8, see rows.pack_row; `bias` 0: none.
     In the gated modes panels alternate gate, up; `first` and `last` are even and `out` gets half as many columns.
     """
+    kept_apart()
     halve = 2 if mode >= GATED_SILU else 1
     tiles = level == AMX and kind in (KIND_BF16, KIND_INT8)
-    step_bytes = GROUP_BYTES if kind == KIND_INT4 else 1024
     excess = 0 if tiles else 128 if level == PORTABLE else EXCESS
     p = first
     while p < last:
@@ -292,7 +263,7 @@ def linear(
         wide = tiles and rows > LANES
         if wide and left >= 2:
             panels = 2
-        weights = w + p * steps * step_bytes
+        weights = w + p * steps * 1024
         column = p * TILE_ROW
         b_at = bias + column if bias != 0 else 0
         m = 0
@@ -305,8 +276,6 @@ def linear(
                     amx_i8_22(xm, x_stride, weights, steps, scratch)
                 else:
                     amx_bf_22(xm, x_stride, weights, steps, scratch)
-            elif kind == KIND_INT4:
-                _int4_panels(level, panels, xm, x_stride, weights, steps, block, scratch)
             elif tiles:
                 _amx_tiles(kind, panels, xm, x_stride, weights, steps, scratch)
             elif kind == KIND_INT8 and level == PORTABLE:
@@ -317,8 +286,8 @@ def linear(
                 for r in range(0, block, 4):
                     at = xm + r * x_stride
                     _float_block(kind, panels, at, x_stride, weights, steps, scratch + r * SCRATCH_ROW)
-            _epilogue(
-                kind, mode, excess, block, panels, scratch, row_scales + 8 * m, scales + column, b_at,
+            epilogue(
+                kind, mode, excess, block, panels, scratch, SCRATCH_ROW, row_scales + 8 * m, scales + column, b_at,
                 out + m * out_stride + column // halve, out_stride,
             )  # fmt: skip
             m += block

@@ -12,9 +12,10 @@ from contextlib import contextmanager
 
 from numba import float32, int64
 
-from .compiled import is_cached
+from .compiled import address_of, is_cached
+from .sample import sample_rows
 from .search import top_rows
-from .step import decoder_step
+from .step import attention, decoder_step
 from .team import post, serve, work
 
 _MATRIX = (float32[:, ::1], int64[:, ::1])
@@ -22,7 +23,8 @@ _MATRIX = (float32[:, ::1], int64[:, ::1])
 
 def make_ready() -> None:
     """Load or compile every entry point, in the types that callers pass. Takes no time when that is done."""
-    decoder_step.compile((int64, int64))
+    for function in (decoder_step, attention, sample_rows):
+        address_of(function)
     serve.compile((int64,) * 4)
     post.compile((int64,) * 4)
     work.compile((int64,) * 3)
@@ -33,7 +35,7 @@ def make_ready() -> None:
 def made_ready() -> Iterator[None]:
     """Kernels get ready while the block runs, and are when it ends. Compiling, once per machine, comes first."""
     if not is_cached(decoder_step):
-        print("compiling the CPU kernels for this machine (once, about 20 s)…", file=sys.stderr, flush=True)
+        print("compiling the CPU kernels for this machine (once, about a minute)…", file=sys.stderr, flush=True)
         make_ready()  # here and not beside: Ctrl-C must end it
     loading = threading.Thread(target=make_ready, name="outpace-kernels", daemon=True)
     loading.start()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from .linear import KIND_BF16, KIND_INT4, KIND_INT8
+from .linear import KIND_BF16, KIND_INT8
 from .simd import (
     hmax,
     hsum,
@@ -98,27 +98,9 @@ def _pack_int8(x, width, spare, out, scale_out):
 
 
 @njit
-def _pack_int8_groups(x, width, out):
-    """int8 with a scale for each 32 elements; behind them each group's scale and scale * sum."""
-    depth = (width + 63) // 64 * 64
-    for i in range(0, depth, 32):
-        a, b = _load_within(x, i, width), _load_within(x, i + 16, width)
-        largest = hmax(vmax(vabs(a), vabs(b)))
-        factor = np.float32(0.0)
-        if largest > _TINY:
-            factor = np.float32(127.0) / largest
-        a, b = vrint(vmul(a, vsplat(factor))), vrint(vmul(b, vsplat(factor)))
-        store_i8(out + i, a)
-        store_i8(out + i + 16, b)
-        scale = largest / np.float32(127.0)
-        store_f32(out + depth + i // 4, scale)
-        store_f32(out + depth + i // 4 + 4, scale * hsum(vadd(a, b)))
-
-
-@njit
 def pack_row(kind, x, width, spare, out, scale_out):
-    """Write a row in the format that a product of `kind` reads: float32, bf16, int8 with one scale a row, or, for int4,
-    int8 with a scale for each 32 elements. `scale_out`, of int8 alone: float32 scale and int32 sum of the row.
+    """Write a row in the format that a product of `kind` reads: float32, bf16, or int8 with one scale a row.
+    `scale_out`, of int8 alone: float32 scale and int32 sum of the row.
 
     int8 rows are first rotated by a Walsh-Hadamard matrix in blocks of 64, which spreads outliers over their block; the
     weights are rotated back when they are packed, so the product is unchanged. `spare`: space for the row, rounded up
@@ -127,8 +109,6 @@ def pack_row(kind, x, width, spare, out, scale_out):
     """
     if kind == KIND_INT8:
         _pack_int8(x, width, spare, out, scale_out)
-    elif kind == KIND_INT4:
-        _pack_int8_groups(x, width, out)
     elif kind == KIND_BF16:
         for i in range(0, width, 16):
             store_bf16(out + 2 * i, vload(x + 4 * i))

@@ -261,7 +261,7 @@ def keyed_uniform(key_low, key_high, draw, position, stream):
 
 
 @njit
-def sample_rows(c, me):
+def _sample_rows(c, me):
     """Thread `me`'s share of a batch of draws; see `Draws` for what `c` points to."""
     threads, n, vocabulary = get(c, J_THREADS), get(c, S_ROWS), get(c, S_VOCABULARY)
     space, asked = get(c, S_SPACE) + me * get(c, S_SPACE_STRIDE), get(c, S_ASKED)
@@ -274,6 +274,11 @@ def sample_rows(c, me):
         )  # fmt: skip
         store_i64(one + 24, token)
     meet(c, threads, get(c, J_ARRIVED) + threads)
+
+
+def sample_rows(c: int, me: int) -> None:
+    """A job (see team.py): thread `me`'s share of a batch of draws."""
+    _sample_rows(c, me)
 
 
 def space_bytes(vocabulary: int) -> int:

@@ -10,6 +10,7 @@ import numpy as np
 from numba import njit, types
 
 from .emit import (
+    F16,
     F32,
     I8,
     I16,
@@ -32,6 +33,22 @@ from .emit import (
     store,
 )
 from .isa import IS_ARM, IS_X86
+
+# compilation
+
+
+@emit(types.void)
+def kept_apart(b):
+    """The function that calls this is not inlined into others: what is large is compiled once, not at each call."""
+    b.function.attributes.add("noinline")
+
+
+@emit(types.void, *[types.int64] * 3)
+def call_at(b, address, first, second):
+    """Call the compiled function at an address (compiled.address_of) with two arguments."""
+    function = ir.FunctionType(ir.VoidType(), [I64] * 2)
+    b.call(b.inttoptr(address, function.as_pointer()), [first, second])
+
 
 # memory
 
@@ -87,6 +104,11 @@ def load_i32(b, address):
 
 
 @emit(types.int64, types.int64)
+def load_u8(b, address):
+    return b.zext(load(b, address, I8, 1), I64)
+
+
+@emit(types.int64, types.int64)
 def load_u16(b, address):
     return b.zext(load(b, address, I16, 2), I64)
 
@@ -128,6 +150,16 @@ def store_bf16(b, address, value):
 def load_bf16(b, address):
     wide = b.zext(load(b, address, ir.VectorType(I16, LANES), 2), VI)
     return b.bitcast(b.shl(wide, splat_int(16)), VF)
+
+
+@emit(types.float32, types.int64)
+def load_one_bf16(b, address):
+    return b.bitcast(b.shl(b.zext(load(b, address, I16, 2), I32), const(16, I32)), F32)
+
+
+@emit(types.float32, types.int64)
+def load_one_f16(b, address):
+    return b.fpext(load(b, address, F16, 2), F32)
 
 
 @emit(f32x16, types.int64)

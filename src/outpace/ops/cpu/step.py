@@ -12,73 +12,66 @@ from numba import njit
 from .attention import MAX_QUERIES, attend
 from .attention_int4 import attend_int4
 from .attention_tiles import attend_pairs
-from .barrier import J_ARRIVED, J_BARRIER, J_THREADS, get, meet
-from .compiled import compiled
+from .barrier import J_ARRIVED, J_BARRIER, J_THREADS, get, meet, put
 from .isa import AMX, BF16
-from .linear import ADD, STORE, linear
-from .rows import add_norm_row, embed_row, norm_row, pack_row, rotate_head, write_key, write_value
-from .simd import atomic_add, load_f32, load_i32, load_i64, store_i64, vload, vstore
+from .linear import ADD, STORE
+from .product import embed_panels, multiply, pack_inputs, share
+from .rows import add_norm_row, embed_row, norm_row, rotate_head, write_key, write_value
+from .simd import atomic_add, call_at, load_f32, load_i32, load_i64, store_i64, vload, vstore
 from .tiles import load_tile_config, release_tiles
 
 # The control block, the per-layer table and the block of float32 constants: names of their entries.
 (
-    C_BARRIER, C_ARRIVED, C_THREADS, C_KIND, C_LEVEL, C_TILE_CONFIG, C_PAGE_TILE_CONFIG, C_ITEMS, C_ROWS,
+    C_BARRIER, C_ARRIVED, C_THREADS, C_LEVEL, C_TILE_CONFIG, C_PAGE_TILE_CONFIG, C_ITEMS, C_ROWS,
     C_SEQUENCES, C_LOGIT_ROWS, C_LAYERS, C_LAYER_TABLE, C_FLOATS, C_WIDTH, C_TRUE_WIDTH, C_HIDDEN, C_TRUE_HIDDEN,
     C_HEADS, C_KV_HEADS, C_HEAD, C_HEAD_TRUE, C_ACTIVATION, C_POST_NORMS, C_TOKENS, C_POSITIONS, C_ROW_START,
     C_OFFSETS, C_CAUSAL, C_VISIBLE_START, C_VISIBLE, C_COMMITTED, C_PAGES, C_PAGES_STRIDE,
-    C_LOGIT_INDEX, C_EMBEDDING, C_EMBEDDING_BF16, C_COS, C_SIN, C_COS_LOCAL, C_SIN_LOCAL, C_FINAL_NORM,
-    C_HEAD_W, C_HEAD_SCALE, C_HEAD_PANELS, C_LOGITS, C_LOGITS_STRIDE, C_KEYS, C_VALUES,
+    C_LOGIT_INDEX, C_EMBEDDING, C_EMBEDDING_KIND, C_COS, C_SIN, C_COS_LOCAL, C_SIN_LOCAL, C_FINAL_NORM,
+    C_HEAD_PRODUCT, C_LOGITS, C_LOGITS_STRIDE, C_KEYS, C_VALUES,
     C_KV_LAYER_BYTES, C_KV_PAGE_BYTES, C_KV_HEAD_BYTES, C_KV_BF16, C_X, C_QKV, C_ATTENTION, C_GATED,
-    C_SUBLAYER, C_PACKED, C_PACKED_STRIDE, C_PACKED_SCALE, C_THREAD_SPACE, C_THREAD_STRIDE,
-    C_SCORE_STRIDE, C_STEPS_WIDTH, C_STEPS_ATTENTION, C_STEPS_HIDDEN, C_HIDDEN_OUT, C_COMPACT, C_COMPACT_PAGES,
-) = range(70)  # fmt: skip
+    C_SUBLAYER, C_INPUTS, C_INPUT_SCALES, C_THREAD_SPACE, C_THREAD_STRIDE,
+    C_SCORE_STRIDE, C_HIDDEN_OUT, C_COMPACT, C_COMPACT_PAGES, C_ATTEND,
+) = range(64)  # fmt: skip
 (
-    L_QKV_W, L_QKV_SCALE, L_OUT_W, L_OUT_SCALE, L_GATE_UP_W, L_GATE_UP_SCALE, L_DOWN_W, L_DOWN_SCALE, L_QKV_BIAS,
+    L_QKV, L_OUT, L_GATE_UP, L_DOWN,  # products
     L_NORM_1, L_NORM_2, L_POST_1, L_POST_2, L_Q_NORM, L_K_NORM, L_WINDOW, L_LOCAL_ROPE, L_SAVE_HIDDEN,
     L_SKIP_ATTENTION, L_SKIP_MLP,
-) = range(20)  # fmt: skip
+) = range(15)  # fmt: skip
 (
     F_EPS, F_EMBEDDING_SCALE, F_ATTENTION_SCALE,
 ) = range(3)  # fmt: skip
 
-CONTROL_SIZE, LAYER_SIZE = 70, 20
+CONTROL_SIZE, LAYER_SIZE = 64, 15
 LAYER_STRIDE = 8 * LAYER_SIZE
+
+# What C_EMBEDDING is: rows of float32 or bf16, or the record of a segment whose outputs are the rows
+ROWS_F32, ROWS_BF16, PANELS = range(3)
 
 assert (C_BARRIER, C_ARRIVED, C_THREADS) == (J_BARRIER, J_ARRIVED, J_THREADS)
 
 
-@njit(inline="always")
-def _share(total, unit, me, threads):
-    """First of this thread's contiguous share of `total`, in multiples of `unit`."""
-    return min(total, (total // unit + (total % unit > 0)) * me // threads * unit)
-
-
 @njit
-def _product(c, me, threads, mode, rows, steps, w, scales, bias, panels, out, out_stride, scratch):
-    unit = 2 if mode > ADD else 1
-    first, last = _share(panels, unit, me, threads), _share(panels, unit, me + 1, threads)
-    linear(
-        get(c, C_KIND), get(c, C_LEVEL), mode, rows, get(c, C_PACKED), get(c, C_PACKED_STRIDE),
-        get(c, C_PACKED_SCALE), w, scales, bias, steps, first, last, out, out_stride, scratch,
+def _product(c, me, threads, mode, rows, product, out, out_stride, scratch):
+    multiply(
+        product, get(c, C_LEVEL), mode, rows, get(c, C_INPUTS), get(c, C_INPUT_SCALES), me, threads, out, out_stride,
+        scratch,
     )  # fmt: skip
 
 
 @njit
-def _norm_and_pack(c, me, threads, x, rows, norm, eps, space):
+def _norm_and_pack(c, me, threads, x, rows, norm, product, eps, space):
     width, true_width = get(c, C_WIDTH), get(c, C_TRUE_WIDTH)
-    packed, stride, kind = get(c, C_PACKED), get(c, C_PACKED_STRIDE), get(c, C_KIND)
     for t in range(me, rows, threads):
         norm_row(x + 4 * t * width, norm, space, width, true_width, eps)
-        pack_row(kind, space, width, space + 4 * width, packed + t * stride, get(c, C_PACKED_SCALE) + 8 * t)
+        pack_inputs(product, get(c, C_INPUTS), get(c, C_INPUT_SCALES), t, space, width, space + 4 * width)
 
 
 @njit
-def _pack(c, me, threads, x, width, rows, chosen, space):
+def _pack(c, me, threads, x, width, rows, chosen, product, space):
     """`chosen`: the rows to pack, i64[rows], one behind the other; 0: the first."""
-    packed, stride, kind = get(c, C_PACKED), get(c, C_PACKED_STRIDE), get(c, C_KIND)
     for r in range(me, rows, threads):
         t = load_i64(chosen + 8 * r) if chosen != 0 else r
-        pack_row(kind, x + 4 * t * width, width, space, packed + r * stride, get(c, C_PACKED_SCALE) + 8 * r)
+        pack_inputs(product, get(c, C_INPUTS), get(c, C_INPUT_SCALES), r, x + 4 * t * width, width, space)
 
 
 @njit
@@ -104,7 +97,7 @@ def _rotate_and_write(c, layer, me, threads, keys, values, eps, attention_scale,
     row_start, b = get(c, C_ROW_START), 0
     one = np.float32(1.0)
     # Heads that lie side by side, as a thread's columns of the product did: they are in its own cache.
-    first, last = _share(heads + kv_heads, 1, me, threads), _share(heads + kv_heads, 1, me + 1, threads)
+    first, last = share(heads + kv_heads, 1, me, threads), share(heads + kv_heads, 1, me + 1, threads)
     for t in range(get(c, C_ROWS)):
         while load_i32(row_start + 4 * (b + 1)) <= t:
             b += 1
@@ -123,8 +116,10 @@ def _rotate_and_write(c, layer, me, threads, keys, values, eps, attention_scale,
 
 
 @njit
-def _attention(c, layer, index, keys, values, space):
+def _attention(c, layer, index, space):
     """Work items are taken off a shared counter: (sequence, KV head, block of rows)."""
+    keys = get(c, C_KEYS) + index * get(c, C_KV_LAYER_BYTES)
+    values = get(c, C_VALUES) + index * get(c, C_KV_LAYER_BYTES)
     heads, kv_heads, head = get(c, C_HEADS), get(c, C_KV_HEADS), get(c, C_HEAD)
     group, is_bf16 = heads // kv_heads, get(c, C_KV_BF16)
     columns = heads + 2 * kv_heads
@@ -176,6 +171,12 @@ def _attention(c, layer, index, keys, values, space):
         item += blocks * kv_heads
 
 
+def attention(c: int, space: int) -> None:
+    """One thread's part of a layer's attention, compiled by itself (compiled.address_of). `space` begins with the
+    address of the layer's entries and its number, and is used up to C_THREAD_STRIDE."""
+    _attention(c, get(space, 0), get(space, 1), space)
+
+
 @njit
 def _post_norm(c, me, threads, rows, norm, eps):
     width, true_width = get(c, C_WIDTH), get(c, C_TRUE_WIDTH)
@@ -193,28 +194,24 @@ def _attention_sublayer(c, layer, index, me, threads, arrived, space, eps, atten
     values = get(c, C_VALUES) + index * get(c, C_KV_LAYER_BYTES)
     mode, target = (STORE, get(c, C_SUBLAYER)) if post else (ADD, x)
 
-    _norm_and_pack(c, me, threads, x, rows, get(layer, L_NORM_1), eps, space)
+    _norm_and_pack(c, me, threads, x, rows, get(layer, L_NORM_1), get(layer, L_QKV), eps, space)
     arrived = meet(c, threads, arrived)
-    _product(
-        c, me, threads, STORE, rows, get(c, C_STEPS_WIDTH), get(layer, L_QKV_W), get(layer, L_QKV_SCALE),
-        get(layer, L_QKV_BIAS), columns // 16, get(c, C_QKV), 4 * columns, space,
-    )  # fmt: skip
+    _product(c, me, threads, STORE, rows, get(layer, L_QKV), get(c, C_QKV), 4 * columns, space)
     arrived = meet(c, threads, arrived)
     _rotate_and_write(c, layer, me, threads, keys, values, eps, attention_scale, space)
     arrived = meet(c, threads, arrived)
-    _attention(c, layer, index, keys, values, space)
+    put(space, 0, layer)
+    put(space, 1, index)
+    call_at(get(c, C_ATTEND), c, space)
     arrived = meet(c, threads, arrived)
     chosen = 0
     if narrow:
         rows, chosen = get(c, C_LOGIT_ROWS), get(c, C_LOGIT_INDEX)
         if me == 0:
             _gather(chosen, rows, x, width)
-    _pack(c, me, threads, get(c, C_ATTENTION), heads * head, rows, chosen, space)
+    _pack(c, me, threads, get(c, C_ATTENTION), heads * head, rows, chosen, get(layer, L_OUT), space)
     arrived = meet(c, threads, arrived)
-    _product(
-        c, me, threads, mode, rows, get(c, C_STEPS_ATTENTION), get(layer, L_OUT_W), get(layer, L_OUT_SCALE),
-        0, width // 16, target, 4 * width, space,
-    )  # fmt: skip
+    _product(c, me, threads, mode, rows, get(layer, L_OUT), target, 4 * width, space)
     arrived = meet(c, threads, arrived)
     if post:
         _post_norm(c, me, threads, rows, get(layer, L_POST_1), eps)
@@ -228,19 +225,14 @@ def _mlp_sublayer(c, layer, me, threads, arrived, space, eps, rows):
     hidden = get(c, C_HIDDEN)
     mode, target = (STORE, get(c, C_SUBLAYER)) if post else (ADD, x)
 
-    _norm_and_pack(c, me, threads, x, rows, get(layer, L_NORM_2), eps, space)
+    _norm_and_pack(c, me, threads, x, rows, get(layer, L_NORM_2), get(layer, L_GATE_UP), eps, space)
     arrived = meet(c, threads, arrived)
-    _product(
-        c, me, threads, get(c, C_ACTIVATION), rows, get(c, C_STEPS_WIDTH), get(layer, L_GATE_UP_W),
-        get(layer, L_GATE_UP_SCALE), 0, 2 * hidden // 16, get(c, C_GATED), 4 * hidden, space,
-    )  # fmt: skip
+    activation = get(c, C_ACTIVATION)
+    _product(c, me, threads, activation, rows, get(layer, L_GATE_UP), get(c, C_GATED), 4 * hidden, space)
     arrived = meet(c, threads, arrived)
-    _pack(c, me, threads, get(c, C_GATED), hidden, rows, 0, space)
+    _pack(c, me, threads, get(c, C_GATED), hidden, rows, 0, get(layer, L_DOWN), space)
     arrived = meet(c, threads, arrived)
-    _product(
-        c, me, threads, mode, rows, get(c, C_STEPS_HIDDEN), get(layer, L_DOWN_W), get(layer, L_DOWN_SCALE),
-        0, width // 16, target, 4 * width, space,
-    )  # fmt: skip
+    _product(c, me, threads, mode, rows, get(layer, L_DOWN), target, 4 * width, space)
     arrived = meet(c, threads, arrived)
     if post:
         _post_norm(c, me, threads, rows, get(layer, L_POST_2), eps)
@@ -264,9 +256,17 @@ def _layer(c, layer, index, me, threads, arrived, space, eps, attention_scale, n
     return arrived
 
 
-@compiled
-def decoder_step(c, me):
-    """Thread `me` of the team; `c` is the control block's address."""
+@njit
+def _embed(c, token, width, scale, out, space):
+    table, kind = get(c, C_EMBEDDING), get(c, C_EMBEDDING_KIND)
+    if kind == PANELS:
+        embed_panels(table, token, width, get(c, C_FLOATS) + 4 * F_EMBEDDING_SCALE, out, space)
+    else:
+        embed_row(table, kind == ROWS_BF16, token, width, scale, out)
+
+
+@njit
+def _decoder_step(c, me):
     threads = get(c, C_THREADS)
     space = get(c, C_THREAD_SPACE) + me * get(c, C_THREAD_STRIDE)
     floats, rows, width, x = get(c, C_FLOATS), get(c, C_ROWS), get(c, C_WIDTH), get(c, C_X)
@@ -279,8 +279,7 @@ def decoder_step(c, me):
     if get(c, C_LEVEL) == AMX:
         load_tile_config(get(c, C_TILE_CONFIG))
     for t in range(me, rows, threads):
-        token = load_i64(get(c, C_TOKENS) + 8 * t)
-        embed_row(get(c, C_EMBEDDING), get(c, C_EMBEDDING_BF16), token, width, embedding_scale, x + 4 * t * width)
+        _embed(c, load_i64(get(c, C_TOKENS) + 8 * t), width, embedding_scale, x + 4 * t * width, space)
     arrived = meet(c, threads, arrived)
     # What the last layer makes of a row that gives no logits, beyond its keys and values, nobody reads.
     layers, wanted, narrow = get(c, C_LAYERS), get(c, C_LOGIT_ROWS), False
@@ -289,17 +288,19 @@ def decoder_step(c, me):
         if i == layers - 1 and wanted < rows:
             narrow = get(layer, L_SAVE_HIDDEN) < 0 and get(layer, L_SKIP_ATTENTION) == 0
         arrived = _layer(c, layer, i, me, threads, arrived, space, eps, attention_scale, narrow)
-    packed, stride, kind = get(c, C_PACKED), get(c, C_PACKED_STRIDE), get(c, C_KIND)
+    head, scales = get(c, C_HEAD_PRODUCT), get(c, C_INPUT_SCALES)
     for r in range(me, wanted, threads):
         t = r if narrow else load_i64(get(c, C_LOGIT_INDEX) + 8 * r)
         norm_row(x + 4 * t * width, get(c, C_FINAL_NORM), space, width, get(c, C_TRUE_WIDTH), eps)
-        pack_row(kind, space, width, space + 4 * width, packed + r * stride, get(c, C_PACKED_SCALE) + 8 * r)
+        pack_inputs(head, get(c, C_INPUTS), scales, r, space, width, space + 4 * width)
     arrived = meet(c, threads, arrived)
     if wanted > 0:
-        _product(
-            c, me, threads, STORE, wanted, get(c, C_STEPS_WIDTH), get(c, C_HEAD_W), get(c, C_HEAD_SCALE), 0,
-            get(c, C_HEAD_PANELS), get(c, C_LOGITS), get(c, C_LOGITS_STRIDE), space,
-        )  # fmt: skip
+        _product(c, me, threads, STORE, wanted, head, get(c, C_LOGITS), get(c, C_LOGITS_STRIDE), space)
     if get(c, C_LEVEL) == AMX:
         release_tiles()
     meet(c, threads, arrived)
+
+
+def decoder_step(c: int, me: int) -> None:
+    """Thread `me` of the team; `c` is the control block's address. A job (see team.py)."""
+    _decoder_step(c, me)

@@ -11,29 +11,27 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .barrier import J_ARRIVED, J_BARRIER
-from .compiled import compiled
+from .compiled import address_of, compiled
 from .sample import sample_rows
-from .simd import atomic_load, atomic_store, load_i64, pause, yield_core
+from .simd import atomic_load, atomic_store, call_at, load_i64, pause, yield_core
 from .step import decoder_step
 
 _PATIENCE = 20_000  # spins of about 40 ns
-STEP, SAMPLE = 0, 1  # kinds of jobs
-_JOB, _CONTROL, _STOP, _KIND = range(4)  # entries of the mailbox
+STEP, SAMPLE = decoder_step, sample_rows  # jobs: functions of (control block, thread)
+_JOB, _CONTROL, _STOP, _FUNCTION = range(4)  # entries of the mailbox
 
 
 @compiled
-def work(kind, control, me):
-    """Thread `me`'s part of a job."""
-    if kind == STEP:
-        decoder_step(control, me)
-    else:
-        sample_rows(control, me)
+def work(job, control, me):
+    """Thread `me`'s part of a job: the function at address `job`."""
+    call_at(job, control, me)
 
 
 @compiled
@@ -48,7 +46,7 @@ def serve(mailbox, me, seen, patience):
         if load_i64(mailbox + 8 * _STOP) != 0:
             return -1
         if job != seen:
-            work(load_i64(mailbox + 8 * _KIND), load_i64(mailbox + 8 * _CONTROL), me)
+            work(load_i64(mailbox + 8 * _FUNCTION), load_i64(mailbox + 8 * _CONTROL), me)
             seen, spins = job, 0
         pause()
         spins += 1
@@ -58,10 +56,13 @@ def serve(mailbox, me, seen, patience):
 
 
 @compiled
-def post(mailbox, job, control, kind):
-    atomic_store(mailbox + 8 * _KIND, kind)
+def post(mailbox, job, control, function):
+    atomic_store(mailbox + 8 * _FUNCTION, function)
     atomic_store(mailbox + 8 * _CONTROL, control)
     atomic_store(mailbox, job)
+
+
+Job = Callable[[int, int], None]
 
 
 class Team:
@@ -95,23 +96,24 @@ class Team:
                     self._wake.wait()
                 self._parked -= 1
 
-    def run(self, control: NDArray[np.int64], kind: int = STEP) -> None:
+    def run(self, control: NDArray[np.int64], job: Job = STEP) -> None:
         """Run the job that a control block describes; returns when all threads are done with it."""
         with self._lock:
             self._jobs += 1
+            function = address_of(job)
             control[J_BARRIER], control[J_ARRIVED] = self._arrivals.ctypes.data, self._arrivals[0]
             address = control.ctypes.data
             if self.threads > 1:
-                post(self._mailbox.ctypes.data, self._jobs, address, kind)
+                post(self._mailbox.ctypes.data, self._jobs, address, function)
                 if self._parked:
                     with self._wake:
                         self._wake.notify_all()
             if not self._pinned or os.sched_getaffinity(0) != set(self._cores):  # the caller has chosen its own cores
-                work(kind, address, 0)
+                work(function, address, 0)
                 return
             os.sched_setaffinity(0, self._cores[:1])
             try:
-                work(kind, address, 0)
+                work(function, address, 0)
             finally:  # threads that the caller starts later must be free to go anywhere
                 os.sched_setaffinity(0, self._cores)
 
