@@ -26,7 +26,6 @@ PRECISIONS: dict[str, tuple[Precision, ...]] = {
     "cpu": ("int8", "float32", "bfloat16", "int4", "file"),
     "cuda": ("bfloat16", "float32"),
 }
-FILE_BY_DEFAULT = True  # whether a quantised model runs in the formats of its file, on a CPU
 LEAST_TOKENS = 1024  # of a cache, below which a model is of little use
 KV_BYTES = 2 << 30  # the default cache holds at most this much, or a quarter of the free memory if that is less
 
@@ -156,9 +155,11 @@ def best_precision(opened: OpenModel, device: Device) -> Precision:
     """The fastest that is as good as lossless: on a CPU the formats of a quantised file, else int8. What a file has in
     blocks that cannot run so is said on stderr."""
     from ..models.packing import is_quantised, own_formats
+    from ..ops.cpu.isa import AMX, best_level
 
     default = PRECISIONS[device.type][0]
-    may_be = FILE_BY_DEFAULT and device.type == "cpu" and opened.source.kind == "gguf"
+    # with AMX, int8 reads prompts and runs batches several times as fast: blocks have no kernel for its tiles yet
+    may_be = device.type == "cpu" and best_level() < AMX and opened.source.kind == "gguf"
     if not may_be or not is_quantised(opened.checkpoint()):
         return default
     try:
