@@ -63,7 +63,8 @@ def chat(ctx: click.Context, **options: Any) -> None:
         talk = Talk(llm, params, conversation, limited=options["max_tokens"] is not None, keep=options["history"])
         if lines.interactive:
             say(greeting(talk, origin))
-        talk.loop(lines)
+        with lines.held():
+            talk.loop(lines)
 
 
 def sampling(ctx: click.Context, options: dict[str, Any]) -> tuple[SamplingParams, str]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,11 @@ class Lines(ABC):
 
     @abstractmethod
     def read(self, prompt: str) -> str: ...
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """For the length of a conversation: Ctrl-C that comes while nothing is read waits for the next `read`."""
+        yield
 
 
 class PipedLines(Lines):
@@ -59,12 +65,30 @@ class TerminalLines(Lines):
         self._session: PromptSession[str] = PromptSession(
             history=kept, completer=completer, complete_while_typing=False
         )
+        self._pressed = False  # Ctrl-C, before the editor listened to it
 
     def read(self, prompt: str) -> str:
         try:
-            return self._session.prompt(prompt)
+            return self._session.prompt(prompt, pre_run=self._take_pressed)
         except KeyboardInterrupt:
             raise Interrupted from None
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        # an exception in the middle of the editor's set-up would leave half an event loop, which complains as it goes
+        def handler(*_: object) -> None:
+            self._pressed = True
+
+        before = signal.signal(signal.SIGINT, handler)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _take_pressed(self) -> None:
+        if self._pressed:
+            self._pressed = False
+            self._session.app.exit(exception=KeyboardInterrupt())
 
 
 def lines_of_stdin(commands: Sequence[str], history: bool) -> Lines:
