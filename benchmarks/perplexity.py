@@ -3,6 +3,9 @@ first one.
 
     python benchmarks/perplexity.py --model smollm2-135m --precision float32 --precision bfloat16 --precision int8
 
+With `--llama-perplexity PROGRAM`, llama.cpp's program of that name, built by whoever asks, reads the same text from the
+same file. Then all are counted as it counts: windows of `--window` tokens, of each the second half.
+
 The text is put together at run time from what every installation has: this project's prompts, and documentation and
 source of modules of Python's standard library, in turns, up to 200 KB. It depends on the Python version, which the
 result file names together with the text's digest.
@@ -12,7 +15,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import subprocess
 from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 
@@ -21,8 +28,9 @@ from common import note, public_name, save, table
 
 from outpace.bench.divergence import diverge, openings
 from outpace.bench.quality.likelihood import build_text
-from outpace.bench.teacher import perplexity
+from outpace.bench.teacher import of_windows
 from outpace.engine.llm import LLM
+from outpace.models.source import resolve
 
 QUESTION = "What does the precision of the arithmetic cost in quality, measured as perplexity on mixed text and code?"
 
@@ -34,9 +42,13 @@ QUESTION = "What does the precision of the arithmetic cost in quality, measured 
 @click.option("--window", type=int, default=2048, show_default=True)
 @click.option("--threads", type=int, default=2, show_default=True)
 @click.option("--device", default="auto", show_default=True)
+@click.option("--divergence/--no-divergence", default=True, show_default=True, help="Compare position by position.")
+@click.option("--llama-perplexity", "program", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--name", help="Of the result file.  [default: perplexity-MODEL]")
 def main(**options: Any) -> None:
-    text = build_text(options["size"])
+    text, window, program = build_text(options["size"]), options["window"], options["program"]
+    if program and resolve(options["model"]).kind != "gguf":
+        raise click.UsageError(f"{options['model']} is not a GGUF file, which is all that {program.name} reads")
     rows: dict[str, dict[str, Any]] = {}
     with ExitStack() as stack:
         llms = {
@@ -53,10 +65,10 @@ def main(**options: Any) -> None:
             for precision in options["precisions"]
         }
         for precision, llm in llms.items():
-            tokens = llm.tokenizer.encode(text)
+            windows, skip = split(llm, text, window, halves=program is not None)
             began = perf_counter()
-            for so_far in perplexity(llm.decoder, tokens, window=options["window"], bos=llm.config.bos_id):
-                note(f"{precision}: {so_far.tokens}/{len(tokens)} tokens, perplexity {so_far.value:.4f}")
+            for so_far in of_windows(llm.decoder, windows, skip=skip):
+                note(f"{precision}: {so_far.tokens} of {len(text)} characters' tokens, perplexity {so_far.value:.4f}")
             rows[precision] = {
                 "perplexity": round(so_far.value, 5),
                 "nll_per_token": round(so_far.nll / so_far.tokens, 7),
@@ -64,14 +76,22 @@ def main(**options: Any) -> None:
                 "seconds": round(perf_counter() - began, 2),
                 "weight_bytes": llm.decoder.weight_bytes,
             }
-        compare(llms, tokens, options["window"], rows)
+        if options["divergence"]:
+            compare(llms, windows, rows)
+    if program:
+        rows["llama.cpp"] = by_llama(program, resolve(options["model"]).path, text, window, options["threads"])
+        if rows["llama.cpp"]["predictions"] != so_far.tokens:
+            raise click.ClickException(
+                f"llama.cpp counts {rows['llama.cpp']['predictions']} tokens, not {so_far.tokens}"
+            )
     base_name = "bfloat16" if "bfloat16" in rows else next(iter(rows))
     base = rows[base_name]["perplexity"]
     for row in rows.values():
         row[f"against_{base_name}"] = round(row["perplexity"] / base - 1, 6)
     config = {
         "model": public_name(options["model"]),
-        "window": options["window"],
+        "window": window,
+        "counted": "the second half of each window" if program else "all",
         "characters": len(text),
         "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "threads": options["threads"],
@@ -85,12 +105,44 @@ def main(**options: Any) -> None:
     save(options["name"] or f"perplexity-{public_name(options['model'])}", QUESTION, config, rows, body)
 
 
-def compare(llms: dict[str, LLM], tokens: list[int], window: int, rows: dict[str, dict[str, Any]]) -> None:
+def split(llm: LLM, text: str, window: int, halves: bool) -> tuple[list[list[int]], int]:
+    """Windows of a text, and how many predictions of each do not count. With `halves` as llama.cpp's program does it:
+    the token that a prompt begins with, if any, stands before the text and takes the place of each window's first one;
+    what is left at the end is left out."""
+    tokens, bos = llm.tokenizer.encode(text), llm.config.bos_id
+    if not halves:
+        start = [] if bos is None else [bos]
+        return [[*start, *tokens[i : i + window]] for i in range(0, len(tokens), window)], 0
+    start = llm.tokenizer.prompt("")
+    tokens = [*start, *tokens]
+    whole = range(0, len(tokens) - window + 1, window)
+    return [[*start, *tokens[i + len(start) : i + window]] for i in whole], window // 2
+
+
+def by_llama(program: Path, model: Path, text: str, window: int, threads: int) -> dict[str, Any]:
+    began = perf_counter()
+    with TemporaryDirectory() as folder:
+        file = Path(folder, "text")
+        file.write_text(text, "utf-8")
+        command = [program, "-m", model, "-f", file, "-c", window, "-t", threads]
+        note(f"{program.name} reads")
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    said = done.stdout + done.stderr
+    chunks, final = re.search(r"over (\d+) chunks", said), re.search(r"Final estimate: PPL = ([\d.]+)", said)
+    if done.returncode or not chunks or not final:
+        raise click.ClickException(f"{program.name} ended with {done.returncode}: {said.strip().splitlines()[-1:]}")
+    return {
+        "perplexity": float(final[1]),
+        "predictions": int(chunks[1]) * (window - 1 - window // 2),
+        "seconds": round(perf_counter() - began, 2),
+    }
+
+
+def compare(llms: dict[str, LLM], windows: list[list[int]], rows: dict[str, dict[str, Any]]) -> None:
     """Add to the rows how far each precision is from the first, on the text and on texts without a control token."""
     first = next(iter(llms.values()))
-    bos = [] if first.config.bos_id is None else [first.config.bos_id]
     sets = {
-        "divergence": [[*bos, *tokens[i : i + window]] for i in range(0, len(tokens), window)],
+        "divergence": windows,
         "openings": [first.tokenizer.encode(t) for t in openings()],
     }
     for name, sequences in sets.items():
@@ -102,7 +154,10 @@ def compare(llms: dict[str, LLM], tokens: list[int], window: int, rows: dict[str
 
 def worst_positions(rows: dict[str, dict[str, Any]]) -> str:
     """The page's tables of divergence from the first precision."""
-    reference, *others = rows
+    compared = [name for name, row in rows.items() if "divergence" in row]
+    if not compared:
+        return ""
+    reference, *others = compared
     titles = {
         "divergence": f"## Divergence from {reference}, of the same text (KL in nats for a position)",
         "openings": f"## Divergence from {reference}, of short texts that begin without a control token",

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hashing import HashDecoder
 
-from outpace.bench.teacher import forced_logits, last_logits, perplexity
+from outpace.bench.teacher import forced_logits, last_logits, of_windows, perplexity
 from outpace.errors import CapacityError, ParameterError
 
 TOKENS = [(7 * i * i + 3 * i) % 31 for i in range(50)]
@@ -45,6 +45,19 @@ def test_perplexity_is_that_of_the_definition(window: int, bos: int | None) -> N
     assert last.tokens == count
     assert last.nll == pytest.approx(nll, rel=1e-9)
     assert last.value == pytest.approx(math.exp(nll / count), rel=1e-9)
+
+
+@pytest.mark.parametrize("skip", [0, 3, 7, 18])
+def test_predictions_that_do_not_count(skip: int) -> None:
+    decoder, windows, nll = HashDecoder(), [TOKENS[:20], TOKENS[20:38], TOKENS[38:41]], 0.0
+    kept = [given for given in windows if len(given) >= 2 + skip]
+    for given in kept:
+        scores = rows(decoder, given)[:-1].astype(np.float64)
+        each = np.log(np.exp(scores).sum(1)) - scores[np.arange(len(given) - 1), given[1:]]
+        nll += float(each[skip:].sum())
+    *_, last = of_windows(decoder, windows, skip=skip, chunk=7)
+    assert last.tokens == sum(len(given) - 1 - skip for given in kept)
+    assert last.nll == pytest.approx(nll, rel=1e-9)
 
 
 def test_refusals() -> None:

@@ -79,20 +79,28 @@ def perplexity(
     """
     if window < 2 or len(tokens) < 2:
         raise ParameterError("perplexity needs at least two tokens and a window of at least two")
+    parts = [list(tokens[start : start + window]) for start in range(0, len(tokens), window)]
+    return of_windows(decoder, parts if bos is None else [[bos, *part] for part in parts], chunk=chunk)
+
+
+def of_windows(
+    decoder: Decoder, windows: Sequence[Sequence[int]], *, skip: int = 0, chunk: int = CHUNK
+) -> Iterator[Perplexity]:
+    """Perplexity over texts of their own. Of each, the first `skip` predictions, which have little to go by, do not
+    count."""
     count, nll = 0, 0.0
-    for start in range(0, len(tokens), window):
-        part = list(tokens[start : start + window])
-        given = part if bos is None else [bos, *part]
-        if len(given) < 2:
+    for given in windows:
+        if len(given) < 2 + skip:
             continue
         done = 0
         for logits in forced_logits(decoder, given[:-1], chunk):
-            answers = torch.as_tensor(given[done + 1 : done + 1 + len(logits)], device=logits.device)
+            first = min(max(skip - done, 0), len(logits))
+            answers = torch.as_tensor(given[done + first + 1 : done + 1 + len(logits)], device=logits.device)
             # float64 sums: the comparison of precisions must not be one of summation orders
-            scores = logits.float()
+            scores = logits[first:].float()
             norm = torch.logsumexp(scores.double(), dim=-1)
             chosen = scores.gather(1, answers[:, None])[:, 0].double()
             nll += float((norm - chosen).sum())
+            count += len(scores)
             done += len(logits)
-        count += done
         yield Perplexity(count, nll)
