@@ -18,6 +18,7 @@ from toy import toy_checkpoint
 from outpace.errors import CorruptModel
 from outpace.models.formats import FORMATS, Format, dequantise, quantise_q4_1, regions_of, take_outputs
 from outpace.models.gguf import GGUFCheckpoint
+from outpace.ops.cpu.dequantise import dequantise_rows
 from outpace.ops.cpu.interleave import KINDS, interleave
 from outpace.ops.cpu.quantise import quantise_rows
 
@@ -236,3 +237,13 @@ def test_blocks_of_equal_and_of_zero_weights() -> None:
     out = np.zeros((5, 20), np.uint8)
     assert quantise_rows(w, out) == 0
     np.testing.assert_allclose(gguf.quants.dequantize(out, Q.Q4_1), w, rtol=1e-3, atol=2.0**-25)
+
+
+@given(name=st.sampled_from(BLOCKS), rows=st.integers(1, 5), blocks=st.integers(1, 4), seed=seeds)
+def test_compiled_dequantisation_has_the_bits_of_the_slow_one(name: str, rows: int, blocks: int, seed: int) -> None:
+    form = FORMATS[name]
+    data = random_rows(form, rows, blocks, seed)
+    got = dequantise_rows(data, name, blocks * form.block)
+    assert got.shape == (rows, blocks * form.block) and got.tobytes() == theirs(data, form).tobytes()
+    part = data[::2]  # not contiguous
+    assert (dequantise_rows(part, name, blocks * form.block) == got[::2]).all()

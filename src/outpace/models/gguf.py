@@ -128,14 +128,15 @@ class GGUFCheckpoint(Checkpoint):
 
 
 def _floats(data: NDArray[np.uint8], kind: str) -> NDArray[np.float32]:
-    """u8[..., bytes per row] -> f32[..., K]"""
-    from gguf import GGMLQuantizationType
-    from gguf.quants import dequantize
+    """u8[..., bytes per row] -> f32[..., K]; damaged scales are the caller's to refuse"""
+    from ..ops.cpu.dequantise import dequantise_rows
 
-    if kind in ("F32", "F16"):
-        return data.view("<f4" if kind == "F32" else "<f2").astype(np.float32)
-    with np.errstate(all="ignore"):  # damaged scales: refused by the caller
-        return np.asarray(dequantize(data, GGMLQuantizationType[kind]), dtype=np.float32)
+    form = FORMATS[kind]
+    if form.is_quantised:
+        return dequantise_rows(data, kind, data.shape[-1] // form.block_bytes * form.block)
+    if kind == "BF16":
+        return (data.view("<u2").astype(np.uint32) << 16).view(np.float32)
+    return data.view("<f4" if kind == "F32" else "<f2").astype(np.float32)
 
 
 def unpermute(values: NDArray[Any], heads: int) -> NDArray[Any]:
