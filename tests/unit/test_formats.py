@@ -19,7 +19,7 @@ from outpace.errors import CorruptModel
 from outpace.models.formats import FORMATS, Format, dequantise, quantise_q4_1, regions_of, take_outputs
 from outpace.models.gguf import GGUFCheckpoint
 from outpace.ops.cpu.dequantise import dequantise_rows
-from outpace.ops.cpu.interleave import KINDS, interleave
+from outpace.ops.cpu.interleave import KINDS, Jobs, interleave
 from outpace.ops.cpu.quantise import quantise_rows
 
 BLOCKS = [name for name, form in FORMATS.items() if form.is_quantised]
@@ -133,6 +133,41 @@ def test_some_panels_only(name: str) -> None:
     for first, last in ((2, 4), (0, 1), (1, 2)):
         interleave(data, KINDS[name], np.arange(64), parts, first, last)
     assert (parts == whole).all()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_jobs_of_many_threads(threads: int) -> None:
+    jobs, made, told, called = Jobs(), [], [], []
+    for i, name in enumerate(FORMATS):
+        form = FORMATS[name]
+        blocks = 2 if form.is_quantised else 64
+        data = random_rows(form, 64, blocks, i)
+        order = np.random.default_rng(i).permutation(64)
+        panels = np.zeros(form.shape(64, blocks * form.block), dtype=np.uint8)
+        if name == "Q5_K":
+            data[7, 1] |= 0x7C
+        jobs.add(data, KINDS[name], order, panels, name, at_once=3000)
+        made.append((data, form, blocks * form.block, order, panels))
+    bad = jobs.run(threads, lambda done, total: told.append((done, total)), lambda: called.append(1))
+    assert bad == ["Q5_K"] and called == [1]
+    assert told[-1][0] == told[-1][1] == sum(panels.nbytes for *_, panels in made) and told == sorted(told)
+    for data, form, depth, order, panels in made:
+        if form.name != "Q5_K":
+            assert (dequantise(panels, form, 64, depth) == theirs(data, form)[order]).all()
+    assert Jobs().run() == []
+
+
+def test_jobs_end_with_what_goes_wrong_meanwhile() -> None:
+    def wrong() -> None:
+        raise KeyboardInterrupt
+
+    form = FORMATS["Q4_0"]
+    for how in ({"meanwhile": wrong}, {"progress": lambda done, total: wrong()}):
+        jobs = Jobs()
+        data, panels = np.zeros((1 << 14, 18 * 64), np.uint8), np.zeros(form.shape(1 << 14, 2048), np.uint8)
+        jobs.add(data, KINDS["Q4_0"], np.arange(1 << 14), panels, at_once=1)
+        with pytest.raises(KeyboardInterrupt):
+            jobs.run(2, **how)  # type: ignore[arg-type]
 
 
 @each_format

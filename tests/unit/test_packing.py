@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -19,7 +20,8 @@ from outpace.errors import CorruptModel, UnsupportedModel
 from outpace.models import packing
 from outpace.models.block import describe
 from outpace.models.checkpoint import Checkpoint
-from outpace.models.formats import FORMATS, dequantise
+from outpace.models.config import ModelConfig
+from outpace.models.formats import FORMATS, dequantise, quantise_q4_1
 from outpace.models.gguf import GGUFCheckpoint
 from outpace.models.packed import Tensors, head_width, pack_product, padded
 from outpace.models.packing import is_quantised, own_formats, pack
@@ -75,23 +77,24 @@ def test_a_files_blocks_are_those_of_its_weights(arch: str, head: str | None, tm
     assert (weights.tensors["1.norm_2"] == checkpoint.tensor("model.layers.1.post_attention_layernorm.weight")).all()
 
 
+def padded_heads(w: NDArray[np.float32], heads: int, config: ModelConfig) -> NDArray[np.float32]:
+    """[heads * C, K] with zero rows behind each head."""
+    c, head = config.head_dim, head_width(config)
+    return np.pad(w.reshape(heads, c, -1), ((0, 0), (0, head - c), (0, 0))).reshape(heads * head, -1)
+
+
 def slow(checkpoint: Checkpoint, precision: Precision) -> Tensors:
     """What `pack` makes of floats, product by product: heads padded, parts joined, then panels."""
     config = checkpoint.config
-    head, c = head_width(config), config.head_dim
     out: Tensors = {}
-
-    def pad(w: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
-        return np.pad(w.reshape(heads, c, -1), ((0, 0), (0, head - c), (0, 0))).reshape(heads * head, -1)
-
     for prefix, product in describe(config).products():
         parts = []
         for part in product.parts:
             w = checkpoint.tensor(f"{part.source}.weight")
             if part.outputs.heads:
-                w = pad(w, part.outputs.heads)
+                w = padded_heads(w, part.outputs.heads, config)
             if part.inputs.heads:
-                w = pad(np.ascontiguousarray(w.T), part.inputs.heads).T
+                w = padded_heads(np.ascontiguousarray(w.T), part.inputs.heads, config).T
             parts.append(np.pad(w, ((0, padded(len(w)) - len(w)), (0, 0))))
         joined = np.concatenate(parts)
         if product.in_turn:
@@ -119,6 +122,29 @@ def test_panels_are_those_of_the_slow_path(
         assert (table == embedding).all()
     else:
         assert (torch.from_numpy(embedding).to(torch.bfloat16).view(torch.int16).numpy() == table).all()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_int4_is_blocks_of_q4_1(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each part by itself, its heads padded; an embedding that is no head stays as exact as bf16 is."""
+    checkpoint, _ = toy_checkpoint(architecture)
+    config, q4_1 = checkpoint.config, FORMATS["Q4_1"]
+    monkeypatch.setattr(packing, "_FLOATS", 3000)
+    weights = pack(checkpoint, "int4", 2)
+    assert ("embedding" in weights.tensors) != config.tie_embeddings
+    for prefix, product in describe(config).products():
+        for part in product.parts:
+            w = checkpoint.tensor(f"{part.source}.weight")
+            if part.outputs.heads:
+                w = padded_heads(w, part.outputs.heads, config)
+            if part.inputs.heads:
+                w = padded_heads(np.ascontiguousarray(w.T), part.inputs.heads, config).T
+            name = f"{prefix}{part.name}"
+            assert weights.formats[name] is q4_1
+            got = dequantise(weights.tensors[f"{name}.w"], q4_1, *w.shape)
+            rounded = gguf.quants.dequantize(quantise_q4_1(w), Q.Q4_1)[:, : w.shape[1]]
+            # ties of errors may fall either way, see test_formats
+            assert (got == rounded).mean() > 0.97 and np.abs(got - w).max() <= np.abs(rounded - w).max() * 1.2
 
 
 def test_int8_is_what_it_says() -> None:

@@ -146,9 +146,11 @@ def load_model(
     @cache
     def native(precision: Precision) -> Decoder:
         # of what was asked for a copy is kept, but not of what a method needs beside it
-        return NativeDecoder.load(opened, precision, threads, _packing(progress), keep=precision == arithmetic)
+        keep = precision == arithmetic
+        return NativeDecoder.load(opened, precision, threads, _packing(progress), keep, lambda: opened.tokenizer)
 
-    return LoadedModel(opened.name, native(arithmetic), opened.tokenizer, native, opened.source.key)
+    decoder = native(arithmetic)
+    return LoadedModel(opened.name, decoder, opened.tokenizer, native, opened.source.key)
 
 
 def best_precision(opened: OpenModel, device: Device) -> Precision:

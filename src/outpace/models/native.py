@@ -5,9 +5,7 @@ Shapes: `B` sequences, `T` packed rows, `R` rows of logits, `D` width, `Hq`/`Hkv
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, get_args
 
 import numpy as np
@@ -15,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..cache.native_storage import NativeStorage
 from ..cache.storage import KVStorage
-from ..errors import CorruptModel, ParameterError, UnsupportedModel
+from ..errors import ParameterError, UnsupportedModel
 from ..ops.cpu import isa, step
 from ..ops.cpu.arguments import SEGMENT_SIZE
 from ..ops.cpu.attention import MAX_QUERIES
@@ -36,14 +34,14 @@ from ..ops.cpu.product import (
 from ..ops.cpu.ready import made_ready
 from ..ops.cpu.team import team
 from ..types import FloatArray, Logits, Precision
-from . import packed, packed_file
+from . import packed
 from .batch import PAGE_SIZE, ForwardBatch
 from .checkpoint import Checkpoint
 from .config import ModelConfig, rope_inv_freq
 from .decoder import Cpu, Decoder, DecoderOutput, checked_ids, checked_layers
 from .formats import Format, dequantise, take_outputs
 from .packed import Tensors, padded
-from .packing import pack
+from .packing import pack, weights_of
 
 #: Weights without blocks: kind and what activations are packed to, by precision or format
 _WHOLE = {
@@ -133,32 +131,15 @@ class NativeDecoder(Decoder):
         threads: int | None = None,
         progress: packed.Progress | None = None,
         keep: bool = True,
+        meanwhile: Callable[[], object] | None = None,
     ) -> NativeDecoder:
         """From an opened model (models.prepared.OpenModel): its own blocks, a file of packed weights, or packed now.
         With `keep` such a file is then written in the background; one that is damaged is made anew, with a line on
-        stderr."""
+        stderr. `meanwhile` is called on this thread while others pack."""
         cls.require(precision)
         with made_ready():
-            weights = cls._weights(model, precision, threads or default_threads(), progress, keep)
+            weights = weights_of(model, precision, threads or default_threads(), progress, keep, meanwhile)
         return cls(model.config, weights.tensors, precision, threads, formats=weights.formats)
-
-    @staticmethod
-    def _weights(
-        model: Any, precision: Precision, threads: int, progress: packed.Progress | None, keep: bool
-    ) -> packed.Weights:
-        if precision == "file":  # nothing is gained by a copy
-            packed_file.remove_old(Path(model.prepared_dir))
-            return pack(model.checkpoint(), precision, threads, progress)
-        path = Path(model.prepared_dir) / packed_file.file_name(precision)
-        if path.exists():
-            try:
-                return packed_file.load_checked(path, model.config, precision)
-            except CorruptModel as error:
-                print(f"{error}; packing the weights anew", file=sys.stderr, flush=True)
-        weights = pack(model.checkpoint(), precision, threads, progress)
-        if keep:
-            packed_file.keep(weights, path)
-        return weights
 
     @staticmethod
     def require(precision: Precision) -> None:

@@ -6,21 +6,24 @@ precisions are made from floats, some panels at a time, so that little memory is
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CorruptModel, UnsupportedModel
-from ..ops.cpu.interleave import KINDS, interleave
+from ..ops.cpu.interleave import KINDS, Jobs, interleave
 from ..ops.cpu.quantise import quantise_rows
 from ..types import Precision
+from . import packed_file
 from .block import Axis, Projection, describe
-from .checkpoint import Checkpoint, Raw
+from .checkpoint import Checkpoint
 from .config import ModelConfig
 from .formats import Format
 from .packed import (
@@ -38,7 +41,7 @@ from .packed import (
     padded,
 )
 
-_RAW_BYTES, _FLOATS = 4 << 20, 1 << 18  # of panels that a thread makes at a time
+_FLOATS = 1 << 18  # that a thread takes at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,16 +73,22 @@ def is_quantised(checkpoint: Checkpoint) -> bool:
 
 def _found_formats(checkpoint: Checkpoint) -> dict[str, Format]:
     """Of the parts of all products; none at all where one of them is only to be had as floats."""
-    model, found = describe(checkpoint.config), {}
-    parts = [(f"{prefix}{part.name}", part) for prefix, product in model.products() for part in product.parts]
-    if not checkpoint.config.tie_embeddings:
-        parts.append(("embedding", model.embedding))
-    for name, part in parts:
+    found = {}
+    for name, part in _parts(checkpoint.config):
         raw = checkpoint.raw(f"{part.source}.weight")
         if raw is None:
             return {}
         found[name] = raw.form
     return found
+
+
+def _parts(config: ModelConfig) -> Iterator[tuple[str, Projection]]:
+    """Of all products, and the embedding where it is not the head."""
+    model = describe(config)
+    for prefix, product in model.products():
+        yield from ((f"{prefix}{part.name}", part) for part in product.parts)
+    if not config.tie_embeddings:
+        yield "embedding", model.embedding
 
 
 def weight_bytes(opened: Any, precision: Precision) -> int:
@@ -98,24 +107,77 @@ def _formats(checkpoint: Checkpoint | None, config: ModelConfig, precision: Prec
     return float_formats(config) if precision in IN_BLOCKS else {}
 
 
-def pack(checkpoint: Checkpoint, precision: Precision, threads: int = 1, progress: Progress | None = None) -> Weights:
-    """All of a model's weights. `progress(done, total)` counts bytes.
+def weights_of(
+    model: Any,
+    precision: Precision,
+    threads: int,
+    progress: Progress | None = None,
+    keep: bool = True,
+    meanwhile: Callable[[], object] | None = None,
+) -> Weights:
+    """Of an opened model: its own blocks, a file of packed weights, or packed now (see `pack`). With `keep` such a file
+    is then written in the background; one that is damaged is made anew, with a line on stderr."""
+    folder = Path(model.prepared_dir)
+    if precision == "file":  # nothing is gained by a copy
+        packed_file.remove_old(folder)
+        return pack(model.checkpoint(), precision, threads, progress, meanwhile)
+    path = folder / packed_file.file_name(precision)
+    if path.exists():
+        try:
+            return packed_file.load_checked(path, model.config, precision)
+        except CorruptModel as error:
+            print(f"{error}; packing the weights anew", file=sys.stderr, flush=True)
+    weights = pack(model.checkpoint(), precision, threads, progress, meanwhile)
+    if keep:
+        packed_file.keep(weights, path)
+    return weights
+
+
+def pack(
+    checkpoint: Checkpoint,
+    precision: Precision,
+    threads: int = 1,
+    progress: Progress | None = None,
+    meanwhile: Callable[[], object] | None = None,
+) -> Weights:
+    """All of a model's weights. `progress(done, total)` counts bytes; `meanwhile` is called on this thread while the
+    others work.
 
     Raises CorruptModel for weights that are no numbers, UnsupportedModel where the precision does not work for them.
     """
     formats = _formats(checkpoint, checkpoint.config, precision)
     tensors = allocate(layout(checkpoint.config, precision, formats))
     _vectors(checkpoint, tensors)
-    tasks = list(_tasks(checkpoint, precision, formats, tensors))
-    _run(tasks, threads, progress)
+    if precision == "file":
+        bad = _own_blocks(checkpoint, formats, tensors).run(threads, progress, meanwhile)
+        if bad:
+            raise CorruptModel(f"{bad[0]} holds scales that are not numbers; fetch or copy the file again")
+    else:
+        _run(list(_tasks(checkpoint, precision, formats, tensors)), threads, progress, meanwhile)
     return Weights(tensors, formats)
 
 
-def _run(tasks: list[_Task], threads: int, progress: Progress | None) -> None:
+def _own_blocks(checkpoint: Checkpoint, formats: Mapping[str, Format], tensors: Tensors) -> Jobs:
+    jobs = Jobs()
+    for name, part in _parts(checkpoint.config):
+        raw = checkpoint.raw(f"{part.source}.weight")
+        assert raw is not None and raw.form is formats[name]
+        rows = _padded_axis(part.outputs, head_width(checkpoint.config))
+        if raw.rows is not None:
+            rows = np.where(rows < 0, -1, raw.rows[rows])
+        jobs.add(raw.data, KINDS[raw.form.name], rows, tensors[f"{name}.w"], raw.label)
+    return jobs
+
+
+def _run(
+    tasks: list[_Task], threads: int, progress: Progress | None = None, meanwhile: Callable[[], object] | None = None
+) -> None:
     done, total = 0, sum(task.size for task in tasks)
     pool = ThreadPoolExecutor(threads, "outpace-packing")
     try:
         sizes = {pool.submit(task.run): task.size for task in tasks}
+        if meanwhile:
+            meanwhile()
         for future in as_completed(sizes):
             future.result()
             done += sizes[future]
@@ -137,9 +199,10 @@ def _tasks(
             panels = len(rows) // 16
             if precision in IN_BLOCKS:
                 name = f"{prefix}{part.name}"
-                yield from _block_tasks(
-                    checkpoint, part, formats[name], rows, tensors[f"{name}.w"], precision == "file"
-                )
+                blocks = tensors[f"{name}.w"]
+                for a, b in _pieces(panels, _FLOATS // (16 * part.inputs.size)):
+                    make = partial(_make_blocks, checkpoint, part, formats[name], rows[16 * a : 16 * b], blocks[a:b])
+                    yield _Task(make, blocks[a:b].nbytes)
                 continue
             places = np.arange(panels) + before
             if product.in_turn:
@@ -149,9 +212,6 @@ def _tasks(
                 make = partial(_make_panels, checkpoint, part, precision, rows[16 * a : 16 * b], w, scales, places[a:b])
                 yield _Task(make, w[0].nbytes * (b - a))
             before += panels
-    if "embedding.w" in tensors:
-        rows = _padded_axis(model.embedding.outputs, head)
-        yield from _block_tasks(checkpoint, model.embedding, formats["embedding"], rows, tensors["embedding.w"], True)
     if "embedding" in tensors:
         table = tensors["embedding"]
         for a, b in _pieces(len(table), _FLOATS // table.shape[1]):
@@ -171,33 +231,6 @@ def _padded_axis(axis: Axis, head: int) -> NDArray[np.int64]:
     if axis.heads:
         rows = np.pad(rows.reshape(axis.heads, -1), ((0, 0), (0, head - axis.size // axis.heads)), constant_values=-1)
     return np.pad(rows.ravel(), (0, padded(rows.size) - rows.size), constant_values=-1)
-
-
-def _block_tasks(
-    checkpoint: Checkpoint,
-    part: Projection,
-    form: Format,
-    rows: NDArray[np.int64],
-    panels: NDArray[np.uint8],
-    own: bool,
-) -> Iterator[_Task]:
-    """Panels of a format: of the file's own blocks, or of blocks made of floats."""
-    raw = checkpoint.raw(f"{part.source}.weight") if own else None
-    if raw is not None and raw.rows is not None:
-        rows = np.where(rows < 0, -1, raw.rows[rows])
-    for a, b in _pieces(
-        len(panels), _FLOATS // (16 * part.inputs.size) if raw is None else _RAW_BYTES // panels[0].nbytes
-    ):
-        if raw is None:
-            run = partial(_make_blocks, checkpoint, part, form, rows[16 * a : 16 * b], panels[a:b])
-        else:
-            run = partial(_move_blocks, raw, rows, panels, a, b)
-        yield _Task(run, panels[a:b].nbytes)
-
-
-def _move_blocks(raw: Raw, rows: NDArray[np.int64], panels: NDArray[np.uint8], first: int, last: int) -> None:
-    if interleave(raw.data, KINDS[raw.form.name], rows, panels, first, last):
-        raise CorruptModel(f"{raw.label} holds scales that are not numbers; fetch or copy the file again")
 
 
 def _make_blocks(

@@ -40,17 +40,25 @@ _FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
 
 @dataclass(slots=True, eq=False)
 class OpenModel:
-    """A model that can be run; its weights are opened only when asked for."""
+    """A model that can be run; its weights are opened, and its tokenizer is built, only when asked for."""
 
     source: ModelSource
     config: ModelConfig
-    tokenizer: Tokenizer
     prepared_dir: Path
+    _texts: Mapping[str, str] = field(repr=False)
+    _tokenizer: Tokenizer | None = field(default=None, repr=False)
     _checkpoint: Checkpoint | None = field(default=None, repr=False)
 
     @property
     def name(self) -> str:
         return self.source.name
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Built at the first call, which takes most of a second with a large vocabulary. Raises CorruptModel."""
+        if self._tokenizer is None:
+            self._tokenizer = _tokenizer(self._texts, self.config, self.source)
+        return self._tokenizer
 
     def checkpoint(self) -> Checkpoint:
         """Raises CorruptModel or UnsupportedModel."""
@@ -67,16 +75,15 @@ def open_model(name: str, progress: Progress | None = None) -> OpenModel:
     """
     source = resolve(name, progress)
     folder = prepared_dir() / source.key
-    checkpoint = None
+    checkpoint = tokenizer = None
     if (texts := _load(folder)) is None:
         checkpoint = source.checkpoint()
         texts = _texts(checkpoint)
         # first of all that the tokenizer can be read: nothing damaged is ever kept
-        config, tokenizer = _parse(texts, source)
+        tokenizer = _tokenizer(texts, checkpoint.config, source)
         _store(folder, texts, source)
-    else:
-        config, tokenizer = _parse(texts, source)
-    return OpenModel(source, config, tokenizer, folder, checkpoint)
+    config = config_from_json(texts["config.json"])
+    return OpenModel(source, config, folder, texts, tokenizer, checkpoint)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,10 +158,9 @@ def _texts(checkpoint: Checkpoint) -> dict[str, str]:
     return dict(zip(_FILES, contents, strict=True))
 
 
-def _parse(texts: Mapping[str, str], source: ModelSource) -> tuple[ModelConfig, Tokenizer]:
-    config = config_from_json(texts["config.json"])
+def _tokenizer(texts: Mapping[str, str], config: ModelConfig, source: ModelSource) -> Tokenizer:
     files = TokenizerFiles(texts["tokenizer.json"], json.loads(texts["tokenizer_config.json"]))
-    return config, Tokenizer(files, config.eos_ids, str(source.path))
+    return Tokenizer(files, config.eos_ids, str(source.path))
 
 
 def _load(folder: Path) -> dict[str, str] | None:

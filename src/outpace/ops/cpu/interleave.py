@@ -7,13 +7,18 @@ region, where a step to the next row is 64 bytes.
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from typing import Any
+
 import llvmlite.ir as ir
 import numpy as np
-from numba import njit, types
+from numba import int64, njit, types
 from numpy.typing import NDArray
 
 from .compiled import compiled
 from .emit import I8, I16, I32, I64, emit, load, store
+from .simd import atomic_add, load_i64
 
 #: Kinds by the formats' names
 _NAMES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "F16", "BF16", "F32")
@@ -221,21 +226,20 @@ _BLOCKS = np.array([_BLOCK.get(kind, 64) for kind in KINDS.values()])
 _EXPONENTS = np.array([_EXPONENT.get(kind, (0, 0)) for kind in KINDS.values()])
 
 
-@compiled
-def _interleave(kind, source, row_bytes, rows, panels, first, last):
-    """Panels first..last-1 of u8[P, U, unit_bytes] from rows at the address `source`; rows i64[16 P], -1 for none.
+@njit
+def _interleave(kind, source, row_bytes, rows, base, units, unit_bytes, first, last):
+    """Panels first..last-1 at the address `base` from rows at the address `source`; i64 rows[16 P], -1 for none.
 
     Returns how many scales or values are infinite or no numbers.
     """
     bad, step = 0, _BLOCKS[kind]
     nothing = np.zeros(256, dtype=np.uint8)
-    empty, base = nothing.ctypes.data, panels.ctypes.data
-    units, unit_bytes = panels.shape[1], panels.shape[2]
+    empty = nothing.ctypes.data
     paired = kind <= _Q8_0
     for p in range(first, last):
         for u in range(units):
             for o in range(16):
-                row, to = rows[16 * p + o], base + (p * units + u) * unit_bytes + 4 * o
+                row, to = load_i64(rows + 8 * (16 * p + o)), base + (p * units + u) * unit_bytes + 4 * o
                 at = (2 * u if paired else u) * step
                 here = row >= 0
                 block = source + row * row_bytes + at if here else empty
@@ -259,6 +263,32 @@ def _interleave(kind, source, row_bytes, rows, panels, first, last):
     return bad
 
 
+# a job: [kind, source, bytes per row, rows, panels, units, bytes of a unit, first panel, last panel, found bad]
+_BAD = 9
+_NEXT, _DONE = 0, 1  # of the jobs' state: the next one to take, and bytes written
+
+
+@compiled
+def work_off(jobs, state):
+    """Take jobs i64[n, 10] one after the other until none is left; as many threads as wanted may."""
+    while True:
+        i = atomic_add(state.ctypes.data + 8 * _NEXT, 1)
+        if i >= len(jobs):
+            return
+        j = jobs[i]
+        j[_BAD] = _interleave(j[0], j[1], j[2], j[3], j[4], j[5], j[6], j[7], j[8])
+        atomic_add(state.ctypes.data + 8 * _DONE, j[5] * j[6] * (j[8] - j[7]))
+
+
+def _job(
+    data: NDArray[np.uint8], kind: int, rows: NDArray[np.int64], panels: NDArray[np.uint8], first: int, last: int
+) -> list[int]:
+    assert data.flags.c_contiguous and panels.flags.c_contiguous and rows.flags.c_contiguous
+    assert len(rows) == 16 * len(panels) and rows.dtype == np.int64
+    addresses = (data.ctypes.data, data.shape[1], rows.ctypes.data, panels.ctypes.data)
+    return [kind, *addresses, panels.shape[1], panels.shape[2], first, last, 0]
+
+
 def interleave(
     data: NDArray[np.uint8],
     kind: int,
@@ -267,12 +297,72 @@ def interleave(
     first: int = 0,
     last: int | None = None,
 ) -> int:
-    """Panels first..last-1 from rows of blocks; other threads run meanwhile.
+    """Panels first..last-1 from rows of blocks, on this thread; others run meanwhile.
 
     data u8[N, bytes per row]; rows i64[16 P]: which row each output is, -1 for padding; panels u8[P, U, unit_bytes],
     written. Returns how many scales (or float values) are infinite or no numbers.
     """
-    assert data.flags.c_contiguous and panels.flags.c_contiguous and len(rows) == 16 * len(panels)
-    return int(
-        _interleave(kind, data.ctypes.data, data.shape[1], rows, panels, first, len(panels) if last is None else last)
-    )
+    jobs = np.array([_job(data, kind, rows, panels, first, len(panels) if last is None else last)])
+    work_off(jobs, np.zeros(2, dtype=np.int64))
+    return int(jobs[0, _BAD])
+
+
+class Jobs:
+    """Matrices to be brought into panels, by threads that hold up no other while they work."""
+
+    def __init__(self) -> None:
+        self._jobs: list[list[int]] = []
+        self._held: list[NDArray[Any]] = []
+        self._labels: list[str] = []
+
+    def add(
+        self,
+        data: NDArray[np.uint8],
+        kind: int,
+        rows: NDArray[np.int64],
+        panels: NDArray[np.uint8],
+        label: str = "",
+        at_once: int = 1 << 22,
+    ) -> None:
+        """As `interleave`, later. `at_once`: bytes of panels that a thread takes at a time."""
+        self._held += [data, rows, panels]  # there are only addresses of them in the jobs
+        size = max(at_once // panels[0].nbytes, 1)
+        for first in range(0, len(panels), size):
+            self._jobs.append(_job(data, kind, rows, panels, first, min(first + size, len(panels))))
+            self._labels.append(label)
+
+    def run(
+        self,
+        threads: int = 1,
+        progress: Callable[[int, int], None] | None = None,
+        meanwhile: Callable[[], object] | None = None,
+    ) -> list[str]:
+        """Do them all, and `meanwhile` on this thread. `progress(done, total)` counts bytes that are written.
+
+        Returns the labels of jobs that met scales (or float values) which are infinite or no numbers.
+        """
+        if not self._jobs:
+            return []
+        jobs, state = np.array(self._jobs, dtype=np.int64), np.zeros(2, dtype=np.int64)
+        total = int((jobs[:, 5] * jobs[:, 6] * (jobs[:, 8] - jobs[:, 7])).sum())
+        workers = [threading.Thread(target=self._work, args=(jobs, state), daemon=True) for _ in range(threads)]
+        work_off.compile((int64[:, ::1], int64[::1]))  # not in each of them
+        try:
+            for worker in workers:
+                worker.start()
+            if meanwhile:
+                meanwhile()
+            for worker in workers:
+                while worker.is_alive():
+                    worker.join(0.02)
+                    if progress:
+                        progress(int(state[_DONE]), total)
+            if progress:
+                progress(total, total)
+        finally:  # after Ctrl-C or an error too: what runs takes milliseconds, the rest is left
+            state[_NEXT] = len(jobs)
+        return sorted({self._labels[i] for i in np.flatnonzero(jobs[:, _BAD])})
+
+    def _work(self, jobs: NDArray[np.int64], state: NDArray[np.int64]) -> None:
+        """A thread's part; it holds this object, and so all that the jobs point to."""
+        work_off(jobs, state)
