@@ -15,6 +15,7 @@ from outpace.models import block as blocks
 from outpace.models.config import ModelConfig
 from outpace.models.gguf import GGUFCheckpoint
 from outpace.models.layout import check_layout, expected_shapes
+from outpace.models.native import NativeDecoder
 from outpace.models.packed import layout
 from outpace.models.packing import pack
 from outpace.models.torch_decoder import TorchDecoder
@@ -74,6 +75,13 @@ def test_a_made_up_part_is_in_the_packed_weights(made_up: None, precision: Preci
     assert len(tensors["2.qkv.w"]) == columns // 16 + 1 and len(tensors["2.qkv.scale"]) == columns + 16
     np.testing.assert_array_equal(np.flatnonzero(tensors["2.qkv.bias"]), columns + np.arange(5))
     assert tensors.keys() == layout(c, precision, {}).keys()
+
+
+def test_a_made_up_part_is_in_no_kernel(made_up: None) -> None:
+    """Its weights are found, but the step has no place for a norm of that name."""
+    weights = pack(made_up_checkpoint(), "float32")
+    with pytest.raises(AttributeError, match="L_NORM_3"):
+        NativeDecoder(toy_checkpoint("llama")[0].config, weights.tensors, "float32", threads=1)
 
 
 def test_missing_misshapen_and_unknown_tensors_are_named() -> None:

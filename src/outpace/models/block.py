@@ -84,6 +84,11 @@ class Sublayer:
     norms: tuple[Norm, ...]
     products: tuple[Product, ...]
 
+    def names(self) -> set[str]:
+        """Of all that is in it, in packed weights."""
+        names = {part.name for product in self.products for part in product.parts}
+        return names | {product.name for product in self.products} | {norm.name for norm in self.norms}
+
 
 @dataclass(frozen=True, slots=True)
 class Block:

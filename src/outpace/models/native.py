@@ -15,44 +15,27 @@ from ..cache.native_storage import NativeStorage
 from ..cache.storage import KVStorage
 from ..errors import ParameterError, UnsupportedModel
 from ..ops.cpu import isa, step
-from ..ops.cpu.arguments import SEGMENT_SIZE
 from ..ops.cpu.attention import MAX_QUERIES
 from ..ops.cpu.attention_int4 import SCRATCH_FIXED
-from ..ops.cpu.blocks import KERNELS, X_BLOCK
+from ..ops.cpu.blocks import X_BLOCK
 from ..ops.cpu.compiled import address_of
-from ..ops.cpu.linear import GATED_GELU, GATED_SILU, KIND_BF16, KIND_F16, KIND_F32, KIND_INT8
-from ..ops.cpu.product import (
-    IN_BF16,
-    IN_BLOCKS,
-    IN_F32,
-    IN_INT8,
-    INPUTS,
-    PRODUCT_SCRATCH,
-    PRODUCT_SIZE,
-    whole_kinds,
-)
+from ..ops.cpu.linear import GATED_GELU, GATED_SILU
+from ..ops.cpu.product import IN_BF16, IN_BLOCKS, IN_F32, IN_INT8, INPUTS, PRODUCT_SCRATCH
 from ..ops.cpu.ready import made_ready
 from ..ops.cpu.team import team
 from ..types import FloatArray, Logits, Precision
 from . import packed
 from .batch import PAGE_SIZE, ForwardBatch
+from .block import describe
 from .checkpoint import Checkpoint
 from .config import ModelConfig, rope_inv_freq
 from .decoder import Cpu, Decoder, DecoderOutput, checked_ids, checked_layers
 from .formats import Format, dequantise, take_outputs
 from .packed import Tensors, padded
 from .packing import pack, weights_of
+from .records import Records
 
-#: Weights without blocks: kind and what activations are packed to, by precision or format
-_WHOLE = {
-    "float32": (KIND_F32, IN_F32), "bfloat16": (KIND_BF16, IN_BF16), "int8": (KIND_INT8, IN_INT8),
-    "F32": (KIND_F32, IN_F32), "BF16": (KIND_BF16, IN_BF16), "F16": (KIND_F16, IN_F32),
-}  # fmt: skip
 _ROPE_CHUNK = 4096
-#: Parts of the products of a layer: of each either the fused one or its segments are there
-_QKV, _OUT, _GATE_UP, _DOWN = ("qkv", "q", "k", "v"), ("out",), ("gate_up", "gate", "up"), ("down",)
-_ATTENTION = (*_QKV, *_OUT, "qkv.bias", "norm_1", "post_1", "q_norm", "k_norm")
-_MLP = (*_GATE_UP, *_DOWN, "norm_2", "post_2")
 
 
 def default_threads() -> int:
@@ -248,16 +231,19 @@ class NativeDecoder(Decoder):
         cfg, c, keep = self.config, self._control, self._keep
         head = packed.head_width(cfg)
         width, hidden = padded(cfg.hidden_size), padded(cfg.intermediate_size)
-        self._deepest = padded(max(width, hidden, cfg.num_heads * head), 256)
-        self._products: dict[str, NDArray[np.int64]] = {}
-        self._used_inputs = 0
+        self._model, self._records = describe(cfg), Records(keep, self.formats, self.precision)
+        self._deepest = padded(max(packed.width_of(p.inputs, head) for p in self._model.projections()), 256)
         self._inputs = np.zeros((INPUTS, 2), dtype=np.int64)
         self._floats = np.array([cfg.rms_norm_eps, cfg.embedding_scale, cfg.attention_scale], dtype=np.float32)
         self._tiles, self._page_tiles = isa.tile_config(), isa.tile_config(page_tiles=True)
         self._items = np.zeros(cfg.num_layers, dtype=np.int64)  # of attention, taken so far in each layer
         self._layers = np.zeros((cfg.num_layers, step.LAYER_SIZE), dtype=np.int64)
-        for i, kind in enumerate(cfg.layer_types):
-            self._layers[i] = self._layer_entries(i, kind == "sliding")
+        sliding = np.array([kind == "sliding" for kind in cfg.layer_types])
+        self._layers[:, step.L_WINDOW] = (cfg.sliding_window or 0) * sliding
+        self._layers[:, step.L_LOCAL_ROPE] = sliding & (self._rope_local is not None)
+        self._layers[:, step.L_SAVE_HIDDEN] = -1
+        for i, block in enumerate(self._model.blocks):
+            self._records.fill(self._layers[i], f"{i}.", block)
         values = {
             step.C_ATTEND: address_of(step.attention), step.C_LEVEL: self.level,
             step.C_INPUTS: self._inputs.ctypes.data, step.C_TILE_CONFIG: self._tiles.ctypes.data,
@@ -280,65 +266,24 @@ class NativeDecoder(Decoder):
         table = self._keep.get("embedding")
         if table is not None:
             return table, step.ROWS_F32 if table.dtype == np.float32 else step.ROWS_BF16
-        return self._segment("embedding" if "embedding.w" in self._keep else "head"), step.PANELS
+        return self._records.segment("embedding" if "embedding.w" in self._keep else "head"), step.PANELS
 
     def _set_head(self, ids: NDArray[np.int64] | None) -> None:
         """Point at the output head as it is in `_keep`, which gives the logits of `ids`."""
         c = self._control
         self._head_ids = ids
         self._outputs = self.config.vocab_size if ids is None else len(ids)
-        c[step.C_HEAD_PRODUCT] = self._product(("head",))
+        c[step.C_HEAD_PRODUCT] = self._records.product("", self._model.head)
         c[step.C_LOGITS_STRIDE] = 4 * padded(self._outputs)
         self._logit_rows = 0  # their buffers are made at the next forward
 
     def _streamed_bytes(self) -> int:
         """Weights that a step of one row reads."""
-        names = [f"{i}.{name}" for i in self.skipped[0] for name in _ATTENTION]
-        names += [f"{i}.{name}" for i in self.skipped[1] for name in _MLP] + ["embedding"]
-        left_out = {f"{name}{part}" for name in names for part in ("", ".w", ".scale")}
-        return sum(array.nbytes for name, array in self._keep.items() if name not in left_out)
-
-    def _segment(self, part: str, bias: int = 0) -> NDArray[np.int64]:
-        """The record (ops.cpu.arguments) of one matrix. `bias`: address of that of its first output, 0: none."""
-        w, scale, form = self._keep[f"{part}.w"], self._keep.get(f"{part}.scale"), self.formats.get(part)
-        name = self.precision if form is None else form.name
-        kind, inputs = _WHOLE.get(name, (0, IN_BLOCKS))
-        kernel = address_of(KERNELS.get(name, whole_kinds))
-        steps = w[0].nbytes // 1024
-        if form is not None and form.name in KERNELS:
-            steps = w.shape[1] * form.unit_depth // 64
-        where = 0 if scale is None else scale.ctypes.data
-        return np.array([kernel, inputs, kind, w.ctypes.data, where, bias, len(w), steps], dtype=np.int64)
-
-    def _product(self, parts: Sequence[str], bias: str = "") -> int:
-        """Address of a product's record (ops.cpu.product), made of those parts that there are."""
-        bias_at = self._keep[bias].ctypes.data if bias in self._keep else 0
-        record = np.zeros(PRODUCT_SIZE, dtype=np.int64)
-        panels = 0
-        for part in parts:
-            if f"{part}.w" in self._keep:
-                at = 2 + SEGMENT_SIZE * int(record[0])
-                segment = self._segment(part, bias_at and bias_at + 64 * panels)
-                record[at : at + SEGMENT_SIZE] = segment
-                record[0] += 1
-                record[1] |= 1 << segment[1]
-                panels += len(self._keep[f"{part}.w"])
-        self._used_inputs |= int(record[1])
-        self._products[parts[0]] = record
-        return record.ctypes.data
-
-    def _layer_entries(self, i: int, sliding: bool) -> list[int]:
-        def where(name: str) -> int:
-            array = self._keep.get(f"{i}.{name}")
-            return 0 if array is None else array.ctypes.data
-
-        products = [
-            self._product([f"{i}.{part}" for part in parts], f"{i}.{parts[0]}.bias")
-            for parts in (_QKV, _OUT, _GATE_UP, _DOWN)
-        ]
-        vectors = map(where, ("norm_1", "norm_2", "post_1", "post_2", "q_norm", "k_norm"))
-        window = (self.config.sliding_window or 0) if sliding else 0
-        return [*products, *vectors, window, int(sliding and self._rope_local is not None), -1, 0, 0]
+        blocks = self._model.blocks
+        skipped = [(i, blocks[i].attention) for i in self.skipped[0]] + [(i, blocks[i].mlp) for i in self.skipped[1]]
+        left_out = {"embedding"} | {f"{i}.{name}" for i, sublayer in skipped for name in sublayer.names()}
+        kept = [array for name, array in self._keep.items() if not {name, name.rpartition(".")[0]} & left_out]
+        return sum(array.nbytes for array in kept)
 
     def _reserve(self, rows: int, wanted: int, places: int) -> None:
         """Grow the buffers to what this step needs; they never shrink."""
@@ -376,9 +321,9 @@ class NativeDecoder(Decoder):
             buffers["input_scales"] = np.zeros((n, 2), dtype=np.float32)  # and the sums, int32
             c[step.C_INPUT_SCALES] = buffers["input_scales"].ctypes.data
             for kind, row_bytes in ((IN_F32, 4), (IN_BF16, 2), (IN_INT8, 1)):
-                if self._used_inputs >> kind & 1:
+                if self._records.inputs >> kind & 1:
                     self._set_input(kind, np.zeros((n, row_bytes * self._deepest), dtype=np.uint8))
-            if self._used_inputs >> IN_BLOCKS & 1:
+            if self._records.inputs >> IN_BLOCKS & 1:
                 self._set_input(IN_BLOCKS, np.zeros((self._deepest // 256, n * X_BLOCK), dtype=np.uint8))
         if wanted > self._logit_rows or not self._logit_rows:  # a first chunk may want none
             self._logit_rows = max(wanted, 32)
