@@ -176,6 +176,7 @@ LAST = "print('one\\n\\ntwo\\nerror: cannot read', args[args.index('--model') + 
     [
         (LAST + "sys.exit(3)", "does not start: llama-server ended with exit code 3; its last words: "),
         (LAST + "sys.exit(3)", "one / two / error: cannot read model.gguf"),
+        (f"print({'a' * 120!r}, sys.argv[0], HERE + '/libs/one.so'); sys.exit(3)", f"{'a' * 120} llama-server one.so"),
         (LAST + "os.kill(os.getpid(), signal.SIGILL)", "ended with signal SIGILL; its last words:"),
         ("print('couldn\\'t bind to the port', flush=True); sys.exit(1)", "couldn't bind to the port"),
         ("time.sleep(60)", "gave no answer within 2 s"),
@@ -186,7 +187,7 @@ def test_a_server_that_does_not_come_up(tmp_path, at_start, says):
     program = server(tmp_path, at_start=at_start)
     with pytest.raises(PeerError) as caught, opened(program, start_timeout_s=2.0 if "2 s" in says else 30.0):
         pass
-    assert says in str(caught.value) and "\n" not in str(caught.value) and str(tmp_path) not in str(caught.value)
+    assert says in str(caught.value) and "\n" not in str(caught.value) and tmp_path.name[:20] not in str(caught.value)
     assert len(pids(tmp_path)) == (3 if "bind" in says else 1)
     assert all(map(gone, pids(tmp_path)))
 

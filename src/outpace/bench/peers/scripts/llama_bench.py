@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 from peer_loop import Refused
-from program import Own, Program, ended
+from program import Own, Program
 
 
 class LlamaBench:
@@ -61,7 +61,7 @@ class LlamaBench:
     def _run(self, tests: list[str]) -> list[dict[str, Any]]:
         done = subprocess.run(self.program.command(self.own) + tests, stdin=subprocess.DEVNULL, capture_output=True)
         if done.returncode:
-            raise Refused(ended(done.returncode, done.stderr.decode("utf-8", "replace").splitlines()))
+            raise Refused(self.program.ended(done.returncode, done.stderr.decode("utf-8", "replace").splitlines()))
         try:
             text = done.stdout.decode("utf-8", "replace")
             found: list[dict[str, Any]] = json.loads(text[text.index("[") :])

@@ -22,7 +22,7 @@ from time import perf_counter
 from typing import Any
 
 from peer_loop import Refused
-from program import Own, Program, ended
+from program import Own, Program
 
 _HOST = "127.0.0.1"
 _PORTS = 3  # tried; another program may take a free port before the server does
@@ -40,7 +40,7 @@ class LlamaServer:
 
     def __init__(self, program: Program, hello: dict[str, Any]) -> None:
         self.stop, self.past_end = hello["stop_ids"], hello["past_end"]
-        self._said: deque[str] = deque(maxlen=200)
+        self._program, self._said = program, deque[str](maxlen=200)
         self._built_for: str | None = None
         self._process: subprocess.Popen[str] | None = None
         self._pool = ThreadPoolExecutor(hello["max_batch"])
@@ -98,7 +98,7 @@ class LlamaServer:
         assert self._process is not None
         code = self._process.wait()
         self._listener.join(1.0)
-        return ended(code, list(self._said))
+        return self._program.ended(code, list(self._said))
 
     @property
     def memory_bytes(self) -> int | None:

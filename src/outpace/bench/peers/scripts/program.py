@@ -17,6 +17,7 @@ from typing import Any
 from peer_loop import Refused
 
 _OPTION = re.compile(r"(?<![\w-])--?[a-zA-Z][\w-]*")
+_FOLDERS = re.compile(r"(?<![\w.])~?/(?:[^\s/'\"]+/)+")  # of a path that begins at the root or at home; no spaces
 _HELP_S = 30.0  # to say its help or version; a large build on a slow disk needs some
 _LINES, _LINE = 4, 160  # of what it said last, and characters of one of them
 
@@ -29,6 +30,7 @@ class Program:
     def __init__(self, path: str, arguments: Sequence[str]) -> None:
         self.path, self.arguments = path, list(arguments)
         self.name = os.path.basename(path)
+        self._paths = [path]  # whose folders are the user's own business
         self.help = self._said("--help")
         self.options = frozenset(_OPTION.findall(self.help))
 
@@ -49,7 +51,9 @@ class Program:
             known = [name for name in names if name in self.options]
             if known and not self.given(*names):
                 words += [known[0]] if value is None else [known[0], str(value)]
-        return words + self.arguments
+        words += self.arguments
+        self._paths += [path for word in words if os.path.isabs(path := word.rpartition("=")[2])]
+        return words
 
     def given(self, *names: str) -> bool:
         """Whether the user wrote an option himself."""
@@ -84,12 +88,16 @@ class Program:
             raise Refused(f"{self.name} cannot be run: {error.strerror}") from None
         text = done.stdout.decode("utf-8", "replace")
         if done.returncode < 0 or done.returncode > 125:  # a signal; or it was not found, or its libraries were not
-            raise Refused(f"{self.name} {option} {ended(done.returncode, text.splitlines())}")
+            raise Refused(f"{self.name} {option} {self.ended(done.returncode, text.splitlines())}")
         return text
 
+    def ended(self, code: int, said: Iterable[str]) -> str:
+        """How it ended and what it said last, in one line; of paths only the last part."""
+        how = f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
+        last = [self._public(line)[:_LINE] for line in said if line.strip()][-_LINES:]
+        return f"ended with {how}" + (f"; its last words: {' / '.join(last)}" if last else "")
 
-def ended(code: int, said: Iterable[str]) -> str:
-    """How a process ended and what it said last, in one line."""
-    how = f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
-    last = [" ".join(line.split())[:_LINE] for line in said if line.strip()][-_LINES:]
-    return f"ended with {how}" + (f"; its last words: {' / '.join(last)}" if last else "")
+    def _public(self, line: str) -> str:
+        for path in sorted(self._paths, key=len, reverse=True):
+            line = line.replace(path, os.path.basename(path))
+        return " ".join(_FOLDERS.sub("", line).split())
