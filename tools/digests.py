@@ -56,7 +56,8 @@ def outputs(model: str, precisions: tuple[str, ...], threads: int) -> Iterator[t
         llm = LLM(model, method="plain", precision=precision, threads=threads)
         for method in FEW if place else every_drafter():
             for verifier in ("coupled", "block", "typical") if method == "suffix" else ("coupled",):
-                chosen = llm.with_method(method, verifier=verifier, planner="fixed")
+                fixed = {} if method == "plain" else {"verifier": verifier, "planner": "fixed"}
+                chosen = llm.with_method(method, **fixed)
                 for temperature in (0.0, 0.8):
                     for batch in (1, PROMPTS):
                         params = [SamplingParams(TOKENS, temperature=temperature, seed=i) for i in range(PROMPTS)]
