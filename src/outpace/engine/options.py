@@ -74,8 +74,8 @@ class EngineOptions:
     precision: str = value(
         "auto",
         Choice(PRECISIONS),
-        "Arithmetic of the model; file: in the formats that its file has its weights in; auto: int8 on a CPU, bfloat16 "
-        "on CUDA. int4 loses quality.",
+        "Arithmetic of the model; file: in the formats that its file has its weights in; auto: file for quantised GGUF "
+        "on a CPU without AMX, else int8 on a CPU, bfloat16 on CUDA. int4 loses quality.",
     )
     threads: int | None = value(None, Whole(1, 1024), "CPU threads.", unset="one per core")
     device: str = value("auto", Text(), "cpu, cuda, or auto: cuda if there is one.")
