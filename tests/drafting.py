@@ -143,7 +143,7 @@ def step(drafter: Drafter, sequences: list[Sequence], budgets: list[int]) -> tup
         check_draft(draft, budget, V)
         outputs = outputs_of(sequence.tokens, draft)
         accepted = CoupledVerifier().verify(sequence, draft, outputs)
-        sequence.tokens += accepted.tokens.tolist()
+        sequence.tokens += accepted.tokens
         drafter.observe(sequence, Observation(accepted.tokens, draft, accepted, outputs))
         total += len(accepted.tokens)
     return total, drafts

@@ -7,8 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
-import numpy as np
-
 from outpace import registry
 from outpace.decoding.contracts import Drafter, DrafterContext, Observation, Verifier
 from outpace.decoding.contracts import Sequence as TokenSequence
@@ -61,7 +59,7 @@ class CountedFault(OneIn500):
         if len(draft) and not len(seen.path):
             self.rejected += 1
             if self.rejected % 500 == 0:
-                return Accepted(np.array([0]), np.array([int(draft.tokens[0]), int(outputs.argmax()[1])]))
+                return Accepted([0], [int(draft.tokens[0]), int(outputs.argmax()[1])])
         return seen
 
 

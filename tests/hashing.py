@@ -163,7 +163,7 @@ class Scripted(Drafter):
 
     def observe(self, sequence: TokenSequence, seen: Observation) -> None:
         self.live[sequence.id] += len(seen.new_tokens)
-        assert sequence.tokens[-len(seen.new_tokens) :] == seen.new_tokens.tolist()
+        assert sequence.tokens[-len(seen.new_tokens) :] == seen.new_tokens
         assert (seen.outputs is None) == (self.live[sequence.id] == sequence.prompt_length + len(seen.new_tokens))
 
     def end(self, sequence: TokenSequence) -> None:

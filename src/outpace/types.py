@@ -195,10 +195,10 @@ class Draft:
 
 @dataclass(slots=True, eq=False)
 class Accepted:
-    """What a verifier decided for one sequence and one step."""
+    """What a verifier decided for one sequence and one step; in lists, since they are short."""
 
-    path: IntArray  # [a] accepted draft nodes, from the root down
-    tokens: IntArray  # [a + 1] their tokens, then the target's own next token
+    path: list[int]  # [a] accepted draft nodes, from the root down
+    tokens: list[int]  # [a + 1] their tokens, then the target's own next token
     # [a + 1] of `tokens` under the target's processed distribution, or its raw one (SamplingParams.raw_logprobs)
     logprobs: FloatArray | None = None
     top_logprobs: list[list[tuple[int, float]]] | None = None  # [a + 1][k] (token, log-probability)
@@ -247,7 +247,10 @@ class DecodingStats:
     prediction_rejected: int = 0  # and those that it has not
 
     def source(self, name: str) -> SourceStats:
-        return self.sources.setdefault(name, SourceStats())
+        found = self.sources.get(name)
+        if found is None:
+            found = self.sources[name] = SourceStats()
+        return found
 
     @property
     def accepted_by_source(self) -> dict[str, int]:

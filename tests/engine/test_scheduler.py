@@ -7,7 +7,7 @@ from time import perf_counter
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from scheduling import Simulator, limits
 
@@ -78,6 +78,31 @@ def test_everything_finishes(
     simulator.run()
     assert sorted(simulator.done) == sorted(set(range(len(work))) - cancelled)
     assert simulator.memory.available_pages == num_pages and not simulator.host
+
+
+@settings(max_examples=60, deadline=None)
+@given(WORK, st.integers(20, 400), st.integers(1, 8), st.integers(1, 40), st.integers(0, 1000))
+def test_plans_do_not_depend_on_whether_pages_were_asked_for(work, num_pages, max_batch, prefill_rows, seed) -> None:
+    """Where there are pages for all that a step can take, the scheduler asks nobody."""
+    found, ample = [], []
+    for always in (False, True):
+        simulator = Simulator(
+            limits(num_pages=num_pages, max_batch=max_batch, prefill_rows=prefill_rows, max_rows=5, max_step_rows=12),
+            seed=seed,
+        )
+        if always:
+            simulator.scheduler._most_pages = lambda: num_pages + 1  # type: ignore[method-assign]
+        for id, (prompt, most, output, owner, priority, group, common, pause, _) in enumerate(work):
+            simulator.add(Job(id, prompt, most, owner, priority, group), output, min(common, prompt))
+            for _ in range(pause):
+                if not simulator.scheduler.idle:
+                    simulator.step()
+                    ample.append(simulator.scheduler._ample)
+        simulator.run()
+        found.append((simulator.plans, simulator.done))
+        assert not always or not simulator.scheduler._ample
+    assert found[0] == found[1]
+    event(f"ample: {any(ample)}")
 
 
 def plans_of(simulator: Simulator, steps: int) -> list[StepPlan]:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outpace.models.batch import Span, pack
-from outpace.ops.masks import Bidirectional, Block, Tree, block_visible, dense_mask, tree_visible
+from outpace.ops.masks import CAUSAL, Bidirectional, Block, Tree, block_visible, dense_mask, tree_visible
 from outpace.ops.reference import DenseLinear, Int8ReferenceLinear, quantize_rows, rotate
 
 TABLE = np.zeros((1, 4), dtype=np.int32)
@@ -69,6 +69,48 @@ def test_packing_of_mixed_spans():
     types = {"tokens": np.int64, "positions": np.int64, "logit_rows": np.int64, "causal": np.bool_}
     for name in ("tokens", "positions", "row_start", "offsets", "causal", "visible_start", "visible", "logit_rows"):
         assert getattr(batch, name).dtype == types.get(name, np.int32), name
+
+
+MASKS = st.one_of(
+    st.just(CAUSAL),
+    st.integers(1, 4).map(Block),
+    st.just(Bidirectional()),
+    st.lists(st.integers(0, 9), max_size=6).map(
+        lambda numbers: Tree(np.array([n % (i + 1) - 1 for i, n in enumerate(numbers)], dtype=np.int64))
+    ),
+)
+
+
+@st.composite
+def spans(draw):
+    mask = draw(MASKS)
+    n = len(mask.parents) + 1 if isinstance(mask, Tree) else draw(st.integers(0 if mask is CAUSAL else 1, 5))
+    first = draw(st.integers(0, n - 1)) if isinstance(mask, Tree) else draw(st.integers(0, 3))
+    rows = n - first if isinstance(mask, Tree) else n
+    tokens = draw(st.lists(st.integers(0, 99), min_size=rows, max_size=rows))
+    given = np.array(tokens, dtype=np.int64) if draw(st.booleans()) else tokens
+    return Span(given, draw(st.integers(0, 40)), mask, first, draw(st.sampled_from(["all", "last", "none"])))
+
+
+@given(st.lists(spans(), min_size=1, max_size=6))
+def test_a_step_is_its_spans_one_after_the_other(some):
+    batch, row, logits = pack(some, np.zeros((len(some), 1), dtype=np.int32)), 0, []
+    for b, span in enumerate(some):
+        alone, n = pack([span], TABLE), len(span.tokens)
+        assert batch.row_start[b : b + 2].tolist() == [row, row + n]
+        assert (batch.causal[b], batch.committed[b]) == (alone.causal[0], span.committed)
+        for name in ("tokens", "positions", "offsets"):
+            assert getattr(batch, name)[row : row + n].tolist() == getattr(alone, name).tolist(), name
+        assert lists(batch.visible_start[row : row + n + 1], batch.visible) == lists(alone.visible_start, alone.visible)
+        logits += [row + int(i) for i in alone.logit_rows]
+        shown = lists(alone.visible_start, alone.visible)
+        causal = [span.committed + span.offset + i for i in range(n)]
+        if isinstance(span.mask, Tree) and shown and shown[0]:
+            causal = [span.committed + len(seen) - 1 for seen in shown]  # as many before it as it sees
+        assert alone.positions.tolist() == causal
+        assert alone.tokens.tolist() == list(span.tokens)
+        row += n
+    assert batch.logit_rows.tolist() == logits and len(batch.visible_start) == row + 1
 
 
 @pytest.mark.parametrize("parents", [np.array([-1, -1]), np.array([-1, -2, 0])])

@@ -122,8 +122,8 @@ def test_a_hedge_is_taken_after_a_rejection() -> None:
         drafter._join()
         hedge = next((n for n in range(3, len(tree.tokens)) if tree.parents[n] < 2 and tree.rows[n] >= 0), None)
         assert hedge is not None
-        new = np.array(tree.path(hedge))
-        sequence.tokens += new.tolist()
+        new = tree.path(hedge)
+        sequence.tokens += new
         drafter.observe(sequence, Observation(new, draft, None, None))
         ready = drafter._trees[0]
         hits += 1
@@ -193,7 +193,7 @@ def test_what_fails_in_the_background_is_raised_by_the_next_propose() -> None:
     drafter._start([drafter._trees[0]])
     outputs = outputs_of(sequence.tokens, draft)
     accepted = CoupledVerifier().verify(sequence, draft, outputs)
-    sequence.tokens += accepted.tokens.tolist()
+    sequence.tokens += accepted.tokens
     drafter.observe(sequence, Observation(accepted.tokens, draft, accepted, outputs))
     decoder.fail = False
     with pytest.raises(RuntimeError, match="draft model broke"):

@@ -75,7 +75,7 @@ def test_rejection_sampling_with_a_model_draft_follows_the_target() -> None:
             outputs = outputs_of(sequence.tokens, draft)
             accepted = RejectionVerifier().verify(sequence, draft, outputs)
             agreed += not sequence.output and len(accepted.path) > 0
-            sequence.tokens += accepted.tokens.tolist()
+            sequence.tokens += accepted.tokens
             drafter.observe(sequence, Observation(accepted.tokens, draft, accepted, outputs))
         counts[sequence.output[0], sequence.output[1]] += 1
         drafter.end(sequence)

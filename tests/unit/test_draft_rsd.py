@@ -42,7 +42,7 @@ def verify(drafter: Grown, sequences: list[Sequence], budget: int, wrong: bool =
         assert draft.q is not None and not draft.replacement
         outputs = outputs_of(sequence.tokens, draft)
         seen = RejectionVerifier().verify(sequence, replace(draft, replacement=True) if wrong else draft, outputs)
-        sequence.tokens += seen.tokens.tolist()
+        sequence.tokens += seen.tokens
         drafter.observe(sequence, Observation(seen.tokens, draft, seen, outputs))
         accepted.append(len(seen.path))
     return accepted

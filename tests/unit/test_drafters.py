@@ -89,7 +89,7 @@ def decode(
     verifier, sequence = CoupledVerifier(), Sequence(id, text[:prompt_length], prompt_length, SamplingParams())
     drafter.begin(sequence)
     sequence.tokens.append(text[prompt_length])
-    drafter.observe(sequence, Observation(np.array(text[prompt_length : prompt_length + 1]), Draft.empty(), None, None))
+    drafter.observe(sequence, Observation(text[prompt_length : prompt_length + 1], Draft.empty(), None, None))
     steps = 0
     while len(sequence.tokens) < len(text):
         [draft] = drafter.propose([sequence], [budget])
@@ -97,7 +97,7 @@ def decode(
         outputs = outputs_of(text, len(sequence.tokens), draft)
         accepted = verifier.verify(sequence, draft, outputs)
         new = accepted.tokens[: len(text) - len(sequence.tokens)]
-        sequence.tokens += new.tolist()
+        sequence.tokens += new
         drafter.observe(sequence, Observation(new, draft, accepted, outputs))
         steps += 1
     if end:
@@ -194,7 +194,7 @@ def test_a_drafter_may_be_skipped(name: str) -> None:
         outputs = outputs_of(TEXT, len(sequence.tokens), draft)
         accepted = verifier.verify(sequence, draft, outputs)
         new = accepted.tokens[: len(TEXT) - len(sequence.tokens)]
-        sequence.tokens += new.tolist()
+        sequence.tokens += new
         if awake and not unheard:
             drafter.observe(sequence, Observation(new, draft, accepted, outputs))
     assert sequence.tokens == TEXT and calls > 10

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -71,7 +70,7 @@ def tau(drafter: Aggressive | Suffix | Ngram, prompt: list[int], output: list[in
         )  # fmt: skip
         new = ahead[: right + 1]
         sequence.tokens += new
-        drafter.observe(sequence, Observation(np.array(new), draft, None, None))
+        drafter.observe(sequence, Observation(list(new), draft, None, None))
         steps += 1
     drafter.end(sequence)
     assert not drafter._states
@@ -168,6 +167,6 @@ def test_an_empty_draft_is_judged_as_nothing() -> None:
     sequence = Sequence(0, [1, 2], 2, SamplingParams())
     drafter.begin(sequence)
     sequence.tokens.append(3)
-    drafter.observe(sequence, Observation(np.array([3]), Draft.empty(), None, None))
+    drafter.observe(sequence, Observation([3], Draft.empty(), None, None))
     [draft] = drafter.propose([sequence], [0])
     assert len(draft) == 0 and NO_PARENT not in draft.tokens

@@ -52,7 +52,7 @@ def commit(drafter: Drafter, sequence: Sequence, target: Target, draft: Draft) -
     paths = [[], *(draft.tokens[path_to(draft.parents, node)].tolist() for node in range(len(draft)))]
     outputs = TargetOutputs.of(torch.from_numpy(np.stack([target(sequence.tokens + path) for path in paths])))
     accepted = CoupledVerifier().verify(sequence, draft, outputs)
-    sequence.tokens += accepted.tokens.tolist()
+    sequence.tokens += accepted.tokens
     drafter.observe(sequence, Observation(accepted.tokens, draft, accepted, outputs))
 
 

@@ -169,7 +169,7 @@ def test_a_foreseen_last_token_is_read_again() -> None:
     drafter.begin(sequence)
     [draft] = drafter.propose([sequence], [6])
     sequence.tokens += draft.tokens[:3].tolist()
-    drafter.observe(sequence, Observation(draft.tokens[:3], Draft.empty(), None, None))
+    drafter.observe(sequence, Observation(draft.tokens[:3].tolist(), Draft.empty(), None, None))
     step(drafter, [sequence], [6])
     assert sequence.tokens == plain([1, 2], SamplingParams(), len(sequence.output))
     assert len(sequence.output) == 3 + 7
@@ -181,7 +181,7 @@ def test_a_stop_inside_the_draft_keeps_only_what_was_committed() -> None:
     drafter.begin(sequence)
     [draft] = drafter.propose([sequence], [6])
     sequence.tokens += draft.tokens[:2].tolist()
-    drafter.observe(sequence, Observation(draft.tokens[:2], draft, None, None))
+    drafter.observe(sequence, Observation(draft.tokens[:2].tolist(), draft, None, None))
     assert source_of(drafter).cache.length(source_of(drafter)._kv[0]) == 4
     source_of(drafter).cache.check_integrity()
 

@@ -25,7 +25,7 @@ def test_recycling_remembers_rejected_rows_too() -> None:
     logits[1, [7, 8]] = [9, 8]  # after 3, rejected
     logits[2, [1, 0]] = [9, 8]  # after 4, rejected
     sequence.tokens.append(5)
-    drafter.observe(sequence, Observation(np.array([5]), draft, None, TargetOutputs.of(torch.from_numpy(logits))))
+    drafter.observe(sequence, Observation([5], draft, None, TargetOutputs.of(torch.from_numpy(logits))))
     matrix = drafter._matrices[None]
     assert matrix.ids[[2, 3, 4]].tolist() == [[5, 6], [7, 8], [1, 0]]
     sequence.tokens.append(3)
@@ -41,8 +41,8 @@ def test_recycling_keeps_the_accepted_row_of_equal_tokens() -> None:
     draft = Draft(np.array([3, 4, 3]), np.array([-1, -1, 1]), ["x"] * 3)
     outputs = TargetOutputs.of(torch.from_numpy(np.eye(10, dtype=np.float32)[[3, 5, 3, 9]]))
     accepted = CoupledVerifier().verify(sequence, draft, outputs)
-    assert accepted.path.tolist() == [0]
-    sequence.tokens += accepted.tokens.tolist()
+    assert accepted.path == [0]
+    sequence.tokens += accepted.tokens
     drafter.observe(sequence, Observation(accepted.tokens, draft, accepted, outputs))
     assert drafter._matrices[None].ids[3, 0] == 5
 
@@ -67,7 +67,7 @@ def test_recycling_tells_pairs_apart() -> None:
     for before, answer in ((2, 5), (3, 6)):
         sequence.tokens += [before, 1, answer]
         outputs = TargetOutputs.of(torch.from_numpy(np.eye(10, dtype=np.float32)[[answer]]))
-        drafter.observe(sequence, Observation(np.array([answer]), Draft.empty(), None, outputs))
+        drafter.observe(sequence, Observation([answer], Draft.empty(), None, outputs))
     for before, expected in ((2, 5), (3, 6), (9, 6)):
         sequence.tokens += [before, 1]
         assert drafter.propose([sequence], [1])[0].tokens.tolist() == [expected]

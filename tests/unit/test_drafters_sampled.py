@@ -62,7 +62,7 @@ def run(
         check_draft(draft, budget, V)
         outputs = outputs_of(sequence.tokens, draft)
         kept = verifier.verify(sequence, draft, outputs)
-        sequence.tokens += kept.tokens.tolist()
+        sequence.tokens += kept.tokens
         accepted += len(kept.path)
         drafter.observe(sequence, Observation(kept.tokens, draft, kept, outputs))
     drafter.end(sequence)

@@ -19,11 +19,11 @@ def scans(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     made: list[int] = []
     argmax, topk = module.row_argmax, module.row_topk
 
-    def counted(logits: torch.Tensor, k: int) -> object:
+    def counted(logits: torch.Tensor, k: int, threads: int) -> object:
         made.append(k)
-        return topk(logits, k)
+        return topk(logits, k, threads)
 
-    monkeypatch.setattr(module, "row_argmax", lambda logits: (made.append(1), argmax(logits))[1])
+    monkeypatch.setattr(module, "row_argmax", lambda logits, threads: (made.append(1), argmax(logits, threads))[1])
     monkeypatch.setattr(module, "row_topk", counted)
     return made
 

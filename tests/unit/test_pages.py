@@ -54,6 +54,7 @@ class Modelled(RuleBasedStateMachine):
         self.held: dict[int, list[int]] = {}
         self.open_: dict[int, list[int | None]] = {}
         self.stamp = 0
+        self.asked: list[int] = []
 
     def write(self, seq, offsets):
         """What a decoder does: find the slot through the page table, write a number never used before."""
@@ -151,6 +152,19 @@ class Modelled(RuleBasedStateMachine):
         assert self.cache.bytes_used == used
         self.held[twin] = list(self.held[seq])
         return twin
+
+    @rule(data=st.data(), again=st.booleans())
+    def page_tables(self, data, again):
+        """Of the sequences of the last call, as in most steps, or of others."""
+        if not again or not set(self.asked) <= self.held.keys():
+            self.asked = data.draw(
+                st.lists(st.sampled_from(sorted(self.held)), unique=True) if self.held else st.just([])
+            )
+        tables = self.cache.page_tables(self.asked)
+        expected = [self.cache.page_table(seq).tolist() for seq in self.asked]
+        assert tables.shape == (len(expected), max(map(len, expected), default=0))
+        for row, pages in zip(tables.tolist(), expected, strict=True):
+            assert row == pages + [0] * (len(row) - len(pages))
 
     @rule(seq=consumes(sequences))
     def free(self, seq):

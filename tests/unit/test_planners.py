@@ -284,7 +284,7 @@ def test_merged_records_the_certainty_of_the_first_row() -> None:
     merged.begin(sequence)
     merged.rate, merged.benefits[0].forward_s = 20.0, 0.01
     outputs = TargetOutputs.of(torch.tensor([[0.0, 0.0, 0.0, 0.0]]))
-    merged.observe(sequence, Observation(np.array([1]), Draft.empty(), None, None, first=outputs))
+    merged.observe(sequence, Observation([1], Draft.empty(), None, None, first=outputs))
     sequence.tokens.append(1)
     merged.benefits[0]._bins[0].trials = 9
     assert merged.benefits[0]._records[0].certainty == pytest.approx(0.25)

@@ -14,12 +14,11 @@ from toy import Rig, random_tokens, toy_checkpoint
 from outpace.cache.native_storage import NativeStorage
 from outpace.models.native import NativeDecoder
 from outpace.ops.cpu import compiled, ready
-from outpace.ops.cpu.search import top_rows
 from outpace.ops.cpu.step import decoder_step
 from outpace.ops.cpu.team import post, serve, work
 from outpace.ops.select import row_argmax
 
-ENTRIES = (work, serve, post, top_rows)
+ENTRIES = (work, serve, post)
 
 
 def test_steps_use_the_kernels_that_were_made_ready() -> None:

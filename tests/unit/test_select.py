@@ -21,6 +21,15 @@ def test_equals_a_stable_sort(rows: int, vocabulary: int, k: int, seed: int, dis
     assert (values == np.take_along_axis(data, order, axis=1)).all()
 
 
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_share_the_rows(threads: int) -> None:
+    data = np.random.default_rng(threads).integers(-50, 50, (7, 1000)).astype(np.float32)  # with ties
+    for k in (1, 5):
+        for rows in (1, 2, 7):
+            for one, all_of in zip(row_topk(data[:rows], k), row_topk(data[:rows], k, threads), strict=True):
+                assert (one == all_of).all()
+
+
 def test_reads_rows_of_a_wider_buffer() -> None:
     buffer = torch.randn(4, 200)
     assert (row_argmax(buffer[:, :150]) == buffer[:, :150].argmax(dim=1).numpy()).all()

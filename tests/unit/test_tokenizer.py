@@ -76,6 +76,30 @@ def test_streaming_equals_decoding(bpe: Tokenizer, spm: Tokenizer, text: str, cu
         assert shown == tokenizer.decode(ids)
 
 
+@quick
+@given(data=st.data())
+def test_tokens_that_are_whole_are_shown_as_the_library_shows_them(bpe: Tokenizer, data: st.DataObject) -> None:
+    """Step by step, control tokens and halves of characters among them: what is looked up is what is decoded."""
+    ids = data.draw(st.lists(st.integers(0, bpe.vocab_size - 1), max_size=30))
+    stream, slow, at = bpe.detokenizer(), bpe.detokenizer(), 0
+    while at < len(ids):
+        n = data.draw(st.integers(1, 4))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(bpe, "byte_level", False)
+            patch.setattr(bpe, "_pieces", {})
+            expected = slow.add(ids[at : at + n])
+        assert stream.add(ids[at : at + n]) == expected
+        at += n
+    assert stream.finish() == slow.finish()
+
+
+def test_only_tokens_of_whole_characters_stand_alone(bpe: Tokenizer, spm: Tokenizer) -> None:
+    e, acute = bpe.encode("é")
+    assert [bpe.piece(i) for i in (*bpe.encode("the"), e, acute)] == ["the", None, None]
+    assert bpe.piece(bpe.token_id("<|im_end|>") or 0) == ""  # control tokens write nothing
+    assert spm.piece(spm.encode("the")[0]) is None  # its space depends on where it stands
+
+
 def test_streaming_shows_whole_characters(bpe: Tokenizer) -> None:
     stream = bpe.detokenizer()
     assert [stream.add([i]) for i in bpe.encode("é🤖!")] == ["", "é", "", "", "", "🤖", "!"]

@@ -92,11 +92,11 @@ def test_the_longest_path_that_passes_is_accepted(spec: str) -> None:
             sequence = Sequence(0, list(PROMPT), len(PROMPT), params)
             seen = verifier.verify(sequence, draft, outputs_of(draft))
             path = expected(draft, params, RULES[spec])
-            assert seen.path.tolist() == path
+            assert seen.path == path
             tokens = draft.tokens[path].tolist()
             context = History([*PROMPT, *tokens], len(PROMPT))
             own = sample(target_logits(tokens), params, context, len(PROMPT) + len(tokens))
-            assert seen.tokens.tolist() == [*tokens, own]
+            assert seen.tokens == [*tokens, own]
             assert sequence.history.tokens == PROMPT
             accepted += len(path)
     assert accepted > 60
@@ -110,7 +110,7 @@ def test_greedy_and_strict_is_plain_decoding(spec: str) -> None:
         a, b = (
             v.verify(Sequence(0, [1, 2], 2, SamplingParams()), draft, outputs_of(draft)) for v in (coupled, verifier)
         )
-        assert a.tokens.tolist() == b.tokens.tolist()
+        assert a.tokens == b.tokens
 
 
 @pytest.mark.parametrize("spec", ["coupled", "rejection", "block", "typical", "topk", "tolerance"])
@@ -129,7 +129,7 @@ def test_logprobs_belong_to_the_tokens() -> None:
         for _ in range(20):
             draft = Draft.chain(rng.integers(0, V, 4), "x")
             seen = make_verifier(spec).verify(Sequence(0, list(PROMPT), 2, params), draft, outputs_of(draft))
-            tokens = seen.tokens.tolist()
+            tokens = seen.tokens
             exact = [np.log(target(tokens[:i], SamplingParams(temperature=1.0))[t]) for i, t in enumerate(tokens)]
             assert seen.logprobs is not None and seen.logprobs.tolist() == pytest.approx(exact, abs=1e-5)
             assert seen.top_logprobs is not None and len(seen.top_logprobs) == len(tokens)

@@ -80,7 +80,7 @@ def test_equals_plain_decoding_over_random_trees_and_parameters() -> None:
             ahead = truth[len(sequence.output) :]
             draft = random_draft(rng, ahead)
             seen = verifier.verify(sequence, draft, outputs_of(sequence.tokens, draft))
-            tokens = seen.tokens.tolist()
+            tokens = seen.tokens
             assert tokens == ahead[: len(tokens)]
             assert draft.tokens[seen.path].tolist() == tokens[:-1]
             assert (draft.parents[seen.path] == [NO_PARENT, *seen.path[:-1]]).all()
@@ -100,10 +100,10 @@ def test_always_and_never_accepted(temperature: float, length: int) -> None:
     truth = plain([1, 2], params, length + 1)
     sequence = Sequence(0, [1, 2], 2, params)
     right = Draft.chain(truth[:length], "x")
-    assert CoupledVerifier().verify(sequence, right, outputs_of([1, 2], right)).tokens.tolist() == truth
+    assert CoupledVerifier().verify(sequence, right, outputs_of([1, 2], right)).tokens == truth
     wrong = Draft.chain([(t + 1) % V for t in truth[:length]], "x")
     seen = CoupledVerifier().verify(sequence, wrong, outputs_of([1, 2], wrong))
-    assert seen.tokens.tolist() == truth[:1] and len(seen.path) == 0
+    assert seen.tokens == truth[:1] and len(seen.path) == 0
 
 
 def test_verify_leaves_the_history_as_it_was() -> None:

@@ -117,7 +117,7 @@ def test_steps_in_a_row_use_no_random_number_twice(verifier: type[Verifier]) -> 
             contexts = [(*out, *drafted[:i]) for i in range(4)]
             draft = Draft.chain(drafted, "x", q=np.stack([drafter(c, sparse=False) for c in contexts[:3]]))
             outputs = TargetOutputs.of(torch.from_numpy(np.stack([target_logits(c) for c in contexts])))
-            sequence.tokens += verifier().verify(sequence, draft, outputs).tokens.tolist()
+            sequence.tokens += verifier().verify(sequence, draft, outputs).tokens
         counts[tuple(sequence.output[:length])] += 1
     statistic = 0.0
     for whole in itertools.product(range(V), repeat=length):

@@ -53,7 +53,7 @@ def test_q_equal_to_p_is_always_accepted() -> None:
     for seed in range(50):
         params = SamplingParams(temperature=1.0, seed=seed)
         seen = verify(Draft.chain(list(tokens), "x", q=q.astype(np.float64)), outputs, params)  # type: ignore[arg-type]
-        assert seen.path.tolist() == [0, 1, 2]
+        assert seen.path == [0, 1, 2]
 
 
 def test_what_the_target_excludes_is_never_accepted() -> None:
@@ -71,7 +71,7 @@ def test_without_a_draft_it_is_plain_decoding() -> None:
     for seed in range(50):
         params = SamplingParams(temperature=1.3, seed=seed)
         seen = verify(Draft.empty(), TargetOutputs.of(torch.from_numpy(target_logits(())[None])), params, 4)
-        assert seen.tokens.tolist() == [sample(target_logits(()), params, None, 4)]
+        assert seen.tokens == [sample(target_logits(()), params, None, 4)]
 
 
 def test_greedy_is_decided_as_by_the_coupled_verifier() -> None:
@@ -79,7 +79,7 @@ def test_greedy_is_decided_as_by_the_coupled_verifier() -> None:
         draft, outputs = build(TREE, tokens)
         greedy = SamplingParams()
         coupled = CoupledVerifier().verify(Sequence(0, [0], 1, greedy), draft, outputs)
-        assert verify(draft, outputs, greedy).tokens.tolist() == coupled.tokens.tolist()
+        assert verify(draft, outputs, greedy).tokens == coupled.tokens
 
 
 def test_accepted_nodes_form_a_path_and_penalties_see_it() -> None:
@@ -88,7 +88,7 @@ def test_accepted_nodes_form_a_path_and_penalties_see_it() -> None:
         draft, outputs = build(TREE, tokens)
         sequence = Sequence(0, [0], 1, params)
         seen = RejectionVerifier().verify(sequence, draft, outputs)
-        assert draft.parents[seen.path].tolist() == [NO_PARENT, *seen.path.tolist()][: len(seen.path)]
-        assert draft.tokens[seen.path].tolist() == seen.tokens.tolist()[:-1]
+        assert draft.parents[seen.path].tolist() == [NO_PARENT, *seen.path][: len(seen.path)]
+        assert draft.tokens[seen.path].tolist() == seen.tokens[:-1]
         assert seen.logprobs is not None and len(seen.logprobs) == len(seen.tokens)
         assert sequence.history.tokens == [0]

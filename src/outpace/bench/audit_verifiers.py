@@ -96,9 +96,9 @@ def _walked(spec: str, sampler: str, seed: int) -> Check:
         draft = _partly_right(sequence, logits, rng)
         path, tokens = _defined(sequence, draft, logits)
         seen = verifier.verify(sequence, draft, TargetOutputs.of(torch.from_numpy(logits)))
-        if seen.tokens.tolist() != tokens or seen.path.tolist() != path:
+        if seen.tokens != tokens or seen.path != path:
             wrong += 1
-            first = first or f"; first: {seen.tokens.tolist()} for {tokens} at seed {n}"
+            first = first or f"; first: {seen.tokens} for {tokens} at seed {n}"
     evidence = f"{wrong} of {_WALKS} steps differ from plain sampling{first}"
     evidence += "" if wrong else f"; one in {seen_one_in(_WALKS)} would have been seen"
     return Check("walk", f"{spec}, {sampler}", not wrong, evidence, {"steps": _WALKS, "wrong": wrong})
@@ -162,7 +162,7 @@ def _counted(spec: str) -> Check:
         sequence = language.new_sequence(SamplingParams(temperature=1.0, seed=seed))
         while len(sequence.output) < _TEXT:
             draft, outputs = _sampled_chain(sequence, 3)
-            sequence.tokens += verifier.verify(sequence, draft, outputs).tokens.tolist()
+            sequence.tokens += verifier.verify(sequence, draft, outputs).tokens
         counts[tuple(sequence.output[:_TEXT])] += 1
     cells = list(itertools.product(range(language.V), repeat=_TEXT))
     expected = [

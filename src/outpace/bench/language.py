@@ -125,7 +125,7 @@ def joint(
         seeded = replace(params, seed=seed)
         for _ in script.outcomes():
             seen = verifier.verify(new_sequence(seeded), draft, outputs)
-            out, weight = tuple(seen.tokens.tolist()), script.probability * drawn
+            out, weight = tuple(seen.tokens), script.probability * drawn
             if draft.tokens[seen.path].tolist() != list(out[:-1]):
                 raise ValueError(f"the accepted path holds {draft.tokens[seen.path].tolist()}, the tokens are {out}")
             accepted += weight * len(seen.path)

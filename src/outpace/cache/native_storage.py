@@ -36,6 +36,7 @@ class NativeStorage(KVStorage):
         self.bytes_per_page = (self.keys.nbytes + self.values.nbytes) // max(num_pages, 1)
         layer, page, kv_head = self.keys.strides[:3]
         self.strides = (layer, page, kv_head)
+        self.addresses = (self.keys.ctypes.data, self.values.ctypes.data)
 
     def copy_pages(self, source: NDArray[np.int64], target: NDArray[np.int64]) -> None:
         self.keys[:, target] = self.keys[:, source]

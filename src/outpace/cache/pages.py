@@ -55,6 +55,8 @@ class PagedKVCache:
         self._sequences: dict[int, Places] = {}
         self._swapped: list[Swapped] = []
         self._next = 0
+        self._tables = np.zeros((0, 0), dtype=np.int32)  # those last asked for, with room for longer ones
+        self._tables_of: list[int] = []
         self.reclaimer: Reclaimer | None = None
 
     # -- a sequence's life ---------------------------------------------------------------------------------
@@ -92,10 +94,10 @@ class PagedKVCache:
         end = length + n
         have, want = len(pages), pages_for(end)
         first = length // PAGE_SIZE
-        writes = n > 0 and first < have
-        if want > have or (writes and self._pages.is_shared(pages[first])):
+        shared = n > 0 and first < have and self._pages.references[pages[first]] > 1
+        if want > have or shared:
             self._make_room(s, n)
-            if writes and self._pages.is_shared(pages[first]):
+            if shared and self._pages.is_shared(pages[first]):  # the reclaimer may have let go of it
                 self._unshare(s, first)
             s.extend([self._pages.take() for _ in range(have, want)])
         elif want < have:
@@ -103,9 +105,10 @@ class PagedKVCache:
         s.reserved = n
         return s.slots[length:end]
 
-    def commit(self, seq: int, path: Path) -> None:
+    def commit(self, seq: int, path: Path) -> int:
         """Keep the provisional offsets in `path` (strictly ascending, so ancestors first) as the next
         committed places, in that order; drop the rest and close the reservation. `range(k)` moves nothing.
+        Returns how many places are committed then.
         """
         s = self._sequences[seq]
         assert s.reserved != CLOSED, f"sequence {seq} has no open reservation to commit"
@@ -119,6 +122,7 @@ class PagedKVCache:
         s.length += k
         s.reserved = CLOSED
         self._release(s, pages_for(s.length))
+        return s.length
 
     def rollback(self, seq: int) -> None:
         """Drop the open reservation, if there is one."""
@@ -246,14 +250,20 @@ class PagedKVCache:
         return s.table[: len(s.pages)]
 
     def page_tables(self, seqs: Sequence[int]) -> NDArray[np.int32]:
-        """Page tables of several sequences; rows of shorter ones end in zeros. [B, P]"""
+        """Page tables of several sequences; rows of shorter ones end in zeros. [B, P], a view until the next call."""
         if len(seqs) == 1:
             return self.page_table(seqs[0])[None]
-        tables = [self.page_table(seq) for seq in seqs]
-        out = np.zeros((len(tables), max(map(len, tables), default=0)), dtype=np.int32)
-        for row, table in zip(out, tables, strict=True):
-            row[: len(table)] = table
-        return out
+        places = [self._sequences[seq] for seq in seqs]
+        most = max([len(s.pages) for s in places], default=0)
+        anew = self._tables_of != seqs or most > self._tables.shape[1]
+        if anew:
+            self._tables_of, self._tables = list(seqs), np.zeros((len(places), 2 * most), dtype=np.int32)
+        for row, s in enumerate(places):
+            if anew or s.changed:  # from step to step few sequences get another page
+                n = len(s.pages)
+                self._tables[row, :n], self._tables[row, n:] = s.table[:n], 0
+                s.changed = False
+        return self._tables[:, :most]
 
     def pages_needed(self, seq: int, n: int) -> int:
         """Free or reclaimed pages that `reserve(seq, n)` would take."""
@@ -332,6 +342,7 @@ class PagedKVCache:
         """Give back the pages from index `keep` on."""
         while len(s.pages) > keep:
             self._pages.leave(s.pages.pop())
+            s.changed = True
 
     def _shorten(self, s: Places, length: int) -> None:
         """Committed places from `length` on may be written anew."""

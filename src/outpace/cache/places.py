@@ -29,13 +29,14 @@ def _slots(pages: Sequence[int]) -> NDArray[np.int64]:
 class Places:
     """Committed places and, behind them, those of the open reservation. `table` and `slots` mirror `pages`."""
 
-    __slots__ = ("host", "length", "pages", "reserved", "slots", "table")
+    __slots__ = ("changed", "host", "length", "pages", "reserved", "slots", "table")
 
     def __init__(self) -> None:
         self.length = 0  # committed
         self.reserved = CLOSED  # provisional; 0 is an open reservation too
         self.host: HostPages | None = None  # copies of complete pages, since it was out of the cache
         self.pages: list[int] = []
+        self.changed = True  # `pages`, since they were last looked at together with those of others
         self.table = np.zeros(8, dtype=np.int32)  # [capacity], grows
         self.slots = np.zeros(8 * PAGE_SIZE, dtype=np.int64)  # [capacity * PAGE_SIZE] slot of each place
 
@@ -48,6 +49,7 @@ class Places:
 
     def extend(self, pages: Sequence[int]) -> None:
         """More pages at the end."""
+        self.changed = True
         first, last = len(self.pages), len(self.pages) + len(pages)
         if last > len(self.table):
             self._grow(last)
@@ -58,6 +60,7 @@ class Places:
     def replace(self, index: int, page: int) -> None:
         """Another page in place of the one at `index`."""
         self.pages[index] = self.table[index] = page
+        self.changed = True
         self.slots[index * PAGE_SIZE : (index + 1) * PAGE_SIZE] = page * PAGE_SIZE + _OFFSETS
 
     def shorten(self, length: int) -> None:

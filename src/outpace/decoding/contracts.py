@@ -43,7 +43,11 @@ class Sequence:
     owner: str = ""  # what drafters learn from one owner's text never reaches another owner's
     matcher: Matcher | None = None  # of its grammar, if `params` have one; `history` moves it
     stop_ids: frozenset[int] = frozenset()  # what ends it
+    edits_logits: bool = field(init=False)  # as its `params` say
     _history: History | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.edits_logits = self.params.edits_logits
 
     @property
     def history(self) -> History:
@@ -66,7 +70,7 @@ class Sequence:
 class Observation:
     """What a step revealed of one sequence. `outputs` is None after prefill (only the prompt was read)."""
 
-    new_tokens: IntArray  # committed by this step, already appended to sequence.tokens
+    new_tokens: list[int]  # committed by this step, already appended to sequence.tokens
     draft: Draft
     accepted: Accepted | None
     outputs: TargetOutputs | None  # valid during `observe` only

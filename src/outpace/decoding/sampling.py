@@ -277,13 +277,14 @@ def choose_rows(asked: Seq[tuple[FloatArray, SamplingParams, int]], threads: int
 
     A compiled kernel computes what `_weights`, `draw` and `uniform` say; the token does not depend on the other rows.
     """
+    from ..ops.cpu.address import address
     from ..ops.cpu.draws import draws  # numba
 
     rows = [np.ascontiguousarray(row, dtype=np.float32) for row, _, _ in asked]
     tokens = draws(len(rows[0]), threads)(
         [
             (
-                *(row.ctypes.data, 1 / max(p.temperature, _SMALLEST_TEMPERATURE), p.top_k, p.top_p, p.min_p, 0),
+                *(address(row), 1 / max(p.temperature, _SMALLEST_TEMPERATURE), p.top_k, p.top_p, p.min_p, 0),
                 *(p.seed & _WORD, p.seed >> 64, position),
             )
             for row, (_, p, position) in zip(rows, asked, strict=True)

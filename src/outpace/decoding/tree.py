@@ -34,6 +34,8 @@ DEFAULT_SCORE = 0.5
 def child_lookup(draft: Draft) -> dict[tuple[int, int], int]:
     """(parent, token) -> node; the first of several equal siblings."""
     lookup: dict[tuple[int, int], int] = {}
+    if not len(draft.tokens):
+        return lookup
     keys = zip(draft.parents.tolist(), draft.tokens.tolist(), strict=True)
     for node, key in enumerate(keys):
         lookup.setdefault(key, node)

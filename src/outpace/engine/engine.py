@@ -238,12 +238,10 @@ class Engine:
         )
         began = perf_counter()
         verified = self._runner.forward(decoding, budget, chunks)
-        rows = len(decoding) + sum(len(v.draft) for v in verified if v.draft is not None)
-        rows += sum(n for _, n in chunks)
         if decoding and chunks:
-            self.scheduler.took(rows, perf_counter() - began)
+            self.scheduler.took(self._runner.rows, perf_counter() - began)
         self.steps += 1
-        self.rows += rows
+        self.rows += self._runner.rows
         for request, rows in chunks:
             self.scheduler.prefilled(request.id, rows)
             if self.prefixes is not None and request.decoding and request.fresh and request.shares:
@@ -315,14 +313,15 @@ class Engine:
         return StepEvent(request.id, [], [], "", None, self._result(request), error)
 
     def _commit(self, verified: Verified) -> StepEvent:
-        request, draft = verified.request, verified.draft
-        kept_count, text = request.keep(verified.accepted)
-        kept = truncate(verified.accepted, kept_count)
+        request, draft, accepted = verified.request, verified.draft, verified.accepted
+        kept_count, text = request.keep(accepted.tokens)
+        kept = accepted if kept_count == len(accepted.tokens) else truncate(accepted, kept_count)
         self._runner.commit(verified, kept)
         self.scheduler.advanced(request.id, kept_count)
-        path = verified.accepted.path
-        sources = request.record(draft, path.tolist(), kept, perf_counter())
-        trace = None if draft is None else DraftTrace(draft.tokens, draft.parents, draft.sources, path[:kept_count])
+        sources = request.record(draft, accepted.path, kept, perf_counter())
+        trace = None
+        if draft is not None:
+            trace = DraftTrace(draft.tokens, draft.parents, draft.sources, accepted.path[:kept_count])
         result = None
         if request.finish is not None:
             self._end(request)
@@ -330,7 +329,7 @@ class Engine:
                 text += request.text.flush()
                 request.finish = "stop" if request.text.stopped else request.finish
             result = self._result(request)
-        event = StepEvent(request.id, kept.tokens.tolist(), sources, text, trace, result)
+        event = StepEvent(request.id, kept.tokens, sources, text, trace, result)
         if request.sequence.params.logprobs is not None and kept.logprobs is not None:
             event.logprobs, event.top_logprobs = kept.logprobs.tolist(), kept.top_logprobs
         if request.reader is not None and request.stats.tokens == kept_count:

@@ -33,7 +33,7 @@ class DraftTrace:
     tokens: IntArray  # [n]
     parents: IntArray  # [n]
     sources: list[str]  # [n]
-    accepted: IntArray  # [a] nodes, from the root down
+    accepted: list[int]  # [a] nodes, from the root down
 
 
 @dataclass(slots=True, eq=False)
@@ -99,11 +99,6 @@ class Request:
         return self.sequence.kv != NOT_CACHED
 
     @property
-    def remaining(self) -> int:
-        """Tokens it may still emit."""
-        return self.sequence.params.max_tokens - (len(self.sequence.tokens) - self.sequence.prompt_length)
-
-    @property
     def decoding(self) -> bool:
         return self.prefilled == self.to_read
 
@@ -128,23 +123,29 @@ class Request:
         if self.reading is not None:
             self.reading.restart()
 
-    def keep(self, accepted: Accepted) -> tuple[int, str]:
+    def keep(self, tokens: list[int]) -> tuple[int, str]:
         """How many of the accepted tokens stay, and the text they make; sets `finish` when one of them ends it.
 
         The token that ends the output is kept in `token_ids`. A stop token gives no text.
         """
-        tokens = accepted.tokens.tolist()
-        assert len(tokens) <= self.remaining, "the draft was longer than its budget"
-        ended = next((i for i, t in enumerate(tokens) if t in self.stop_ids), None)
+        remaining = self.sequence.params.max_tokens - (len(self.sequence.tokens) - self.sequence.prompt_length)
+        assert len(tokens) <= remaining, "the draft was longer than its budget"
+        ended = None
+        for i, token in enumerate(tokens):
+            if token in self.stop_ids:
+                ended = i
+                break
         visible = tokens if ended is None else tokens[:ended]
-        text, used = ("", len(visible)) if self.text is None else self.text.push(visible)
-        if self.text is not None and self.text.stopped:
-            self.finish = "stop"
-            return used, text
+        text = ""
+        if self.text is not None:
+            text, used = self.text.push(visible)
+            if self.text.stopped:
+                self.finish = "stop"
+                return used, text
         if ended is not None:
             self.finish = "stop"
             return ended + 1, text
-        if len(tokens) == self.remaining:
+        if len(tokens) == remaining:
             self.finish = "length"
         return len(tokens), text
 
@@ -172,12 +173,8 @@ class Request:
             stats.drafted += len(names)
             stats.accepted += len(drafted)
             stats.decode_s = now - self.first_token
-            for name in names:
-                stats.source(name).proposed += 1
-            for name in drafted:
-                stats.source(name).accepted += 1
-            for node, depth, right in checked_nodes(draft, accepted.tokens):
-                stats.source(names[node]).record(depth, right)
+            if names:
+                self._record_nodes(draft, drafted, accepted)
         stats.tokens += kept
         self.sources += sources
         if accepted.logprobs is not None:
@@ -185,6 +182,16 @@ class Request:
         if accepted.top_logprobs is not None:
             self.top_logprobs += accepted.top_logprobs
         return sources
+
+    def _record_nodes(self, draft: Draft, drafted: list[str], accepted: Accepted) -> None:
+        """Count what became of a draft, by who proposed its nodes; `drafted`: of those that were kept."""
+        stats, names = self.stats, draft.sources
+        for name in names:
+            stats.source(name).proposed += 1
+        for name in drafted:
+            stats.source(name).accepted += 1
+        for node, depth, right in checked_nodes(draft, accepted.tokens):
+            stats.source(names[node]).record(depth, right)
 
     def result(self, exactness: Exactness, notes: list[str]) -> Result:
         assert self.finish is not None
@@ -213,8 +220,6 @@ def truncate(accepted: Accepted, kept: int) -> Accepted:
 
     A kept draft token at the end counts as the target's own: its KV is not wanted, it is the last token.
     """
-    if kept == len(accepted.tokens):
-        return accepted
     return Accepted(
         path=accepted.path[: kept - 1],
         tokens=accepted.tokens[:kept],

@@ -54,15 +54,18 @@ class Rows:
 
     def cap(self, job: Job) -> int:
         """Most draft rows of a decoding job: no more than could still be emitted."""
+        if job.max_draft == 0:
+            return 0
         most = self._limits.max_rows - 1
         return max(min(job.remaining - 1, most if job.max_draft is None else min(job.max_draft, most)), 0)
 
-    def share(self, running: Collection[Job], decoding: Collection[Job]) -> tuple[int, int]:
-        """Rows for prompts and for drafts. Drafts get what prompts leave, and at least their share."""
-        limits, own = self._limits, len(decoding)
-        drafts = min(max(limits.max_step_rows - own, 0), sum(map(self.cap, decoding)))
+    def share(self, running: Collection[Job], caps: Collection[int]) -> tuple[int, int]:
+        """Rows for prompts and for drafts; `caps` are those of the decoding jobs. Drafts get what prompts leave, and at
+        least their share."""
+        limits, own = self._limits, len(caps)
+        drafts = min(max(limits.max_step_rows - own, 0), sum(caps))
         unread = min(sum(job.unread for job in running), limits.prefill_rows)
-        if not decoding:
+        if not own:
             return unread, 0
         spare = min(drafts + unread, max(drafts, limits.prefill_rows))
         if limits.max_step_s is not None:

@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Literal
 
-import numpy as np
-
 from ..cache.pages import PagedKVCache
 from ..decoding.contracts import NOT_CACHED, Drafter, Observation, Verifier
 from ..decoding.outputs import StepOutputs, TargetOutputs
@@ -31,7 +29,7 @@ from .request import Request
 
 Target = tuple[Request, Draft | None, TargetOutputs]  # one sequence's rows; without a draft: the end of a prompt
 NO_DRAFT = Draft.empty()
-NOTHING = Accepted(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
+NOTHING = Accepted([], [])
 
 
 @dataclass(slots=True, eq=False)
@@ -57,6 +55,7 @@ class Runner:
         self.decoder, self.cache, self.drafter, self.verifier = decoder, cache, drafter, verifier
         self.planner = planner
         self.threads = int(getattr(decoder, "threads", 1))  # idle while tokens are chosen
+        self.rows = 0  # of the last step
         self.draft_s = self.forward_s = self.sample_s = 0.0  # so far: proposing, the target's forwards, choosing tokens
 
     def end(self, request: Request) -> None:
@@ -111,35 +110,35 @@ class Runner:
     ) -> None:
         """Report the time of a step to the planner, and count what plain decoding would have taken: as long for the
         prompts that were read in it, and a step of its own for each token."""
-        rows = sum(len(v.outputs) for v in decoded)
-        tokens = sum(len(v.accepted.tokens) for v in decoded)
+        rows, tokens = self.rows - prompt_rows, sum([len(v.accepted.tokens) for v in decoded])
         own_s = self.planner.observe(rows, limits.context, tokens, draft_s, step_s, prompt_rows)
         plain_s = self.planner.plain_seconds(len(decoded), limits.context)
+        share = own_s / len(decoded)
         for v in decoded:
             stats = v.request.stats
-            stats.verify_s += own_s / len(decoded)
+            stats.verify_s += share
+            stats.expected_tokens += 1
             if plain_s > 0:
                 stats.plain_s += plain_s * len(v.accepted.tokens) + step_s - own_s
-            if v.draft is not None and len(v.draft):
+            if v.draft is not None and v.draft.sources:
                 stats.expected_tokens += expected_accepted(v.draft)
-            stats.expected_tokens += 1
 
     def commit(self, verified: Verified, kept: Accepted) -> None:
         """Keep the KV of the accepted path and append its tokens; the drafter observes."""
         request = verified.request
-        if verified.draft is not None:
-            path = kept.path.tolist()
+        sequence, draft = request.sequence, verified.draft
+        if draft is not None:
+            path = kept.path
             chain = not path or path[-1] == len(path) - 1
             offsets = range(len(path) + 1) if chain else [0, *(i + 1 for i in path)]
-            self.cache.commit(request.kv, offsets)
-        tokens = request.sequence.tokens
-        tokens += kept.tokens.tolist()
-        assert self.cache.length(request.kv) == len(tokens) - 1, "the last token alone is not in the KV cache"
-        if verified.draft is None:
-            seen = Observation(kept.tokens, NO_DRAFT, kept, None, first=verified.outputs)
+            length = self.cache.commit(sequence.kv, offsets)
+            seen = Observation(kept.tokens, draft, kept, verified.outputs)
         else:
-            seen = Observation(kept.tokens, verified.draft, kept, verified.outputs)
-        self.drafter.observe(request.sequence, seen)
+            length = self.cache.length(sequence.kv)
+            seen = Observation(kept.tokens, NO_DRAFT, kept, None, first=verified.outputs)
+        sequence.tokens += kept.tokens
+        assert length == len(sequence.tokens) - 1, "the last token alone is not in the KV cache"
+        self.drafter.observe(sequence, seen)
 
     def abandon(self, requests: Seq[Request]) -> None:
         """Drop what a failed step reserved; nothing was committed."""
@@ -155,14 +154,18 @@ class Runner:
         drafts, seconds_by_source = self.drafter.timed([r.sequence for r in decoding], budgets)
         total = perf_counter() - began
         for draft, budget in zip(drafts, budgets, strict=True):
-            assert len(draft) <= budget, f"drafter {self.drafter.name!r} proposed {len(draft)} nodes of {budget}"
-        for name, seconds in seconds_by_source.items():
-            for request in decoding:
-                request.stats.source(name).draft_s += seconds / len(decoding)
+            nodes = len(draft.tokens)
+            assert nodes <= budget, f"drafter {self.drafter.name!r} proposed {nodes} nodes of {budget}"
+        shares = [(name, seconds / len(decoding)) for name, seconds in seconds_by_source.items()]
+        total /= len(decoding)
         for request in decoding:
-            request.stats.draft_s += total / len(decoding)
+            stats = request.stats
+            stats.draft_s += total
+            for name, seconds in shares:
+                stats.source(name).draft_s += seconds
         chosen = self.planner.choose(drafts, limits)
-        assert sum(map(len, chosen)) <= limits.nodes, f"planner {self.planner.name!r} chose more nodes than it may"
+        nodes = sum([len(draft.tokens) for draft in chosen])
+        assert nodes <= limits.nodes, f"planner {self.planner.name!r} chose more nodes than it may"
         return chosen
 
     def _run(
@@ -171,10 +174,13 @@ class Runner:
         """Reserve, pack and run. Returns the outputs, and what became of each chunk."""
         cache, spans, read = self.cache, [], []
         for request, draft in zip(decoding, drafts, strict=True):
-            cache.reserve(request.kv, 1 + len(draft))
-            tokens = request.sequence.tokens
-            rows = [tokens[-1], *draft.tokens.tolist()]
-            spans.append(Span(rows, len(tokens) - 1, Tree(draft.parents)))
+            sequence, nodes = request.sequence, len(draft.tokens)
+            cache.reserve(sequence.kv, 1 + nodes)
+            rows, committed = sequence.tokens[-1:], len(sequence.tokens) - 1
+            if nodes:
+                spans.append(Span(rows + draft.tokens.tolist(), committed, Tree(draft.parents)))
+            else:
+                spans.append(Span(rows, committed))
         for request, n in chunks:
             cache.reserve(request.kv, n)
             at = request.prefilled
@@ -185,16 +191,17 @@ class Runner:
         if len(stepping) > 1:
             for request in stepping:
                 request.alone = False
-        batch = pack(spans, cache.page_tables([request.kv for request in stepping]))
+        batch = pack(spans, cache.page_tables([request.sequence.kv for request in stepping]))
+        self.rows = len(batch.tokens)
         # only steps that decode are observed together with their outputs
         expected = self.drafter.expects_topk if decoding else 0
         last = self.decoder.config.num_layers - 1
         pooled = any(c.request.reading is not None and c.request.reading.wants_hidden for c in read)
         out = self.decoder.forward(batch, cache.storage, (last,) if pooled else ())
-        decoded = sum(len(span.tokens) for span in spans[: len(decoding)])
         if any(chunk.request.reading is not None for chunk in read):
+            decoded = sum(len(span.tokens) for span in spans[: len(decoding)])
             _gather(read, out.rows[decoded:], out.hidden[last][decoded:] if pooled else None)
-        return StepOutputs(out.rows, expected), read
+        return StepOutputs(out.rows, expected, self.threads), read
 
 
 @dataclass(slots=True, eq=False)
@@ -237,8 +244,9 @@ def _targets(step: StepOutputs, decoding: list[Request], drafts: list[Draft], re
     found: list[Target] = []
     row = 0
     for request, draft in zip(decoding, drafts, strict=True):
-        found.append((request, draft, TargetOutputs(step, row, row + 1 + len(draft))))
-        row += 1 + len(draft)
+        end = row + 1 + len(draft.tokens)
+        found.append((request, draft, TargetOutputs(step, row, end)))
+        row = end
     for chunk in read:
         row += chunk.logit_rows
         if chunk.ended:

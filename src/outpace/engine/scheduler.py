@@ -21,9 +21,11 @@ gets its rows. A level sinks by waiting, never rises again and has a floor, so t
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from operator import attrgetter
 from time import monotonic
 
 from ..errors import ParameterError, QueueFull
@@ -33,6 +35,8 @@ from .rows import Rows, StepSeconds, largest
 
 WORST = 2**31  # below every priority
 _FINISHES = 32  # the last ones, from which the rate of finishing is taken
+
+_rank = attrgetter("rank")
 
 Predict = Callable[[Job], int]  # tokens of output; what is out of range is brought into it
 
@@ -57,10 +61,12 @@ class Scheduler:
         self._queue = WaitingQueue(self._served, limits.ageing_s, limits.shortest_first)
         self._jobs: dict[int, Job] = {}
         self._running: dict[int, Job] = {}
+        self._ranked: list[Job] = []  # those that run, in the order in which they keep running
         self._starting: set[int] = set()  # admitted, not yet reported as started
         self._groups = Groups()
         self._host_pages = 0  # that swapped jobs take
         self._freed = 0  # pages that this plan's victims give back; together they may be more
+        self._ample = False  # this plan need not ask for pages: there are enough for all that it can give
         self._next_order = 0
         self._finishes: deque[float] = deque(maxlen=_FINISHES)
         self._counts = SchedulerStats()
@@ -107,7 +113,7 @@ class Scheduler:
         if job is None:
             return
         if job.running:
-            del self._running[id]
+            self._leave(job)
             self._starting.discard(id)
             self._finishes.append(self._clock())
         else:
@@ -141,6 +147,8 @@ class Scheduler:
 
     def _next(self) -> tuple[Job, int] | None:
         """The job that starts next, and its level."""
+        if not len(self._queue):
+            return None
         best = min((job.priority for job in self._running.values()), default=WORST)
         return self._queue.first(self._clock(), best, self._groups.held)
 
@@ -170,6 +178,7 @@ class Scheduler:
         self._queue.start(job, now)
         job.level, job.running = level, True
         self._running[job.id] = job
+        insort(self._ranked, job, key=_rank)
         self._starting.add(job.id)
         self._groups.start(job)
         if job.began is None:
@@ -204,14 +213,22 @@ class Scheduler:
         self._freed = 0
         self._preempt_lower(plan)
         self._check_predictions(plan)
+        self._ample = self.memory.available_pages >= self._most_pages()
         spare = self._decodes(plan)
-        rows, drafts = self._rows.share(self._running.values(), [self._jobs[id] for id in plan.decoding])
+        caps = {id: self._rows.cap(self._jobs[id]) for id in plan.decoding}
+        rows, drafts = self._rows.share(self._running.values(), caps.values())
         spare = self._chunks(plan, rows, spare)
-        self._drafts(plan, drafts, spare)
+        self._drafts(plan, caps, drafts, spare)
         return plan
 
-    def _ranked(self) -> list[Job]:
-        return sorted(self._running.values(), key=lambda job: job.rank)
+    def _most_pages(self) -> int:
+        """More than a step can take: each job at most two beside those that its rows fill."""
+        limits = self.limits
+        return len(self._running) * (limits.pages(limits.max_rows) + 2) + limits.pages(limits.prefill_rows)
+
+    def _leave(self, job: Job) -> None:
+        del self._running[job.id]
+        self._ranked.remove(job)
 
     def _preempt_lower(self, plan: StepPlan) -> None:
         """Preempt running jobs of lower priority if a waiting one of higher priority can then start. Ageing alone
@@ -220,7 +237,7 @@ class Scheduler:
         if first is None or not self._running:
             return
         job, level = first
-        victims = [v for v in reversed(self._ranked()) if v.level > level and v.priority > job.priority]
+        victims = [v for v in reversed(self._ranked) if v.level > level and v.priority > job.priority]
         available, need = self.memory.available_pages, self._start_pages(job)
         future, running = self._future_pages(), len(self._running)
         for n in range(len(victims) + 1):
@@ -236,12 +253,14 @@ class Scheduler:
 
     def _check_predictions(self, plan: StepPlan) -> None:
         """A prediction that has run out is doubled; if the pages for it are lacking, the job is preempted."""
-        for job in self._ranked()[::-1]:
+        if self._predict is None:
+            return
+        for job in self._ranked[::-1]:
             if job.predicted is None or job.generated < job.predicted or not job.decoding:
                 continue
             self._counts.mispredicted += 1
             job.predicted = min(max(2 * job.predicted, job.generated + 1), job.max_tokens)
-            first = job is self._ranked()[0]
+            first = job is self._ranked[0]
             if not first and self._future_pages() > self._available:
                 self._preempt(job, plan)
 
@@ -249,19 +268,18 @@ class Scheduler:
         """Every decoding job gets its row; while pages are lacking, the worst ranked job is preempted. Returns the
         pages left."""
         while True:
-            ranked = self._ranked()
-            decoding = [job for job in ranked if job.decoding]
-            need = sum(self.memory.pages_needed(job.id, 1) for job in decoding)
+            decoding = [job for job in self._ranked if job.decoding]
+            need = 0 if self._ample else sum(self.memory.pages_needed(job.id, 1) for job in decoding)
             spare = self._available - need
             if spare >= 0:
                 plan.decoding = [job.id for job in decoding]
                 return spare
-            if len(ranked) > 1:
-                self._preempt(ranked[-1], plan)
+            if len(self._ranked) > 1:
+                self._preempt(self._ranked[-1], plan)
             elif plan.preempt:  # what those hold together is known once they are gone
                 return 0
             else:
-                self._start_over(ranked[0], plan)
+                self._start_over(self._ranked[0], plan)
 
     @property
     def _available(self) -> int:
@@ -271,14 +289,16 @@ class Scheduler:
         """Give prompt rows by rank, as far as pages allow. If nothing runs otherwise, the worst ranked are preempted
         for the first. Returns the pages left."""
         logits = self.limits.logit_rows
-        for job in self._ranked():
-            n = self._rows_in(job.id, min(job.unread, rows, logits if job.logits else rows), spare)
+        for job in self._ranked:
+            if rows <= 0:
+                break
+            n = self._rows_in(job, min(job.unread, rows, logits if job.logits else rows), spare)
             if n:
                 plan.chunks.append((job.id, n))
                 rows -= n
                 logits -= n if job.logits else 0
-                spare -= self.memory.pages_needed(job.id, n)
-        first = min(self._running.values(), key=lambda job: job.rank, default=None)
+                spare -= 0 if self._ample else self.memory.pages_needed(job.id, n)
+        first = self._ranked[0] if self._ranked else None
         if first is not None and not first.decoding and not any(id == first.id for id, _ in plan.chunks):
             self._free_pages_for(first, plan)
         return spare
@@ -286,23 +306,32 @@ class Scheduler:
     def _free_pages_for(self, first: Job, plan: StepPlan) -> None:
         """The first ranked job reads and has no page: the worst ranked is preempted, from the next step on."""
         if len(self._running) > 1:
-            last = self._ranked()[-1]
+            last = self._ranked[-1]
             plan.decoding = [id for id in plan.decoding if id != last.id]
             plan.chunks = [(id, n) for id, n in plan.chunks if id != last.id]
             self._preempt(last, plan)
         elif not plan.preempt:
             self._start_over(first, plan)
 
-    def _rows_in(self, id: int, most: int, pages: int) -> int:
+    def _rows_in(self, job: Job, most: int, pages: int) -> int:
         """The largest number of rows, at most `most`, of a running job that so many pages hold."""
-        return largest(most, lambda rows: self.memory.pages_needed(id, rows) <= pages)
+        if self._ample or not most:
+            return most
+        return largest(most, lambda rows: self.memory.pages_needed(job.id, rows) <= pages)
 
-    def _drafts(self, plan: StepPlan, rows: int, spare: int) -> None:
-        """Caps by rank, as far as pages allow: those for the drafts of all are available."""
-        plan.draft_rows = rows
+    def _drafts(self, plan: StepPlan, caps: Mapping[int, int], rows: int, spare: int) -> None:
+        """Caps by rank, at most those given, as far as pages allow: those for the drafts of all are available."""
+        plan.caps = dict.fromkeys(plan.decoding, 0)
+        if rows <= 0:
+            plan.draft_rows = 0
+            return
         for id in plan.decoding:
+            job, most = self._jobs[id], min(caps[id], rows)
+            if self._ample or not most:
+                plan.caps[id] = most
+                continue
             own = self.memory.pages_needed(id, 1)  # taken off already
-            plan.caps[id] = self._rows_in(id, 1 + min(self._rows.cap(self._jobs[id]), rows), spare + own) - 1
+            plan.caps[id] = self._rows_in(job, 1 + most, spare + own) - 1
             spare -= self.memory.pages_needed(id, 1 + plan.caps[id]) - own
         plan.draft_rows = min(rows, sum(plan.caps.values()))
 
@@ -322,7 +351,7 @@ class Scheduler:
             job.target, job.read = job.prompt_tokens + job.generated, 0
         job.swapped, job.fresh, job.running = swap, fresh, False
         job.preempted += 1
-        del self._running[job.id]
+        self._leave(job)
         self._groups.stop(job)
         self._queue.add(job, self._clock())
 
@@ -351,7 +380,7 @@ class Scheduler:
         """The job's output grew by `tokens`."""
         job = self._running[id]
         job.generated += tokens
-        assert tokens >= 1 and job.decoding and job.remaining >= 0
+        assert tokens >= 1 and job.read == job.target and job.generated <= job.max_tokens
         self._counts.generated_tokens += tokens
         self._served.charge(job.owner, output=tokens)
 

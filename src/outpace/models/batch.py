@@ -104,50 +104,65 @@ _NOTHING = np.empty(0, dtype=np.int32)
 def pack(spans: Sequence[Span], page_tables: NDArray[np.int32]) -> ForwardBatch:
     """Assemble a step; `page_tables` i32[B, P] as `PagedKVCache.page_tables` gives them, after reserving.
 
-    The batch may hold views of `page_tables` and of the spans' tokens: use it before the cache changes.
+    The batch may hold a view of `page_tables`: use it before the cache changes.
     """
     assert len(spans) == len(page_tables), f"{len(spans)} spans, {len(page_tables)} page tables"
-    parts = [_rows(span) for span in spans]
+    # Lists first, then one array for all spans: with a row or two for each, arrays of their own would cost more
+    tokens: list[int] = []
     row_start = [0]
     for span in spans:
-        row_start.append(row_start[-1] + len(span.tokens))
-    logit_rows = [
-        np.arange(stop - 1 if span.logits == "last" else start, stop)
-        for span, start, stop in zip(spans, row_start, row_start[1:], strict=False)
-        if span.logits != "none" and stop > start
-    ]
-    seen = [visible for _, _, visible in parts]
+        tokens += span.tokens.tolist() if isinstance(span.tokens, np.ndarray) else span.tokens
+        row_start.append(len(tokens))
+    starts = np.array(row_start, dtype=np.int32)
+    committed = np.array([span.committed for span in spans], dtype=np.int32)
+    offsets = np.array([span.offset for span in spans], dtype=np.int32)
+    where = committed
+    if len(tokens) != len(spans):
+        lengths = starts[1:] - starts[:-1]
+        offsets = np.arange(len(tokens), dtype=np.int32) + (offsets - starts[:-1]).repeat(lengths)
+        where = committed.repeat(lengths)
+    seen = [None if span.mask is CAUSAL else _seen(span) for span in spans]
+    positions = (where + offsets).astype(np.int64)
+    for span, one, begin, end in zip(spans, seen, row_start, row_start[1:], strict=False):
+        if one is not None and isinstance(span.mask, Tree):
+            positions[begin:end] = one[0][1:] - one[0][:-1] + (span.committed - 1)
     visible_start, visible = _join(seen, row_start)
     return ForwardBatch(
-        tokens=_concat([np.asarray(span.tokens, dtype=np.int64) for span in spans], np.int64),
-        positions=_concat([positions for positions, _, _ in parts], np.int64),
-        row_start=np.array(row_start, dtype=np.int32),
-        offsets=_concat([offsets for _, offsets, _ in parts], np.int32),
-        causal=np.array([v is None for v in seen], dtype=np.bool_),
+        tokens=np.array(tokens, dtype=np.int64),
+        positions=positions,
+        row_start=starts,
+        offsets=offsets,
+        causal=np.array([one is None for one in seen], dtype=np.bool_),
         visible_start=visible_start,
         visible=visible,
-        committed=np.array([span.committed for span in spans], dtype=np.int32),
+        committed=committed,
         page_tables=page_tables,
-        logit_rows=_concat(logit_rows, np.int64),
+        logit_rows=_logit_rows(spans, row_start),
     )
 
 
-def _rows(span: Span) -> tuple[NDArray[np.int64], NDArray[np.int32], Visible | None]:
-    """Positions, offsets and, unless it is causal, what the rows see."""
+def _seen(span: Span) -> Visible | None:
+    """What the rows of a span see, unless it is causal."""
     first, n, mask = span.offset, len(span.tokens), span.mask
-    offsets = np.arange(first, first + n, dtype=np.int32)
     if isinstance(mask, Tree):
         nodes = first + n - mask.rooted
         assert len(mask.parents) == nodes, f"{len(mask.parents)} parents for the {nodes} nodes up to the last row"
-        if not is_chain(mask.parents):
-            start, visible = tree_visible(mask.parents, first, mask.rooted)
-            return (start[1:] - start[:-1]).astype(np.int64) + (span.committed - 1), offsets, (start, visible)
-    positions = np.arange(span.committed + first, span.committed + first + n)
+        return None if is_chain(mask.parents) else tree_visible(mask.parents, first, mask.rooted)
     if isinstance(mask, Block):
-        return positions, offsets, block_visible(n, mask.size, first)
+        return block_visible(n, mask.size, first)
     if isinstance(mask, Bidirectional):
-        return positions, offsets, bidirectional_visible(n, first)
-    return positions, offsets, None
+        return bidirectional_visible(n, first)
+    return None
+
+
+def _logit_rows(spans: Sequence[Span], row_start: list[int]) -> NDArray[np.int64]:
+    if all(span.logits == "all" for span in spans):
+        return np.arange(row_start[-1])
+    wanted: list[int] = []
+    for span, begin, end in zip(spans, row_start, row_start[1:], strict=False):
+        if span.logits != "none" and end > begin:
+            wanted += range(end - 1 if span.logits == "last" else begin, end)
+    return np.array(wanted, dtype=np.int64)
 
 
 def _join(seen: list[Visible | None], row_start: list[int]) -> Visible:
@@ -155,20 +170,16 @@ def _join(seen: list[Visible | None], row_start: list[int]) -> Visible:
     if len(seen) == 1 and seen[0] is not None:
         return seen[0]
     starts = np.zeros(row_start[-1] + 1, dtype=np.int32)
+    if not any(seen):
+        return starts, _NOTHING
     parts, total = [], 0
     for b, one in enumerate(seen):
+        begin, end = row_start[b], row_start[b + 1]
+        starts[begin:end] = total
         if one is not None:
             start, visible = one
-            starts[row_start[b] : row_start[b + 1]] = start[:-1] + total
+            starts[begin:end] += start[:-1]
             parts.append(visible)
             total += len(visible)
-        else:
-            starts[row_start[b] : row_start[b + 1]] = total
     starts[-1] = total
-    return starts, _concat(parts, np.int32) if parts else _NOTHING
-
-
-def _concat(parts: list[NDArray], dtype: type) -> NDArray:
-    if len(parts) == 1:
-        return parts[0]
-    return np.concatenate(parts) if parts else np.empty(0, dtype=dtype)
+    return starts, np.concatenate(parts)

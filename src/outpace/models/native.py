@@ -6,6 +6,7 @@ Shapes: `B` sequences, `T` packed rows, `R` rows of logits, `D` width, `Hq`/`Hkv
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from operator import gt
 from typing import Any, get_args
 
 import numpy as np
@@ -31,11 +32,10 @@ from .checkpoint import Checkpoint
 from .config import ModelConfig, rope_inv_freq
 from .decoder import Cpu, Decoder, DecoderOutput, checked_ids, checked_layers
 from .formats import Format, dequantise, take_outputs
+from .native_inputs import Inputs, Rope
 from .packed import Tensors, padded
 from .packing import pack, weights_of
 from .records import Records
-
-_ROPE_CHUNK = 4096
 
 
 def default_threads() -> int:
@@ -43,22 +43,6 @@ def default_threads() -> int:
     import os
 
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-class _Rope:
-    """Cosines and sines of positions, grown as positions come up. float32, as `transformers` computes them."""
-
-    def __init__(self, inv_freq: NDArray[np.float64]) -> None:
-        self.inv_freq = inv_freq.astype(np.float32)
-        self.table = np.empty((2, 0, len(inv_freq)), dtype=np.float32)
-
-    def rows(self, positions: NDArray[np.int64]) -> NDArray[np.float32]:
-        """[T] -> [2, T, C/2]"""
-        top = int(positions.max(initial=0)) + 1
-        if top > self.table.shape[1]:
-            angles = np.arange(padded(top, _ROPE_CHUNK), dtype=np.float32)[:, None] * self.inv_freq
-            self.table = np.stack([np.cos(angles), np.sin(angles)])
-        return np.ascontiguousarray(self.table[:, positions])
 
 
 class NativeDecoder(Decoder):
@@ -92,8 +76,11 @@ class NativeDecoder(Decoder):
         self._buffers: dict[str, NDArray[Any]] = {}
         self._rows = self._logit_rows = self._score_places = 0
         self._control = np.zeros(step.CONTROL_SIZE, dtype=np.int64)
-        self._rope = _Rope(rope_inv_freq(config, "full"))
-        self._rope_local = _Rope(rope_inv_freq(config, "sliding")) if config.rope_local_theta else None
+        self._arrays = Inputs(self._control)
+        self._most: tuple[int, ...] = (0, 0, 0)  # rows, rows of logits and places that the buffers hold
+        self._saves_hidden = False
+        self._rope = Rope(rope_inv_freq(config, "full"))
+        self._rope_local = Rope(rope_inv_freq(config, "sliding")) if config.rope_local_theta else None
         self._fill_constants()
         self.weight_bytes = self._streamed_bytes()
 
@@ -163,9 +150,7 @@ class NativeDecoder(Decoder):
             known = self._head_ids[np.minimum(rows, len(self._head_ids) - 1)] == kept
             if not known.all():
                 raise ParameterError("a trimmed head can only be trimmed further; trim the whole model instead")
-        if (
-            "embedding" not in self._keep and "embedding.w" not in self._keep
-        ):  # rows of it were read from the whole head
+        if not {"embedding", "embedding.w"} & self._keep.keys():  # rows of it were read from the whole head
             self._keep["embedding.w"] = self._keep["head.w"]
             self.formats["embedding"] = self.formats["head"]
         if "head" in self.formats:
@@ -196,21 +181,19 @@ class NativeDecoder(Decoder):
     def forward(self, batch: ForwardBatch, storage: KVStorage, hidden_layers: Sequence[int] = ()) -> DecoderOutput:
         assert isinstance(storage, NativeStorage)
         rows, wanted = len(batch.tokens), len(batch.logit_rows)
-        places = int(batch.page_tables.shape[1]) * PAGE_SIZE
-        self._reserve(rows, wanted, places)
+        size = (rows, wanted, batch.page_tables.shape[1] * PAGE_SIZE)
+        if any(map(gt, size, self._most)) or not self._logit_rows:
+            self._most = tuple(map(max, size, self._most))
+            self._reserve(*self._most)
         c = self._control
-        # keeps the arrays whose addresses go into the control block alive until the step is done
-        held = self._point_at_batch(batch)
-        rope = self._rope.rows(batch.positions)
-        c[step.C_COS], c[step.C_SIN] = rope[0].ctypes.data, rope[1].ctypes.data
-        local = self._rope_local.rows(batch.positions) if self._rope_local else rope
-        c[step.C_COS_LOCAL], c[step.C_SIN_LOCAL] = local[0].ctypes.data, local[1].ctypes.data
-        c[step.C_KEYS], c[step.C_VALUES] = storage.keys.ctypes.data, storage.values.ctypes.data
+        table = self._point_at_batch(batch)
+        self._point_at_rope(batch.positions)
+        c[step.C_KEYS], c[step.C_VALUES] = storage.addresses
         c[step.C_KV_LAYER_BYTES], c[step.C_KV_PAGE_BYTES], c[step.C_KV_HEAD_BYTES] = storage.strides
         hidden = self._hidden(hidden_layers, rows)
         self._items[:] = 0
         self._team.run(c)
-        del held
+        del table  # was to live until the step is done
         logits = self._buffers["logits"][:wanted, : self._outputs]
         if self._head_ids is not None:
             whole = self._buffers["all_logits"][:wanted]
@@ -259,6 +242,7 @@ class NativeDecoder(Decoder):
         for index, value in values.items():
             c[index] = value
         self._embedding, self._embedding_kind = self._embedding_table()
+        self._embedding_address = self._embedding.ctypes.data
         self._set_head(None)
 
     def _embedding_table(self) -> tuple[NDArray[Any], int]:
@@ -336,42 +320,55 @@ class NativeDecoder(Decoder):
         self._buffers[f"input {kind}"] = buffer
         self._inputs[kind] = buffer.ctypes.data, buffer.strides[0]
 
-    def _point_at_batch(self, batch: ForwardBatch) -> list[NDArray[Any]]:
-        c = self._control
-        c[step.C_ROWS], c[step.C_SEQUENCES] = len(batch.tokens), len(batch.committed)
+    def _point_at_batch(self, batch: ForwardBatch) -> NDArray[np.float32] | None:
+        """Returns the table of the step's own embeddings, if it has some, which must live until the step is done."""
+        c, tokens, put = self._control, batch.tokens, self._arrays.put
+        most = int(tokens.view(np.uint64).max(initial=0))  # a negative one is larger than all
+        assert most < self.config.vocab_size, "token out of range"
+        c[step.C_ROWS], c[step.C_SEQUENCES] = len(tokens), len(batch.committed)
         c[step.C_LOGIT_ROWS] = len(batch.logit_rows)
         c[step.C_PAGES_STRIDE] = 4 * batch.page_tables.shape[1]
-        table, kind = self._embedding, self._embedding_kind
-        tokens = batch.tokens
+        table = None
+        c[step.C_EMBEDDING], c[step.C_EMBEDDING_KIND] = self._embedding_address, self._embedding_kind
         if batch.embeddings is not None:  # a table of this step's own, one entry for each row
             assert batch.embeddings.shape == (len(tokens), self.config.hidden_size), "embeddings are f32[T, D]"
             table = np.zeros((len(tokens), padded(self.config.hidden_size)), dtype=np.float32)
             table[:, : self.config.hidden_size] = batch.embeddings
-            tokens, kind = np.arange(len(tokens)), step.ROWS_F32
-        c[step.C_EMBEDDING], c[step.C_EMBEDDING_KIND] = table.ctypes.data, kind
-        held = [table]
-        for entry, array, dtype in (
-            (step.C_TOKENS, tokens, np.int64), (step.C_POSITIONS, batch.positions, np.int32),
-            (step.C_ROW_START, batch.row_start, np.int32), (step.C_OFFSETS, batch.offsets, np.int32),
-            (step.C_CAUSAL, batch.causal, np.int32), (step.C_VISIBLE_START, batch.visible_start, np.int32),
-            (step.C_VISIBLE, batch.visible, np.int32), (step.C_COMMITTED, batch.committed, np.int32),
-            (step.C_PAGES, batch.page_tables, np.int32), (step.C_LOGIT_INDEX, batch.logit_rows, np.int64),
-        ):  # fmt: skip
-            exact = np.ascontiguousarray(array, dtype=dtype)
-            c[entry] = exact.ctypes.data
-            held.append(exact)
+            tokens = np.arange(len(tokens))
+            c[step.C_EMBEDDING], c[step.C_EMBEDDING_KIND] = table.ctypes.data, step.ROWS_F32
+        put(step.C_TOKENS, tokens, np.int64)
+        put(step.C_POSITIONS, batch.positions, np.int32)
+        put(step.C_ROW_START, batch.row_start, np.int32)
+        put(step.C_OFFSETS, batch.offsets, np.int32)
+        put(step.C_CAUSAL, batch.causal, np.int32)
+        put(step.C_VISIBLE_START, batch.visible_start, np.int32)
+        put(step.C_VISIBLE, batch.visible, np.int32)
+        put(step.C_COMMITTED, batch.committed, np.int32)
+        put(step.C_PAGES, batch.page_tables, np.int32)
+        put(step.C_LOGIT_INDEX, batch.logit_rows, np.int64)
         c[step.C_COMPACT] = 0
         if batch.compact is not None:
             assert self.precision != "float32", "copies in few bits are made of bf16"
             c[step.C_COMPACT], c[step.C_COMPACT_PAGES] = (
                 array.ctypes.data for array in (batch.compact.layout, batch.compact.pages)
             )
-        assert (batch.tokens >= 0).all() and (batch.tokens < self.config.vocab_size).all(), "token out of range"
-        return held
+        return table
+
+    def _point_at_rope(self, positions: NDArray[np.int64]) -> None:
+        top, put_rows = int(positions.max(initial=0)), self._arrays.put_rows
+        for rope, entries in (
+            (self._rope, (step.C_COS, step.C_SIN)),
+            (self._rope_local, (step.C_COS_LOCAL, step.C_SIN_LOCAL)),
+        ):
+            if rope is not None:
+                for entry, values in zip(entries, rope.tables(top), strict=True):
+                    put_rows(entry, values, positions)
 
     def _hidden(self, layers: Sequence[int], rows: int) -> dict[int, Logits]:
         """Where the step saves the residual stream after the wanted layers."""
-        self._layers[:, step.L_SAVE_HIDDEN] = -1
+        if self._saves_hidden:
+            self._layers[:, step.L_SAVE_HIDDEN] = -1
+        self._saves_hidden = bool(layers)
         if not layers:
             return {}
         width = padded(self.config.hidden_size)

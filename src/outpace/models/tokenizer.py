@@ -36,6 +36,7 @@ class Tokenizer:
 
     def __init__(self, files: TokenizerFiles, eos_ids: Iterable[int] = (), source: str = "tokenizer.json") -> None:
         from tokenizers import Tokenizer as Rust
+        from tokenizers.decoders import ByteLevel
 
         self._source = source
         with self._damage("damaged tokenizer"):
@@ -52,6 +53,8 @@ class Tokenizer:
         self._literals = None if any(t.normalized for t in special) else tuple(t.content for t in special)
         self._first_characters = {literal[:1] for literal in self._literals or ()}
         self._template = _template(files.tokenizer_config.get("chat_template"))
+        self.byte_level = isinstance(self._rust.decoder, ByteLevel)  # text is what the tokens write, byte by byte
+        self._pieces: dict[int, str | None] = {}  # of tokens that have been decoded
         self.vocab_size: int = self._rust.get_vocab_size(with_added_tokens=True)
         self.eos_ids: frozenset[int] = frozenset(eos_ids) | {i for i in ends if i in self._special_ids}
 
@@ -104,6 +107,16 @@ class Tokenizer:
     def detokenizer(self) -> Detokenizer:
         """For one stream of tokens."""
         return Detokenizer(self)
+
+    def piece(self, id: int) -> str | None:
+        """What a token writes wherever it stands. None if that depends on its neighbours, as where its bytes are no
+        whole characters, and for every token of a vocabulary that is not written in bytes."""
+        try:
+            return self._pieces[id]
+        except KeyError:
+            alone = self.decode([id]) if self.byte_level else _REPLACEMENT
+            self._pieces[id] = found = None if _REPLACEMENT in alone else alone
+            return found
 
     def to_json(self) -> str:
         """As the text of a `tokenizer.json`."""
@@ -276,12 +289,23 @@ class Detokenizer:
 
     def add(self, ids: Iterable[int]) -> str:
         """The text that has become certain with these tokens; may be empty."""
+        if not self._ids:  # as always in a vocabulary of bytes, unless a character is incomplete
+            ids, text = list(ids), ""
+            for id in ids:
+                piece = self._tokenizer.piece(id)
+                if piece is None:
+                    break
+                text += piece
+            else:
+                return text
         self._ids += ids
         text = self._tokenizer.decode(self._ids)
         piece = text[len(self._known) :]
         if piece.endswith(_REPLACEMENT):
             return ""  # the bytes of a character are still incomplete
-        if piece:
+        if piece and self._tokenizer.byte_level:
+            self._ids, self._emitted, self._known = [], 0, ""
+        elif piece:
             if len(self._ids) > _WINDOW:
                 self._ids = self._ids[self._emitted :]
                 text = self._tokenizer.decode(self._ids)

@@ -88,7 +88,7 @@ def bidirectional_visible(n: int, first: int = 0) -> Visible:
 
 def is_chain(parents: NDArray[np.int64]) -> bool:
     """Whether every node is the child of the one before it, so that the tree is causal."""
-    return bool((parents == np.arange(-1, len(parents) - 1)).all())
+    return parents.tolist() == list(range(-1, len(parents) - 1))
 
 
 def _prefixes(lengths: NDArray[np.int64]) -> Visible:

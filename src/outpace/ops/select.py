@@ -8,21 +8,19 @@ from numpy.typing import NDArray
 from ..types import Logits
 
 
-def row_argmax(logits: Logits) -> NDArray[np.int64]:
+def row_argmax(logits: Logits, threads: int = 1) -> NDArray[np.int64]:
     """f32[R, V] -> i64[R]"""
-    return row_topk(logits, 1)[1][:, 0]
+    return row_topk(logits, 1, threads)[1][:, 0]
 
 
-def row_topk(logits: Logits, k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """f32[R, V] -> values f32[R, k] falling, ids i64[R, k]. `k` is at most V; logits are not NaN."""
+def row_topk(logits: Logits, k: int, threads: int = 1) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """f32[R, V] -> values f32[R, k] falling, ids i64[R, k]. `k` is at most V; logits are not NaN. `threads` share the
+    rows of logits on the CPU."""
     on_host = _on_host(logits)
     if on_host is not None:
-        from .cpu.search import top_rows
+        from .cpu.top import top  # numba
 
-        values = np.empty((len(on_host), k), dtype=np.float32)
-        ids = np.empty((len(on_host), k), dtype=np.int64)
-        top_rows(on_host.__array_interface__["data"][0], on_host.strides[0], on_host.shape[1], values, ids)
-        return values, ids
+        return top(on_host, k, threads)
     assert not isinstance(logits, np.ndarray)
     # a stable sort keeps equal logits in order of their ids, which topk does not promise
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)

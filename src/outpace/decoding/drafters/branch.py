@@ -17,8 +17,6 @@ from threading import Event
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ...models.decoder import Decoder
 from ...registry import register
 from ...types import NO_PARENT, Draft
@@ -281,7 +279,7 @@ class BranchDraft(DraftChain):
             self._trees[sequence.id] = _replant(one, chain, len(sequence.tokens))
 
     def _check(self, one: Branching, truth: list[int]) -> None:
-        for node, _, right in checked_nodes(one.draft, np.array(truth[: len(one.draft)], dtype=np.int64)):
+        for node, _, right in checked_nodes(one.draft, truth[: len(one.draft)]):
             cell = one.cells[one.kept[node]]
             if cell is not None:
                 self.confidence.update(cell, right)

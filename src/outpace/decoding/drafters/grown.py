@@ -203,7 +203,7 @@ class Grown(Drafter):
     def observe(self, sequence: Sequence, seen: Observation) -> None:
         one, rows = self._growths.pop(sequence.id, None), list[int]()
         if one is not None:
-            truth = np.array(sequence.tokens[one.root : one.root + len(one.draft)], dtype=np.int64)
+            truth = sequence.tokens[one.root : one.root + len(one.draft)]
             for node, _, right in checked_nodes(one.draft, truth):
                 cell, row = one.cells[one.kept[node]], one.rows[one.kept[node]]
                 if cell is not None:

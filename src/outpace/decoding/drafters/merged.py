@@ -9,7 +9,7 @@ from time import perf_counter
 
 import numpy as np
 
-from ...types import NO_PARENT, Draft, IntArray
+from ...types import NO_PARENT, Draft
 from ..contracts import Drafter, Observation, Sequence
 from ..sampling import certainty, host_row
 from ..tree import DEFAULT_SCORE, expected_accepted, merge
@@ -53,7 +53,7 @@ class Calibration:
         corrected = np.array(scores, dtype=np.float32)
         return Draft(draft.tokens, draft.parents, draft.sources, corrected, draft.q, draft.replacement)
 
-    def update(self, id: int, draft: Draft, truth: IntArray) -> None:
+    def update(self, id: int, draft: Draft, truth: list[int]) -> None:
         """`draft` as proposed, before correction."""
         tested = checked_nodes(draft, truth)
         if not tested:
@@ -173,7 +173,7 @@ class Merged(Drafter):
         waiting = [benefit for benefit in self.benefits if benefit.needs_certainty(sequence.id, self.rate)]
         outputs = seen.first if seen.outputs is None else seen.outputs
         if waiting and outputs is not None:
-            path = [] if seen.accepted is None else seen.accepted.path.tolist()
+            path = [] if seen.accepted is None else seen.accepted.path
             row = path[-1] + 1 if path else 0
             value = certainty(host_row(outputs.logits(row)), sequence.params)
             for benefit in waiting:
@@ -185,7 +185,7 @@ class Merged(Drafter):
         for name in seen.draft.sources:
             gains[name] = gains.get(name, 0.0) - self.floor
         if seen.accepted is not None:
-            for node in seen.accepted.path.tolist():
+            for node in seen.accepted.path:
                 gains[seen.draft.sources[node]] += 1
         return gains
 

@@ -62,8 +62,8 @@ class Nodes:
 
     def update_rates(self, rates: Rates, tokens: list[int]) -> None:
         """Count in `rates` which nodes the text proves right or wrong."""
-        truth = np.array(tokens[self.root : self.root + len(self)], dtype=np.int64)
-        if len(truth):
+        truth = tokens[self.root : self.root + len(self)]
+        if truth:
             for node, _, right in checked_nodes(self.draft(""), truth):
                 rates.update(self.cells[node], right)
 

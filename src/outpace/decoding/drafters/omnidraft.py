@@ -164,7 +164,7 @@ class OmniDraft(Drafter):
         if kept < before:
             self.source.rewind(state.sequence, kept)
         elif seen is not None:
-            new = np.array(state.twin.tokens[before:], dtype=np.int64)
+            new = state.twin.tokens[before:]
             self.chain.observe(state.sequence, Observation(new, Draft.empty(), None, None))
 
     def _translate(self, sequence: Sequence, state: _State, chain: Draft, budget: int) -> Draft:

@@ -17,4 +17,7 @@ class Plain(Drafter):
     paper = ""
 
     def propose(self, sequences: Seq[Sequence], budgets: Seq[int]) -> list[Draft]:
-        return [Draft.empty() for _ in sequences]
+        return [_NOTHING] * len(sequences)
+
+
+_NOTHING = Draft.empty()

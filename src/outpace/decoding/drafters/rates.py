@@ -7,6 +7,8 @@ outlive a sequence.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -27,14 +29,14 @@ class Rates:
         self.value[cell] += (float(hit) - self.value[cell]) / trials
 
 
-def checked_nodes(draft: Draft, truth: IntArray) -> list[tuple[int, int, bool]]:
-    """Nodes that `truth`, the tokens committed after the draft's root, decides: (node, depth, right).
+def checked_nodes(draft: Draft, known: Sequence[int]) -> list[tuple[int, int, bool]]:
+    """Nodes that `known`, the tokens committed after the draft's root, decides: (node, depth, right).
 
-    Those are the nodes whose ancestors are all right, as deep as `truth` goes.
+    Those are the nodes whose ancestors are all right, as deep as `known` goes.
     """
     tested: list[tuple[int, int, bool]] = []
     depth_of_right = {NO_PARENT: -1}
-    tokens, parents, known = draft.tokens.tolist(), draft.parents.tolist(), truth.tolist()
+    tokens, parents = draft.tokens.tolist(), draft.parents.tolist()
     for node, parent in enumerate(parents):
         above = depth_of_right.get(parent)
         if above is None or above + 1 >= len(known):

@@ -183,9 +183,9 @@ class Recycling(NodeDrafter[_State]):
         before = tokens[np.concatenate(([0], seen.draft.parents + 1))]
         before[0] = sequence.tokens[max(root - 1, 0)]
         values, ids = seen.outputs.topk(self.k)
-        if seen.accepted is not None and len(seen.accepted.path):
+        if seen.accepted is not None and seen.accepted.path:
             # Of several rows with one context the accepted one counts: write it last.
-            path = seen.accepted.path + 1
+            path = np.array(seen.accepted.path) + 1
             order = np.concatenate((np.delete(np.arange(len(tokens)), path), path))
             before, tokens, values, ids = before[order], tokens[order], values[order], ids[order]
         state.matrix.record(before, tokens, values, ids)

@@ -45,22 +45,31 @@ class Routed(Drafter):
         self.of(sequence.method).begin(sequence)
 
     def propose(self, sequences: Seq[Sequence], budgets: Seq[int]) -> list[Draft]:
+        methods = {sequence.method for sequence in sequences}
+        if len(methods) == 1:
+            drafts, self._seconds = self._ask(self.of(*methods), sequences, budgets)
+            return drafts
         drafts = [Draft.empty()] * len(sequences)
         self._seconds = {}
         for method, drafter in self._drafters.items():
             mine = [i for i, sequence in enumerate(sequences) if sequence.method == method]
             if not mine:
                 continue
-            drafter.floor, drafter.forward_floor, drafter.rate = self.floor, self.forward_floor, self.rate
-            proposed, seconds = drafter.timed([sequences[i] for i in mine], [budgets[i] for i in mine])
+            proposed, seconds = self._ask(drafter, [sequences[i] for i in mine], [budgets[i] for i in mine])
             for name, spent in seconds.items():
                 self._seconds[name] = self._seconds.get(name, 0.0) + spent
             for i, draft in zip(mine, proposed, strict=True):
                 drafts[i] = draft
         return drafts
 
+    def _ask(
+        self, drafter: Drafter, sequences: Seq[Sequence], budgets: Seq[int]
+    ) -> tuple[list[Draft], dict[str, float]]:
+        drafter.floor, drafter.forward_floor, drafter.rate = self.floor, self.forward_floor, self.rate
+        return drafter.timed(sequences, budgets)
+
     def observe(self, sequence: Sequence, seen: Observation) -> None:
-        self.of(sequence.method).observe(sequence, seen)
+        self._drafters[sequence.method].observe(sequence, seen)
 
     def seconds_by_source(self, total: float) -> dict[str, float]:
         return self._seconds

@@ -74,7 +74,9 @@ def share_rows(available: int, caps: Seq[int]) -> list[int]:
     [3, 5, 4]
     """
     shares = [0] * len(caps)
-    left = max(0, available)
+    if available <= 0:
+        return shares
+    left = available
     by_cap = sorted(range(len(caps)), key=lambda i: caps[i])
     for done, i in enumerate(by_cap):
         shares[i] = min(max(0, caps[i]), -(-left // (len(caps) - done)))

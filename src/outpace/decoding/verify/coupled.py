@@ -9,9 +9,9 @@ from ...registry import register
 from ...types import NO_PARENT, Accepted, Draft, Exactness
 from ..contracts import Sequence, Verifier
 from ..outputs import TargetOutputs
-from ..sampling import choose_rows
+from ..sampling import choose, choose_rows
 from ..tree import child_lookup
-from .walk import Recorder, accepted, target_row
+from .walk import Recorder, target_row
 
 
 @register(
@@ -42,36 +42,40 @@ class CoupledVerifier(Verifier):
         sampled = [
             (outputs, (target_row(outputs, NO_PARENT), sequence.params, len(sequence.tokens)))
             for sequence, outputs in step
-            if not sequence.params.greedy and not sequence.params.edits_logits
+            if not sequence.params.greedy and not sequence.edits_logits
         ]
         if len(sampled) > 1:
             tokens = choose_rows([row for _, row in sampled], threads)
             for (outputs, _), token in zip(sampled, tokens, strict=True):
-                outputs.drawn[0] = token
+                outputs.draw(0, token)
 
     def verify(self, sequence: Sequence, draft: Draft, outputs: TargetOutputs) -> Accepted:
-        params = sequence.params
-        lookup = child_lookup(draft)
-        if params.greedy and not params.edits_logits and params.logprobs is None:
-            best = outputs.argmax().tolist()
-            path: list[int] = []
-            tokens: list[int] = []
-            node: int | None = NO_PARENT
-            while node is not None:
-                token = best[node + 1]
-                tokens.append(token)
-                node = lookup.get((node, token))
-                if node is not None:
-                    path.append(node)
-            return accepted(path, tokens)
-        return self._walk(sequence, lookup, outputs)
+        params, lookup = sequence.params, child_lookup(draft)
+        if sequence.edits_logits or params.logprobs is not None:
+            return self._walk(sequence, lookup, outputs)
+        greedy, path, tokens = params.greedy, list[int](), list[int]()
+        node: int | None = NO_PARENT
+        while node is not None:
+            token = outputs.best(node + 1) if greedy else self._drawn(sequence, outputs, node, len(tokens))
+            tokens.append(token)
+            node = lookup.get((node, token))
+            if node is not None:
+                path.append(node)
+        return Accepted(path, tokens)
+
+    def _drawn(self, sequence: Sequence, outputs: TargetOutputs, node: int, depth: int) -> int:
+        """The target's token after `node`, to which `depth` drafted tokens lead."""
+        token = outputs.drawn(node + 1)
+        if token is None:
+            token = choose(target_row(outputs, node), sequence.params, len(sequence.tokens) + depth)
+        return token
 
     def _walk(self, sequence: Sequence, lookup: dict[tuple[int, int], int], outputs: TargetOutputs) -> Accepted:
         with Recorder(sequence) as record:
             node: int | None = NO_PARENT
             while node is not None:
                 processed = record.process(target_row(outputs, node))
-                token = outputs.drawn.get(node + 1)
+                token = outputs.drawn(node + 1)
                 if token is None:
                     token = record.choose(processed)
                 node = lookup.get((node, token))

@@ -18,16 +18,12 @@ def target_row(outputs: TargetOutputs, node: int) -> FloatArray:
     return host_row(outputs.logits(node + 1))
 
 
-def accepted(path: list[int], tokens: list[int]) -> Accepted:
-    return Accepted(np.array(path, dtype=np.int64), np.array(tokens, dtype=np.int64))
-
-
 class Recorder:
     """Collects a walk's tokens. As a context manager it leaves the sequence's history as it found it."""
 
     def __init__(self, sequence: Sequence) -> None:
         self.params = sequence.params
-        self.history = sequence.history if sequence.params.edits_logits else None
+        self.history = sequence.history if sequence.edits_logits else None
         self.position = len(sequence.tokens)  # of the token to be chosen next
         self._length = len(sequence.tokens)
         self._path: list[int] = []
@@ -85,7 +81,7 @@ class Recorder:
                 self.history.append(token)
 
     def result(self) -> Accepted:
-        done = accepted(self._path, self._tokens)
+        done = Accepted(self._path, self._tokens)
         if self.params.logprobs is not None:
             done.logprobs = np.array(self._logprobs, dtype=np.float32)
             done.top_logprobs = self._top

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import threading
 from collections.abc import Sequence
 
@@ -14,6 +15,8 @@ from .team import SAMPLE, team
 
 _local = threading.local()
 _CONTROL = 8
+_ONE = struct.Struct("<qfiffqQQQ")  # a draw, as in ASKED
+assert _ONE.size == ASKED.itemsize
 
 
 class Draws:
@@ -34,7 +37,8 @@ class Draws:
         n = len(asked)
         if n > len(self._asked):
             self._asked = np.zeros(2 * n, dtype=ASKED)
-        self._asked[:n] = asked
+        for i, one in enumerate(asked):
+            _ONE.pack_into(self._asked, i * _ONE.size, *one)
         threads = self._threads if n > 1 else 1
         self._control[J_THREADS], self._control[S_ROWS] = threads, n
         self._control[S_ASKED] = self._asked.ctypes.data

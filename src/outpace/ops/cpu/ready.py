@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from numba import float32, int64
+from numba import int64
 
 from .compiled import address_of, is_cached
 from .sample import sample_rows
@@ -18,17 +18,14 @@ from .search import top_rows
 from .step import attention, decoder_step
 from .team import post, serve, work
 
-_MATRIX = (float32[:, ::1], int64[:, ::1])
-
 
 def make_ready() -> None:
     """Load or compile every entry point, in the types that callers pass. Takes no time when that is done."""
-    for function in (decoder_step, attention, sample_rows):
+    for function in (decoder_step, attention, sample_rows, top_rows):
         address_of(function)
     serve.compile((int64,) * 4)
     post.compile((int64,) * 4)
     work.compile((int64,) * 3)
-    top_rows.compile((int64, int64, int64, *_MATRIX))
 
 
 @contextmanager
