@@ -61,7 +61,7 @@ INSTRUCTIONS = {
 @pytest.mark.parametrize("level", INSTRUCTIONS)
 def test_instructions(level):
     """Products use what a level has, and no kernel what it has not."""
-    names = ("Q4_K", "Q6_K", "Q8_0", "whole_kinds", "scores_by_dots")
+    names = ("Q4_K", "whole_kinds", "scores_by_dots")
     folder = cross.compiled_for(level) if level in ARM_LEVELS else cross.compiled_for(level, *names)
     wanted, absent = INSTRUCTIONS[level]
     used = {name: cross.instructions(folder, name) for name in names}
