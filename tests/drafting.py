@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from outpace.cache.storage import PAGE_SIZE, KVStorage, PageBlob
-from outpace.decoding.contracts import Drafter, Observation, Sequence
+from outpace.decoding.contracts import Drafter, Market, Observation, Sequence
 from outpace.decoding.outputs import TargetOutputs
 from outpace.decoding.sampling import History, sample
 from outpace.decoding.tree import check_draft, path_to
@@ -136,9 +136,16 @@ def plain(prompt: list[int], params: SamplingParams, n: int) -> list[int]:
     return tokens
 
 
+FREE = Market()
+
+
+def propose(drafter: Drafter, sequences: list[Sequence], budgets: list[int], market: Market = FREE) -> list[Draft]:
+    return drafter.propose(sequences, budgets, market).drafts
+
+
 def step(drafter: Drafter, sequences: list[Sequence], budgets: list[int]) -> tuple[int, list[Draft]]:
     """One engine step of several sequences; returns the tokens committed."""
-    drafts, total = drafter.propose(sequences, budgets), 0
+    drafts, total = propose(drafter, sequences, budgets), 0
     for sequence, draft, budget in zip(sequences, drafts, budgets, strict=True):
         check_draft(draft, budget, V)
         outputs = outputs_of(sequence.tokens, draft)

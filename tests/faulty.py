@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from outpace import registry
-from outpace.decoding.contracts import Drafter, DrafterContext, Observation, Verifier
+from outpace.decoding.contracts import Drafter, DrafterContext, Market, Observation, Proposal, Verifier
 from outpace.decoding.contracts import Sequence as TokenSequence
 from outpace.decoding.drafters.ngram import NgramIndex
 from outpace.decoding.outputs import TargetOutputs
@@ -102,14 +102,14 @@ class Leaky(Drafter):
     def begin(self, sequence: TokenSequence) -> None:
         self.read[sequence.id] = 0
 
-    def propose(self, sequences: Sequence[TokenSequence], budgets: Sequence[int]) -> list[Draft]:
+    def propose(self, sequences: Sequence[TokenSequence], budgets: Sequence[int], market: Market) -> Proposal:
         drafts = []
         for sequence, budget in zip(sequences, budgets, strict=True):
             self.catch_up(sequence)
             found, place = self.index.find()
             drafted = self.index.continuation(place, min(budget, 6)) if found else []
             drafts.append(Draft.chain(drafted, self.name) if drafted else Draft.empty())
-        return drafts
+        return Proposal(drafts)
 
     def observe(self, sequence: TokenSequence, seen: Observation) -> None:
         self.catch_up(sequence)
@@ -147,14 +147,14 @@ class KeepsToOwners(Drafter):
     def begin(self, sequence: TokenSequence) -> None:
         self.learn(sequence)
 
-    def propose(self, sequences: Sequence[TokenSequence], budgets: Sequence[int]) -> list[Draft]:
+    def propose(self, sequences: Sequence[TokenSequence], budgets: Sequence[int], market: Market) -> Proposal:
         drafts = []
         for sequence, budget in zip(sequences, budgets, strict=True):
             after, text = self.after[sequence.owner], sequence.tokens[-1:]
             while len(text) <= min(budget, 6) and text[-1] in after:
                 text.append(after[text[-1]])
             drafts.append(Draft.chain(text[1:], self.name) if len(text) > 1 else Draft.empty())
-        return drafts
+        return Proposal(drafts)
 
     def observe(self, sequence: TokenSequence, seen: Observation) -> None:
         self.learn(sequence)
@@ -172,14 +172,14 @@ class ForgetsNothing(Drafter):
     def __init__(self) -> None:
         self.after: dict[tuple[int, int], int] = {}
 
-    def propose(self, sequences: Sequence[TokenSequence], budgets: Sequence[int]) -> list[Draft]:
+    def propose(self, sequences: Sequence[TokenSequence], budgets: Sequence[int], market: Market) -> Proposal:
         drafts = []
         for sequence, budget in zip(sequences, budgets, strict=True):
             text: list[int] = sequence.tokens[-2:]
             while len(text) - 2 < budget and (text[-2], text[-1]) in self.after:
                 text.append(self.after[text[-2], text[-1]])
             drafts.append(Draft.chain(text[2:], self.name) if len(text) > 2 else Draft.empty())
-        return drafts
+        return Proposal(drafts)
 
     def end(self, sequence: TokenSequence) -> None:
         out = sequence.output

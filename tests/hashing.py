@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from outpace.cache.storage import PAGE_SIZE, KVStorage
-from outpace.decoding.contracts import Drafter, Observation
+from outpace.decoding.contracts import Drafter, Market, Observation, Proposal
 from outpace.decoding.contracts import Sequence as TokenSequence
 from outpace.engine.load import LoadedModel
 from outpace.engine.options import EngineOptions
@@ -156,10 +156,11 @@ class Scripted(Drafter):
     def begin(self, sequence: TokenSequence) -> None:
         self.live[sequence.id] = len(sequence.tokens)
 
-    def propose(self, sequences: Sequence[TokenSequence], budgets: Sequence[int]) -> list[Draft]:
+    def propose(self, sequences: Sequence[TokenSequence], budgets: Sequence[int], market: Market) -> Proposal:
         assert all(self.live[s.id] == len(s.tokens) for s in sequences)
         self.budgets.append(list(budgets))
-        return [self.script(s.tokens, b) if b else Draft.empty() for s, b in zip(sequences, budgets, strict=True)]
+        drafts = [self.script(s.tokens, b) if b else Draft.empty() for s, b in zip(sequences, budgets, strict=True)]
+        return Proposal(drafts)
 
     def observe(self, sequence: TokenSequence, seen: Observation) -> None:
         self.live[sequence.id] += len(seen.new_tokens)

@@ -528,10 +528,10 @@ def test_a_method_that_breaks_fails_in_its_cell_alone(tmp_path: Path, monkeypatc
 
     right = Ngram.propose
 
-    def propose(self, sequences, budgets):  # type: ignore[no-untyped-def]
+    def propose(self, sequences, budgets, market):  # type: ignore[no-untyped-def]
         if len(sequences) == 2 and sequences[0].owner != "warm-up":
             raise RuntimeError("out of ideas")
-        return right(self, sequences, budgets)
+        return right(self, sequences, budgets, market)
 
     monkeypatch.setattr(Ngram, "propose", propose)
     rows = {(r.method, r.cell.batch): r for r in Report.of(run(tmp_path, config())).rows}

@@ -9,7 +9,7 @@ import pytest
 from hashing import HashDecoder, Scripted, engine_options, oracle, plain_tokens
 from test_engine import PROMPTS, run
 
-from outpace.decoding.contracts import Drafter
+from outpace.decoding.contracts import Drafter, Proposal
 from outpace.decoding.drafters.merged import Merged
 from outpace.decoding.drafters.ngram import Ngram
 from outpace.decoding.drafters.plain import Plain
@@ -42,7 +42,9 @@ def planned(decoder: HashDecoder, planner: Planner, **limits: int) -> Engine:
         Scripted(oracle(decoder, right=0.6, tree=True)),
     ]
     drafters[3].observe = lambda *_: None  # type: ignore[method-assign]  # it may rest, and is not told then
-    drafters[3].propose = lambda s, b: [drafters[3].script(x.tokens, n) for x, n in zip(s, b, strict=True)]  # type: ignore
+    drafters[3].propose = lambda s, b, _: Proposal(  # type: ignore[method-assign]
+        [drafters[3].script(x.tokens, n) for x, n in zip(s, b, strict=True)]
+    )
     return Engine(decoder, Merged(drafters), CoupledVerifier(), options=engine_options(**limits), planner=planner)
 
 

@@ -55,7 +55,7 @@ class Faults:
     def install(self, llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
         runner = llm._engine._runner
         places: dict[str, tuple[Any, str]] = {
-            "propose": (type(runner.drafter), "timed"),
+            "propose": (type(runner.drafter), "propose"),
             "reserve": (PagedKVCache, "reserve"),
             "forward": (type(llm.decoder), "forward"),
             "verify": (type(runner.verifier), "verify"),

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from drafting import PARAMS, FakeDecoder, V, outputs_of, plain, step
+from drafting import PARAMS, FakeDecoder, V, outputs_of, plain, propose, step
 from hashing import HashDecoder
 from toy import toy_checkpoint
 
@@ -46,8 +46,8 @@ def hurried(drafter: BranchDraft) -> BranchDraft:
     """The background never gets further than its first forward."""
     start = drafter._start
 
-    def once(growing: list) -> None:
-        start(growing)
+    def once(growing: list, stop: float) -> None:
+        start(growing, stop)
         drafter._stop.set()
 
     drafter._start = once  # type: ignore[method-assign]
@@ -117,7 +117,7 @@ def test_a_hedge_is_taken_after_a_rejection() -> None:
     drafter.begin(sequence)
     hits = 0
     for _ in range(8):
-        [draft] = drafter.propose([sequence], [3])
+        [draft] = propose(drafter, [sequence], [3])
         tree = drafter._trees[0]
         drafter._join()
         hedge = next((n for n in range(3, len(tree.tokens)) if tree.parents[n] < 2 and tree.rows[n] >= 0), None)
@@ -143,7 +143,7 @@ def test_steps_that_were_not_observed_are_caught_up_with() -> None:
     drafter.begin(sequence)
     for stop in (2, 5, 5, 17, 40, 41):
         sequence.tokens += text[len(sequence.tokens) : stop]
-        [draft] = drafter.propose([sequence], [4])
+        [draft] = propose(drafter, [sequence], [4])
         assert draft.tokens.tolist() == text[stop : stop + 4]
         drafter._join()
         drafter.source.cache.check_integrity()
@@ -164,7 +164,7 @@ def test_life_goes_on_while_the_background_runs(moment: str) -> None:
     drafter = branch(decoder, min_reach=0.0)
     sequences = [Sequence(i, [1, 2, 3 + i], 3, SamplingParams()) for i in range(2)]
     drafter.begin(sequences[0])
-    [draft] = drafter.propose(sequences[:1], [4])
+    [draft] = propose(drafter, sequences[:1], [4])
     assert drafter._running is not None
     threading.Timer(0.05, gate.set).start()
     if moment == "end":
@@ -172,10 +172,10 @@ def test_life_goes_on_while_the_background_runs(moment: str) -> None:
         assert drafter.source.cache.pages_in_use == 0
     elif moment == "begin":
         drafter.begin(sequences[1])
-        assert len(drafter.propose(sequences[1:], [4])[0]) == 4
+        assert len(propose(drafter, sequences[1:], [4])[0]) == 4
         drafter.end(sequences[1])
     else:
-        assert drafter.propose(sequences[:1], [4])[0].tokens.tolist() == draft.tokens.tolist()
+        assert propose(drafter, sequences[:1], [4])[0].tokens.tolist() == draft.tokens.tolist()
     drafter.end(sequences[0])
     drafter.source.cache.check_integrity()
     assert drafter._running is None and drafter.source.decoder is drafter.source.foreground
@@ -187,17 +187,17 @@ def test_what_fails_in_the_background_is_raised_by_the_next_propose() -> None:
     sequence = Sequence(0, [1, 2, 3], 3, SamplingParams())
     drafter.begin(sequence)
     step(drafter, [sequence], [4])
-    [draft] = drafter.propose([sequence], [4])
+    [draft] = propose(drafter, [sequence], [4])
     drafter._join()
     decoder.fail = True
-    drafter._start([drafter._trees[0]])
+    drafter._start([drafter._trees[0]], 0.0)
     outputs = outputs_of(sequence.tokens, draft)
     accepted = CoupledVerifier().verify(sequence, draft, outputs)
     sequence.tokens += accepted.tokens
     drafter.observe(sequence, Observation(accepted.tokens, draft, accepted, outputs))
     decoder.fail = False
     with pytest.raises(RuntimeError, match="draft model broke"):
-        drafter.propose([sequence], [4])
+        propose(drafter, [sequence], [4])
     drafter.source.cache.check_integrity()
     for _ in range(4):
         step(drafter, [sequence], [4])
@@ -207,7 +207,7 @@ def test_what_fails_in_the_background_is_raised_by_the_next_propose() -> None:
     other = Sequence(1, [1, 2, 3], 3, SamplingParams())
     drafter.begin(other)
     with pytest.raises(RuntimeError, match="draft model broke"):
-        drafter.propose([other], [4])
+        propose(drafter, [other], [4])
     drafter.end(other)
     assert drafter.source.cache.pages_in_use == 0
 
@@ -216,14 +216,14 @@ def test_penalties_and_a_full_cache_go_without_branches() -> None:
     drafter = branch(FakeDecoder())
     sequence = Sequence(0, [1, 2, 3], 3, SamplingParams(repetition_penalty=1.2))
     drafter.begin(sequence)
-    assert len(drafter.propose([sequence], [4])[0]) and drafter._running is None
+    assert len(propose(drafter, [sequence], [4])[0]) and drafter._running is None
     small = branch(FakeDecoder(), pages=1, max_tokens=6, min_reach=0.0)
     sequence = Sequence(0, [1, 2, 3, 4, 5], 5, SamplingParams())
     small.begin(sequence)
-    assert len(small.propose([sequence], [6])[0]) == 6 and small._running is None
+    assert len(propose(small, [sequence], [6])[0]) == 6 and small._running is None
     short = branch(FakeDecoder(max_position=12), max_tokens=6, min_reach=0.0)
     short.begin(sequence)
-    assert len(short.propose([sequence], [6])[0]) == 6 and short._running is None
+    assert len(propose(short, [sequence], [6])[0]) == 6 and short._running is None
 
 
 def test_under_rejection_sampling_it_proposes_outright() -> None:
@@ -231,7 +231,7 @@ def test_under_rejection_sampling_it_proposes_outright() -> None:
     assert isinstance(drafter, BranchDraft)
     sequence = Sequence(0, [1, 2, 3], 3, SamplingParams(temperature=0.9, seed=1))
     drafter.begin(sequence)
-    [draft] = drafter.propose([sequence], [4])
+    [draft] = propose(drafter, [sequence], [4])
     assert draft.q is None and len(draft)
     drafter.end(sequence)
 

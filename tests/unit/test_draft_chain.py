@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from drafting import PARAMS, FakeDecoder, V, logits_of, outputs_of, plain, step
+from drafting import PARAMS, FakeDecoder, V, logits_of, outputs_of, plain, propose, step
 
 from outpace.decoding.contracts import Observation, Sequence
 from outpace.decoding.drafters.draft_model import DraftChain
@@ -38,7 +38,7 @@ def test_sampled_chains_carry_the_distribution_they_were_drawn_from() -> None:
     drafter = chain(FakeDecoder(1), Draws.SAMPLED)
     sequence = Sequence(0, [1, 2, 3], 3, params)
     drafter.begin(sequence)
-    [draft] = drafter.propose([sequence], [5])
+    [draft] = propose(drafter, [sequence], [5])
     assert draft.q is not None and draft.q.shape == (len(draft), V)
     context = [1, 2, 3]
     for node, token in enumerate(draft.tokens.tolist()):
@@ -55,7 +55,7 @@ def test_the_length_of_a_sampled_chain_does_not_depend_on_its_tokens() -> None:
     for seed in range(20):
         sequence = Sequence(seed, [1, 2, 3], 3, SamplingParams(temperature=1.0, seed=seed))
         drafter.begin(sequence)
-        [draft] = drafter.propose([sequence], [12])
+        [draft] = propose(drafter, [sequence], [12])
         lengths.add(len(draft))
         tokens.add(tuple(draft.tokens.tolist()))
         drafter.end(sequence)
@@ -71,7 +71,7 @@ def test_rejection_sampling_with_a_model_draft_follows_the_target() -> None:
         sequence = Sequence(seed, [1, 2], 2, replace(params, seed=seed))
         drafter.begin(sequence)
         while len(sequence.output) < 2:
-            [draft] = drafter.propose([sequence], [2])
+            [draft] = propose(drafter, [sequence], [2])
             outputs = outputs_of(sequence.tokens, draft)
             accepted = RejectionVerifier().verify(sequence, draft, outputs)
             agreed += not sequence.output and len(accepted.path) > 0

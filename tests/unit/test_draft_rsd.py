@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from drafting import FakeDecoder, V, logits_of, outputs_of
+from drafting import FakeDecoder, V, logits_of, outputs_of, propose
 
 from outpace.decoding.contracts import DrafterContext, Observation, Sequence
 from outpace.decoding.drafters.draft_model import DraftChain
@@ -37,7 +37,7 @@ SAMPLED: dict[str, Shape] = {
 def verify(drafter: Grown, sequences: list[Sequence], budget: int, wrong: bool = False) -> list[int]:
     """One step by rejection sampling; how many nodes were accepted of each."""
     accepted = []
-    for sequence, draft in zip(sequences, drafter.propose(sequences, [budget] * len(sequences)), strict=True):
+    for sequence, draft in zip(sequences, propose(drafter, sequences, [budget] * len(sequences)), strict=True):
         check_draft(draft, budget, V)
         assert draft.q is not None and not draft.replacement
         outputs = outputs_of(sequence.tokens, draft)
@@ -116,7 +116,7 @@ def test_siblings_differ_and_carry_their_parent_s_distribution(shape: str) -> No
     drafter = SAMPLED[shape](ModelSource(FakeDecoder(1), 64, V), Draws.SAMPLED)
     sequence = Sequence(0, [1, 2, 3], 3, params)
     drafter.begin(sequence)
-    [draft] = drafter.propose([sequence], [12])
+    [draft] = propose(drafter, [sequence], [12])
     assert draft.q is not None and len(draft) == (10 if shape == "rsd-c" else 6)
     for parent, siblings in children(draft.parents).items():
         context = [1, 2, 3, *draft.tokens[path_to(draft.parents, parent)].tolist()]
@@ -177,7 +177,7 @@ def test_a_smaller_budget_cuts_last_siblings_first(shape: str, budget: int) -> N
         drafter = SAMPLED[shape](ModelSource(FakeDecoder(1), 64, V), Draws.SAMPLED)
         sequence = Sequence(0, [1, 2, 3], 3, SamplingParams(temperature=1.0, seed=2))
         drafter.begin(sequence)
-        drafts += drafter.propose([sequence], [n])
+        drafts += propose(drafter, [sequence], [n])
     small, large = drafts
     assert len(small) == min(budget, len(large))
     assert small.tokens.tolist() == large.tokens[: len(small)].tolist()

@@ -7,7 +7,7 @@ from collections.abc import Sequence as Seq
 import numpy as np
 import pytest
 import torch
-from drafting import PARAMS, FakeDecoder, V, plain, step
+from drafting import PARAMS, FakeDecoder, V, plain, propose, step
 from numpy.typing import NDArray
 
 from outpace.cache.storage import KVStorage
@@ -102,7 +102,7 @@ def test_owners_share_no_head(cuts: list[list[int]]) -> None:
     sequences = [Sequence(i, list(p), len(p), SamplingParams()) for i, p in enumerate(prompts)]
     for sequence in sequences:
         drafter.begin(sequence)
-    drafter.propose(sequences, [4, 4, 4])
+    propose(drafter, sequences, [4, 4, 4])
     assert cuts == [[9, 10, 11, 12], [0, 1, 5, 6]]
     for _ in range(8):
         step(drafter, sequences, [4, 4, 4])
@@ -200,7 +200,7 @@ def chain_rows(
     sequence = Sequence(id, list(text), len(text), SamplingParams(), owner=owner)
     before = decoder.rows
     drafter.begin(sequence)
-    draft = drafter.propose([sequence], [3])[0]
+    draft = propose(drafter, [sequence], [3])[0]
     drafter.end(sequence)
     source = drafter.source
     assert isinstance(source, ModelSource) and source.prefix is not None

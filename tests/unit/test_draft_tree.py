@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from drafting import PARAMS, FakeDecoder, V, logits_of, plain, step
+from drafting import PARAMS, FakeDecoder, V, logits_of, plain, propose, step
 
 from outpace.decoding.contracts import Sequence
 from outpace.decoding.drafters.draft_tree import DraftTree
@@ -43,7 +43,7 @@ def test_the_tree_holds_the_likeliest_nodes() -> None:
     prompt = [5, 2]
     sequence = Sequence(0, list(prompt), 2, SamplingParams())
     drafter.begin(sequence)
-    [draft] = drafter.propose([sequence], [10])
+    [draft] = propose(drafter, [sequence], [10])
     reach: list[float] = []
     frontier: list[tuple[list[int], float]] = [([], 1.0)]
     for _ in range(3):
@@ -64,7 +64,7 @@ def test_roots_of_the_tree_hang_from_the_last_token() -> None:
     drafter = tree(FakeDecoder())
     sequence = Sequence(0, [1, 2], 2, SamplingParams())
     drafter.begin(sequence)
-    [draft] = drafter.propose([sequence], [5])
+    [draft] = propose(drafter, [sequence], [5])
     assert draft.parents[0] == NO_PARENT
     assert draft.tokens[0] == logits_of([1, 2]).argmax()
 
@@ -73,7 +73,7 @@ def test_ids_beyond_the_target_s_vocabulary_are_never_proposed() -> None:
     drafter = tree(FakeDecoder(vocab_size=V + 5), branches=V + 5)
     sequence = Sequence(0, [1, 2], 2, SamplingParams())
     drafter.begin(sequence)
-    check_draft(drafter.propose([sequence], [40])[0], 40, V)
+    check_draft(propose(drafter, [sequence], [40])[0], 40, V)
 
 
 @pytest.mark.parametrize("params", PARAMS[1:])

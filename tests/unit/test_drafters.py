@@ -9,10 +9,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from drafting import propose
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from outpace.decoding.contracts import Drafter, DrafterContext, Observation, Sequence
+from outpace.decoding.contracts import Drafter, DrafterContext, Market, Observation, Proposal, Sequence
 from outpace.decoding.drafters.aded import Aded
 from outpace.decoding.drafters.aggressive import Aggressive
 from outpace.decoding.drafters.jacobi import Jacobi
@@ -92,7 +93,7 @@ def decode(
     drafter.observe(sequence, Observation(text[prompt_length : prompt_length + 1], Draft.empty(), None, None))
     steps = 0
     while len(sequence.tokens) < len(text):
-        [draft] = drafter.propose([sequence], [budget])
+        [draft] = propose(drafter, [sequence], [budget])
         check_draft(draft, budget, V)
         outputs = outputs_of(text, len(sequence.tokens), draft)
         accepted = verifier.verify(sequence, draft, outputs)
@@ -169,7 +170,7 @@ def test_sequences_are_strangers_to_each_other(name: str) -> None:
     decode(drafter, TEXT, PROMPT, 8, id=1, end=False)
     other = Sequence(2, TEXT[-2:], 2, SamplingParams())
     drafter.begin(other)
-    [draft] = drafter.propose([other], [8])
+    [draft] = propose(drafter, [other], [8])
     assert (
         set(draft.tokens.tolist()) <= set(TEXT[-2:]) if name in ("jacobi", "lookahead", "rescored") else not len(draft)
     )
@@ -186,7 +187,7 @@ def test_a_drafter_may_be_skipped(name: str) -> None:
         awake, abandoned, unheard = rng.random(3) < (0.6, 0.2, 0.2)
         draft = Draft.empty()
         if awake:
-            [draft] = drafter.propose([sequence], [7])
+            [draft] = propose(drafter, [sequence], [7])
             check_draft(draft, 7, V)
             calls += 1
             if abandoned:
@@ -208,8 +209,7 @@ def test_nodes_that_do_not_repay_their_row_are_left_out(name: str) -> None:
     del sequence.tokens[-20:]
     sizes = []
     for floor in (0.0, 0.2, 0.6, 1.0):
-        drafter.floor = floor
-        [draft] = drafter.propose([sequence], [31])
+        [draft] = propose(drafter, [sequence], [31], Market(floor))
         sizes.append(len(draft))
         assert draft.scores is not None
         reach: dict[int, float] = {NO_PARENT: 1.0}
@@ -226,12 +226,12 @@ def test_sequences_are_drafted_for_together_as_alone() -> None:
         drafter = MAKERS["suffix+recycling"]()
         sequence = Sequence(0, list(prompt), len(prompt), SamplingParams())
         drafter.begin(sequence)
-        alone.append(drafter.propose([sequence], [9])[0])
+        alone.append(propose(drafter, [sequence], [9])[0])
     drafter = Merged([Suffix(), Recycling(V, owner_of=lambda sequence: sequence.id)])
     sequences = [Sequence(i, list(p), len(p), SamplingParams()) for i, p in enumerate(prompts)]
     for sequence in sequences:
         drafter.begin(sequence)
-    for one, together in zip(alone, drafter.propose(sequences, [9, 9, 9]), strict=True):
+    for one, together in zip(alone, propose(drafter, sequences, [9, 9, 9]), strict=True):
         assert one.tokens.tolist() == together.tokens.tolist()
         assert one.parents.tolist() == together.parents.tolist()
 
@@ -302,9 +302,9 @@ class Parrot(Drafter):
     def __init__(self, tokens: list[int], score: float) -> None:
         self.chain, self.score = tokens, score
 
-    def propose(self, sequences: object, budgets: list[int]) -> list[Draft]:  # type: ignore[override]
+    def propose(self, sequences: object, budgets: list[int], market: object) -> Proposal:  # type: ignore[override]
         scores = np.full(len(self.chain), self.score, dtype=np.float32)
-        return [Draft.chain(self.chain[:b], self.name, scores[:b]) for b in budgets]
+        return Proposal([Draft.chain(self.chain[:b], self.name, scores[:b]) for b in budgets])
 
 
 def test_merged_learns_whom_to_believe() -> None:
@@ -312,13 +312,13 @@ def test_merged_learns_whom_to_believe() -> None:
     merged = Merged([liar, honest])
     sequence = Sequence(0, [0], 1, SamplingParams())
     merged.begin(sequence)
-    assert merged.propose([sequence], [3])[0].tokens.tolist() == [1, 1, 1]
+    assert propose(merged, [sequence], [3])[0].tokens.tolist() == [1, 1, 1]
     for _ in range(60):
-        merged.propose([sequence], [3])
+        propose(merged, [sequence], [3])
         truth = np.array([2, 2, 2, 0])
         sequence.tokens += truth.tolist()
         merged.observe(sequence, Observation(truth, Draft.empty(), None, None))
-    [draft] = merged.propose([sequence], [3])
+    [draft] = propose(merged, [sequence], [3])
     assert draft.tokens.tolist() == [2, 2, 2]
     assert draft.scores is not None and draft.scores[0] > 0.8
 

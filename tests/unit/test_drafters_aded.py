@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from drafting import propose
 
 from outpace.decoding.contracts import Observation, Sequence
 from outpace.decoding.drafters.aded import Aded, Search, Trigrams
@@ -73,4 +74,4 @@ def test_aded_keeps_owners_apart() -> None:
     for id, known in ((2, 1), (11, 0)):
         sequence = Sequence(id, [1, 2], 2, SamplingParams())
         drafter.begin(sequence)
-        assert len(drafter.propose([sequence], [4])[0]) == known
+        assert len(propose(drafter, [sequence], [4])[0]) == known

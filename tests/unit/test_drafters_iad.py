@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+from drafting import propose
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -57,7 +58,7 @@ def tau(drafter: Aggressive | Suffix | Ngram, prompt: list[int], output: list[in
     drafter.begin(sequence)
     steps = 0
     while len(sequence.output) < len(output):
-        [draft] = drafter.propose([sequence], [15])
+        [draft] = propose(drafter, [sequence], [15])
         assert len(draft) <= 15
         ahead = output[len(sequence.output) :]
         right = max(
@@ -91,36 +92,36 @@ def test_the_prompt_is_the_reference_where_nothing_is_predicted() -> None:
     sequence = Sequence(0, ids(BEFORE), len(ids(BEFORE)), SamplingParams())
     drafter = Aggressive()
     drafter.begin(sequence)
-    assert len(drafter.propose([sequence], [8])[0]) == 0  # nothing of it was said yet
+    assert len(propose(drafter, [sequence], [8])[0]) == 0  # nothing of it was said yet
 
 
-def propose(prediction: list[int], output: list[int], **options: int) -> list[list[int]]:
+def proposed(prediction: list[int], output: list[int], **options: int) -> list[list[int]]:
     """The paths of the tree, as tokens."""
     drafter = Aggressive(**options)
     sequence = Sequence(0, [90, 91, *output], 2, SamplingParams(), prediction)
     drafter.begin(sequence)
-    [draft] = drafter.propose([sequence], [64])
+    [draft] = propose(drafter, [sequence], [64])
     return [draft.tokens[path].tolist() for path in ancestors(draft.parents)]
 
 
 def test_the_copy_starts_at_the_start_and_goes_on_behind_what_was_said() -> None:
     reference = list(range(10, 40))
-    assert propose(reference, [])[-1][:8] == reference[:8]
-    assert reference[5:12] in propose(reference, reference[:5])
+    assert proposed(reference, [])[-1][:8] == reference[:8]
+    assert reference[5:12] in proposed(reference, reference[:5])
 
 
 def test_after_a_mismatch_a_token_was_replaced_inserted_or_left_out() -> None:
     reference = list(range(10, 40))
-    paths = propose(reference, [10, 11, 12, 80])
+    paths = proposed(reference, [10, 11, 12, 80])
     assert [14, 15] in paths  # 80 for 13
     assert [13, 14] in paths  # 80 before 13
-    assert [20, 21] in propose(reference, [10, 11, 12, 19])  # 13 to 18 left out
+    assert [20, 21] in proposed(reference, [10, 11, 12, 19])  # 13 to 18 left out
 
 
 def test_of_equal_matches_the_nearest_behind_the_last_place_is_taken() -> None:
     #            0  1  2  3  4  5  6  7  8  9  10
     reference = [7, 1, 2, 3, 4, 5, 7, 8, 6, 7, 9]
-    paths = propose(reference, [7, 1, 2, 3, 99, 7], branches=1)
+    paths = proposed(reference, [7, 1, 2, 3, 99, 7], branches=1)
     assert [8] in paths and [9] not in paths and [1] not in paths
     alignment = Alignment(reference)
     alignment.extend([7, 1, 2, 3])
@@ -147,11 +148,11 @@ def test_match_lengths_against_brute_force(reference: list[int], output: list[in
 
 
 def test_nothing_is_copied_across_the_end_of_a_part() -> None:
-    assert propose([5, 6], [5, 6]) == []
+    assert proposed([5, 6], [5, 6]) == []
 
 
 def test_a_child_of_the_root_is_proposed_once() -> None:
-    paths = propose([1, 2, 3, 1, 2, 4, 1, 2, 3, 5], [1, 2])
+    paths = proposed([1, 2, 3, 1, 2, 4, 1, 2, 3, 5], [1, 2])
     roots = [path[0] for path in paths if len(path) == 1]
     assert sorted(roots) == [3, 4]
 
@@ -168,5 +169,5 @@ def test_an_empty_draft_is_judged_as_nothing() -> None:
     drafter.begin(sequence)
     sequence.tokens.append(3)
     drafter.observe(sequence, Observation([3], Draft.empty(), None, None))
-    [draft] = drafter.propose([sequence], [0])
+    [draft] = propose(drafter, [sequence], [0])
     assert len(draft) == 0 and NO_PARENT not in draft.tokens

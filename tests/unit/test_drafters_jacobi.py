@@ -8,8 +8,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from drafting import propose
 
-from outpace.decoding.contracts import Drafter, DrafterContext, Observation, Sequence
+from outpace.decoding.contracts import Drafter, DrafterContext, Observation, Proposal, Sequence
 from outpace.decoding.drafters.jacobi import Jacobi
 from outpace.decoding.drafters.lookahead import Lookahead
 from outpace.decoding.drafters.merged import Merged
@@ -42,7 +43,7 @@ def by_last_two(tokens: list[int]) -> np.ndarray:
 
 
 def step(drafter: Drafter, sequence: Sequence, target: Target, budget: int) -> Draft:
-    [draft] = drafter.propose([sequence], [budget])
+    [draft] = propose(drafter, [sequence], [budget])
     check_draft(draft, budget, V)
     commit(drafter, sequence, target, draft)
     return draft
@@ -120,21 +121,21 @@ def test_hybrid_decodes_plainly_after_its_parallel_part() -> None:
     sequence = begin(drafter, [1, 2, 3])
     while len(sequence.output) < 20:
         draft = step(drafter, sequence, by_last_two, 8)
-    assert len(draft) == 0 and len(drafter.propose([sequence], [8])[0]) == 0
+    assert len(draft) == 0 and len(propose(drafter, [sequence], [8])[0]) == 0
 
 
 def test_random_starts_are_the_sequence_s_own_and_do_not_change() -> None:
     drafts = []
     for seed in (1, 1, 2):
         drafter = Jacobi(V, window=8, start="random")
-        drafts.append(drafter.propose([begin(drafter, [1], seed=seed)], [8])[0].tokens.tolist())
+        drafts.append(propose(drafter, [begin(drafter, [1], seed=seed)], [8])[0].tokens.tolist())
     assert drafts[0] == drafts[1] != drafts[2]
 
 
 def test_guesses_are_found_in_a_merged_draft_and_kept_where_they_were_left_out() -> None:
     jacobi = Jacobi(V, window=4)
     sequence = begin(jacobi, [5, 20])
-    [own] = jacobi.propose([sequence], [4])
+    [own] = propose(jacobi, [sequence], [4])
     verified = Draft(np.array([9, 5, 20]), np.array([NO_PARENT, NO_PARENT, 1]), ["x"] * 3)  # half of it, elsewhere
     assert own.tokens.tolist() == [5, 20, 5, 20]
     commit(jacobi, sequence, counting, verified)
@@ -169,7 +170,7 @@ def test_senseless_options_are_refused(options: dict[str, object], message: str)
 def test_the_two_branches_share_a_step() -> None:
     drafter = Lookahead(window=3, ngram=3, guesses=2)
     sequence = begin(drafter, [7, 1, 2, 7, 3, 4, 7])
-    [draft] = drafter.propose([sequence], [15])
+    [draft] = propose(drafter, [sequence], [15])
     check_draft(draft, 15, V)
     roots = draft.tokens[draft.parents == NO_PARENT].tolist()
     assert roots[:2] == [3, 1]  # the pool's n-grams after 7, the youngest first
@@ -249,15 +250,15 @@ def test_rescoring_prefers_the_way_that_the_text_knows() -> None:
     """The lattice says 1 2, but in the text 1 goes before 3 again and again."""
 
     class Tree(Recycling):
-        def propose(self, sequences: object, budgets: object) -> list[Draft]:  # type: ignore[override]
+        def propose(self, sequences: object, budgets: object, market: object) -> Proposal:  # type: ignore[override]
             scores = np.array([0.9, 0.5, 0.45], np.float32)
-            return [Draft(np.array([1, 2, 3]), np.array([-1, 0, 0]), ["x"] * 3, scores)]
+            return Proposal([Draft(np.array([1, 2, 3]), np.array([-1, 0, 0]), ["x"] * 3, scores)])
 
     text = [1, 3, 5, 1, 3, 6, 1, 3, 7, 0]
     for weight, second in ((0.0, 2), (0.7, 3)):
         drafter = Rescored(V, Tree(V), weight=weight)
         sequence = begin(drafter, text)
-        [draft] = drafter.propose([sequence], [2])
+        [draft] = propose(drafter, [sequence], [2])
         assert draft.tokens.tolist() == [1, second] and draft.sources == ["rescored"] * 2
 
 
@@ -265,7 +266,7 @@ def test_the_best_way_through_jacobi_s_lattice_is_its_next_guess() -> None:
     drafter = Rescored(V, Jacobi(V, window=4), k=3)
     sequence = begin(drafter, [1, 2, 1, 2, 1, 3])
     for _ in range(8):
-        [draft] = drafter.propose([sequence], [12])
+        [draft] = propose(drafter, [sequence], [12])
         inner = drafter.inner._states[0]  # type: ignore[attr-defined]
         assert draft.tokens[:4].tolist() == [g.token for g in inner.guesses]
         assert draft.parents[:4].tolist() == [NO_PARENT, 0, 1, 2]

@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from drafting import PARAMS, FakeDecoder, V, plain, step
+from drafting import PARAMS, FakeDecoder, V, plain, propose, step
 from hashing import HashDecoder, engine_options
 
-from outpace.decoding.contracts import DrafterContext, Observation, Sequence
+from outpace.decoding.contracts import DrafterContext, Market, Observation, Sequence
 from outpace.decoding.drafters.draft_model import DraftChain
 from outpace.decoding.drafters.draft_tree import DraftTree
 from outpace.decoding.drafters.dyspec import DySpec
@@ -87,12 +87,12 @@ def test_drafted_for_alone_or_together_is_the_same(shape: str) -> None:
             drafter = make(shape, FakeDecoder(1))
             sequence = Sequence(0, list(prompt), len(prompt), params)
             drafter.begin(sequence)
-            alone.append(drafter.propose([sequence], [7])[0])
+            alone.append(propose(drafter, [sequence], [7])[0])
         drafter = make(shape, FakeDecoder(1))
         sequences = [Sequence(i, list(p), len(p), params) for i, p in enumerate(prompts)]
         for sequence in sequences:
             drafter.begin(sequence)
-        for one, other in zip(alone, drafter.propose(sequences, [7, 7, 7]), strict=True):
+        for one, other in zip(alone, propose(drafter, sequences, [7, 7, 7]), strict=True):
             assert one.tokens.tolist() == other.tokens.tolist()
             assert one.parents.tolist() == other.parents.tolist()
 
@@ -103,12 +103,12 @@ def test_no_room_no_draft(shape: str) -> None:
     sequences = [Sequence(i, [1] * 12, 12, SamplingParams()) for i in range(3)]
     for sequence in sequences:
         small.begin(sequence)
-    sizes = [len(d) for d in small.propose(sequences, [4, 4, 4])]
+    sizes = [len(d) for d in propose(small, sequences, [4, 4, 4])]
     assert sizes[0] > 0 and sizes[-1] == 0
     source_of(small).cache.check_integrity()
     short = make(shape, FakeDecoder(max_position=12))
     short.begin(sequences[0])
-    assert len(short.propose([sequences[0]], [8])[0]) == 0
+    assert len(propose(short, [sequences[0]], [8])[0]) == 0
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -117,12 +117,12 @@ def test_an_abandoned_or_broken_round_leaves_nothing(shape: str) -> None:
     drafter = make(shape, decoder)
     sequence = Sequence(0, [1, 2, 3], 3, SamplingParams())
     drafter.begin(sequence)
-    first = drafter.propose([sequence], [6])[0]
-    again = drafter.propose([sequence], [6])[0]
+    first = propose(drafter, [sequence], [6])[0]
+    again = propose(drafter, [sequence], [6])[0]
     assert first.tokens.tolist() == again.tokens.tolist()
     decoder.fail = True
     with pytest.raises(RuntimeError, match="broke"):
-        drafter.propose([sequence], [6])
+        propose(drafter, [sequence], [6])
     decoder.fail = False
     cache = source_of(drafter).cache
     cache.check_integrity()
@@ -137,10 +137,10 @@ def test_the_planner_s_floors_cut_drafts_and_forwards(shape: str) -> None:
     sizes, forwards = [], []
     for floor, forward_floor in ((0.0, 0.0), (0.3, 0.0), (0.0, 0.9), (1.1, 1.1)):
         drafter, decoder.forwards = make(shape, decoder), 0
-        drafter.floor, drafter.forward_floor = floor, forward_floor
+        market = Market(floor, forward_floor)
         sequence = Sequence(0, [1, 2, 3], 3, SamplingParams())
         drafter.begin(sequence)
-        [draft] = drafter.propose([sequence], [7])
+        [draft] = propose(drafter, [sequence], [7], market)
         sizes.append(len(draft))
         forwards.append(decoder.forwards)
         assert draft.scores is not None
@@ -167,7 +167,7 @@ def test_a_foreseen_last_token_is_read_again() -> None:
     drafter = make("draft", FakeDecoder())
     sequence = Sequence(0, [1, 2], 2, SamplingParams())
     drafter.begin(sequence)
-    [draft] = drafter.propose([sequence], [6])
+    [draft] = propose(drafter, [sequence], [6])
     sequence.tokens += draft.tokens[:3].tolist()
     drafter.observe(sequence, Observation(draft.tokens[:3].tolist(), Draft.empty(), None, None))
     step(drafter, [sequence], [6])
@@ -179,7 +179,7 @@ def test_a_stop_inside_the_draft_keeps_only_what_was_committed() -> None:
     drafter = make("draft", FakeDecoder())
     sequence = Sequence(0, [1, 2], 2, SamplingParams())
     drafter.begin(sequence)
-    [draft] = drafter.propose([sequence], [6])
+    [draft] = propose(drafter, [sequence], [6])
     sequence.tokens += draft.tokens[:2].tolist()
     drafter.observe(sequence, Observation(draft.tokens[:2].tolist(), draft, None, None))
     assert source_of(drafter).cache.length(source_of(drafter)._kv[0]) == 4

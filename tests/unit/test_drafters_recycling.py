@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from drafting import propose
 
 from outpace.decoding.contracts import Observation, Sequence
 from outpace.decoding.drafters.recycling import Recycling
@@ -29,7 +30,7 @@ def test_recycling_remembers_rejected_rows_too() -> None:
     matrix = drafter._matrices[None]
     assert matrix.ids[[2, 3, 4]].tolist() == [[5, 6], [7, 8], [1, 0]]
     sequence.tokens.append(3)
-    [proposed] = drafter.propose([sequence], [4])
+    [proposed] = propose(drafter, [sequence], [4])
     assert proposed.tokens.tolist()[0] == 7
     assert set(proposed.tokens[proposed.parents == NO_PARENT].tolist()) == {7, 8}
 
@@ -54,7 +55,7 @@ def test_recycling_starts_from_the_prompt_s_bigrams() -> None:
     matrix = drafter._matrices[None]
     assert matrix.ids[1].tolist() == [3, 2]
     assert matrix.ids[4].tolist() == [1, -1]
-    [draft] = drafter.propose([sequence], [3])
+    [draft] = propose(drafter, [sequence], [3])
     check_draft(draft, 3, 10)
     assert draft.tokens[0] == 3
 
@@ -70,7 +71,7 @@ def test_recycling_tells_pairs_apart() -> None:
         drafter.observe(sequence, Observation([answer], Draft.empty(), None, outputs))
     for before, expected in ((2, 5), (3, 6), (9, 6)):
         sequence.tokens += [before, 1]
-        assert drafter.propose([sequence], [1])[0].tokens.tolist() == [expected]
+        assert propose(drafter, [sequence], [1])[0].tokens.tolist() == [expected]
 
 
 def test_recycling_keeps_owners_apart_and_forgets_the_longest_idle() -> None:
@@ -78,10 +79,10 @@ def test_recycling_keeps_owners_apart_and_forgets_the_longest_idle() -> None:
     drafter.begin(Sequence(1, [1, 2, 1], 3, SamplingParams()))
     other = Sequence(11, [1], 1, SamplingParams())
     drafter.begin(other)
-    assert len(drafter.propose([other], [4])[0]) == 0
+    assert len(propose(drafter, [other], [4])[0]) == 0
     same = Sequence(2, [1], 1, SamplingParams())
     drafter.begin(same)
-    assert drafter.propose([same], [1])[0].tokens.tolist() == [2]
+    assert propose(drafter, [same], [1])[0].tokens.tolist() == [2]
     drafter.begin(Sequence(21, [1], 1, SamplingParams()))
     assert list(drafter._matrices) == [0, 2]
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from drafting import propose
 
 from outpace.bench.enumeration import Enumeration
 from outpace.decoding import sampling
@@ -58,7 +59,7 @@ def run(
     drafter.begin(sequence)
     accepted = 0
     while len(sequence.output) < length:
-        [draft] = drafter.propose([sequence], [budget])
+        [draft] = propose(drafter, [sequence], [budget])
         check_draft(draft, budget, V)
         outputs = outputs_of(sequence.tokens, draft)
         kept = verifier.verify(sequence, draft, outputs)
@@ -122,7 +123,7 @@ def test_q_is_given_only_where_it_is_used(name: str) -> None:
         drafter = make_drafter(name, DrafterContext(vocab_size=V, **context))  # type: ignore[arg-type]
         sequence = Sequence(0, list(PROMPT), len(PROMPT), params)
         drafter.begin(sequence)
-        return drafter.propose([sequence], [4])[0]
+        return propose(drafter, [sequence], [4])[0]
 
     draft = drafted(PARAMS, sampled=True)
     assert draft.q is not None and len(draft)
@@ -141,7 +142,7 @@ def test_suffix_draws_from_the_counts() -> None:
         drafter = Suffix(sampled_over=6, max_tokens=1)
         sequence = Sequence(0, list(text), len(text), SamplingParams(temperature=1.0, seed=seed))
         drafter.begin(sequence)
-        [draft] = drafter.propose([sequence], [4])
+        [draft] = propose(drafter, [sequence], [4])
         assert draft.q is not None
         assert draft.q[0].tolist() == pytest.approx([0, 0, 0, 2 / 3, 1 / 3, 0])
         seen.append(int(draft.tokens[0]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+from drafting import propose
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -51,7 +52,7 @@ def test_suffix_proposes_the_continuation_of_the_longest_match_first() -> None:
     sequence = Sequence(0, text, len(text), SamplingParams())
     suffix = Suffix()
     suffix.begin(sequence)
-    [draft] = suffix.propose([sequence], [12])
+    [draft] = propose(suffix, [sequence], [12])
     roots = [t for t, p in zip(draft.tokens.tolist(), draft.parents.tolist(), strict=True) if p == NO_PARENT]
     assert roots[0] == 4 and {5, 6} <= set(roots)
     assert draft.tokens[draft.parents == 0].tolist() == [0]
@@ -73,7 +74,7 @@ def proposed(suffix: Suffix, id: int, tokens: list[int]) -> list[list[int]]:
     """Paths of the tree."""
     sequence = Sequence(id, list(tokens), len(tokens), SamplingParams())
     suffix.begin(sequence)
-    [draft] = suffix.propose([sequence], [16])
+    [draft] = propose(suffix, [sequence], [16])
     check_draft(draft, 16, V)
     return [draft.tokens[path].tolist() for path in ancestors(draft.parents)]
 
@@ -129,9 +130,9 @@ def test_a_prediction_is_searched_like_earlier_text() -> None:
     sequence = Sequence(0, [1, 2, 3], 3, SamplingParams(), prediction=[9, 2, 3, 4, 5, 6])
     suffix = Suffix()
     suffix.begin(sequence)
-    [draft] = suffix.propose([sequence], [8])
+    [draft] = propose(suffix, [sequence], [8])
     assert draft.tokens.tolist()[:3] == [4, 5, 6]
     sequence.tokens += [4, 5, 6, 9]
-    [draft] = suffix.propose([sequence], [8])
+    [draft] = propose(suffix, [sequence], [8])
     assert draft.tokens.tolist()[:3] == [2, 3, 4]
     assert (draft.tokens < V).all() and (draft.tokens >= 0).all(), "the end of the prediction is no token"

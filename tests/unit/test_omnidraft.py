@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from drafting import propose
 from hashing import HashDecoder
 from test_translation import CODE, PROSE, toy_tokenizer
 
@@ -108,7 +109,7 @@ def test_sequences_of_different_owners_teach_each_other_nothing() -> None:
     assert isinstance(drafter, OmniDraft)
     for id, text in ((1, TEXT), (11, "no"), (2, "no")):
         drafter.begin(Sequence(id, TARGET.encode(text), 1, SamplingParams()))
-        drafter.propose([Sequence(id, TARGET.encode(text), 1, SamplingParams())], [0])
+        propose(drafter, [Sequence(id, TARGET.encode(text), 1, SamplingParams())], [0])
     assert len(drafter.words[0]) > 10 and not len(drafter.words[1])
     assert drafter._states[2].twin.words is drafter._states[1].twin.words
 
@@ -123,7 +124,7 @@ def test_a_step_that_was_not_observed_is_caught_up_with() -> None:
     drafter.begin(sequence)
     for stop in (20, 31, 33, 60):
         sequence.tokens += tokens[len(sequence.tokens) : stop]
-        [draft] = drafter.propose([sequence], [8])
+        [draft] = propose(drafter, [sequence], [8])
         check_draft(draft, 8, 420)
         assert len(draft) and draft.tokens.tolist() == tokens[stop : stop + len(draft)]
         state = drafter._states[0]
@@ -160,7 +161,7 @@ def test_the_beginning_token_of_the_draft_model() -> None:
     for id, tokens in enumerate((TARGET.encode("the"), [begin, *TARGET.encode("the")])):
         sequence = Sequence(id, tokens, 1, SamplingParams())
         drafter.begin(sequence)
-        drafter.propose([sequence], [0])
+        propose(drafter, [sequence], [0])
         assert drafter._states[id].twin.tokens == [begin, *DRAFT.encode("the")]
 
 
@@ -173,7 +174,7 @@ def test_nothing_to_read_and_no_room_give_no_draft() -> None:
     sequences = [Sequence(0, [begin], 1, SamplingParams()), Sequence(1, TARGET.encode(TEXT), 1, SamplingParams())]
     for sequence in sequences:
         drafter.begin(sequence)
-    assert [len(d) for d in drafter.propose(sequences, [4, 4])] == [0, 0]
+    assert [len(d) for d in propose(drafter, sequences, [4, 4])] == [0, 0]
 
 
 def test_what_does_not_work_is_refused() -> None:

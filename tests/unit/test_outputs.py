@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from drafting import propose
 
 from outpace.decoding import outputs as module
 from outpace.decoding.contracts import DrafterContext, Sequence
@@ -65,9 +66,9 @@ def test_merged_expects_topk_for_most_of_a_batch_only() -> None:
     sequences = [Sequence(i, [1, 2, 1], 3, SamplingParams()) for i in range(4)]
     for sequence in sequences:
         drafter.begin(sequence)
-    drafter.propose(sequences, [4, 0, 0, 0])
+    propose(drafter, sequences, [4, 0, 0, 0])
     assert drafter.expects_topk == 0
-    drafter.propose(sequences, [4, 4, 0, 0])
+    propose(drafter, sequences, [4, 4, 0, 0])
     assert drafter.expects_topk == 8
 
 
@@ -76,5 +77,5 @@ def test_drafters_say_what_they_will_ask_for() -> None:
     for spec, k in (("plain", 0), ("suffix", 0), ("recycling", 8), ("suffix+recycling", 8), ("ngram+suffix", 0)):
         drafter, sequence = make_drafter(spec, context), Sequence(0, [1, 2, 1], 3, SamplingParams())
         drafter.begin(sequence)
-        drafter.propose([sequence], [4])
+        propose(drafter, [sequence], [4])
         assert drafter.expects_topk == k

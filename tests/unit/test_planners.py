@@ -7,14 +7,14 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from drafting import propose
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outpace.decoding.contracts import Observation, Sequence
+from outpace.decoding.contracts import Market, Observation, Sequence
 from outpace.decoding.drafters.benefit import Benefit
 from outpace.decoding.drafters.merged import Merged
 from outpace.decoding.drafters.ngram import Ngram
-from outpace.decoding.drafters.plain import Plain
 from outpace.decoding.methods import make_planner
 from outpace.decoding.outputs import TargetOutputs
 from outpace.decoding.planners.costs import StepCosts
@@ -92,12 +92,12 @@ def test_goodput_is_plain_decoding_when_rows_cost_what_they_bring() -> None:
 
 
 def test_goodput_keeps_its_floor_below_every_node_that_pays() -> None:
-    planner, drafter = Goodput(table([1.0, 1.3, 1.31, 1.32, 1.6])), Plain()
+    planner = Goodput(table([1.0, 1.3, 1.31, 1.32, 1.6]))
     budget = StepBudget([4], 4, [10])
-    assert planner.budgets(drafter, budget) == [4]
-    assert drafter.rate == pytest.approx(1.0)
+    budgets, market = planner.offer(budget)
+    assert budgets == [4] and market.rate == pytest.approx(1.0)
     # Three nodes of probability p each cost 0.32: they pay from p = 0.1067 on, and no other number pays earlier.
-    assert drafter.floor == pytest.approx(0.32 / 3, rel=1e-4)
+    assert market.floor == pytest.approx(0.32 / 3, rel=1e-4)
 
 
 def test_goodput_goes_by_what_the_engine_makes_of_a_second() -> None:
@@ -114,42 +114,40 @@ def test_goodput_goes_by_what_the_engine_makes_of_a_second() -> None:
 
 def test_goodput_learns_what_rows_cost_in_the_steps_that_are_run() -> None:
     """By the table the rows of a draft are free; in truth they cost a quarter of a step. All steps are disturbed."""
-    planner, drafter = Goodput(table([1.0, 1.0, 1.0, 1.0])), Plain()
+    planner = Goodput(table([1.0, 1.0, 1.0, 1.0]))
     draft, budget = tree([NO_PARENT, 0, 1], [0.05, 0.05, 0.05]), StepBudget([3], 3, [10])
     assert len(planner.choose([draft], budget)[0]) > 0
     noise = np.random.default_rng(0)
     for step in range(300):
-        planner.budgets(drafter, budget)
+        planner.offer(budget)
         rows, seconds = ((4, 1.25), (1, 1.0), (2, 1.2))[step % 3]
         disturbed = seconds * float(np.exp(noise.normal(0, 0.15))) * (5.0 if step % 50 == 0 else 1.0)
         planner.observe(rows=rows, context=10, tokens=1, draft_s=0.0, step_s=disturbed)
-    planner.budgets(drafter, budget)
-    assert 0.05 < drafter.floor < 0.12  # of a token: 0.2 for the first row, 0.25 for all three
+    assert 0.05 < planner.offer(budget)[1].floor < 0.12  # of a token: 0.2 for the first row, 0.25 for all three
     assert len(planner.choose([draft], budget)[0]) == 0
     assert planner.plain_seconds(1, 10) == pytest.approx(1.0, rel=0.25)
 
 
 def test_a_table_of_a_busy_machine_is_found_out() -> None:
     """By the table a draft's rows cost three steps; in truth they are nearly free."""
-    planner, drafter = Goodput(table([1.0, 4.0, 4.0, 4.0])), Plain()
+    planner = Goodput(table([1.0, 4.0, 4.0, 4.0]))
     draft, budget = tree([NO_PARENT, 0, 1], [0.5, 0.5, 0.5]), StepBudget([3], 3, [10])
     chosen = []
     for _ in range(400):
-        planner.budgets(drafter, budget)
-        offered = draft if drafter.floor < 0.5 else Draft.empty()
+        offered = draft if planner.offer(budget)[1].floor < 0.5 else Draft.empty()
         rows = 1 + len(planner.choose([offered], budget)[0])
         chosen.append(rows - 1)
         planner.observe(rows=rows, context=10, tokens=1, draft_s=0.0, step_s=1.0 + 0.01 * rows)
     assert sum(chosen[:16]) == 0 and all(chosen[-50:])
-    planner.budgets(drafter, budget)
+    planner.offer(budget)
     short = tree([NO_PARENT], [0.5])  # steps of two rows were never run, and cost no more than those of four
     assert len(planner.choose([short], budget)[0]) == 1
 
 
 def test_more_rows_than_were_ever_run_are_as_much_cheaper() -> None:
-    planner, drafter, budget = Goodput(table([1.0, *[4.0] * 7])), Plain(), StepBudget([7], 7, [10])
+    planner, budget = Goodput(table([1.0, *[4.0] * 7])), StepBudget([7], 7, [10])
     draft = tree([NO_PARENT, *range(6)], [0.5] * 7)
-    planner.budgets(drafter, budget)
+    planner.offer(budget)
     assert len(planner.choose([draft], budget)[0]) == 0
     for _ in range(100):
         planner.observe(rows=4, context=10, tokens=3, draft_s=0.0, step_s=1.0)
@@ -158,11 +156,11 @@ def test_more_rows_than_were_ever_run_are_as_much_cheaper() -> None:
 
 
 def test_drafts_that_do_not_pay_are_tried_seldom() -> None:
-    planner, drafter = Goodput(table([1.0, 1.1, 1.2, 1.3])), Plain()
+    planner = Goodput(table([1.0, 1.1, 1.2, 1.3]))
     draft, budget = tree([NO_PARENT, 0, 1], [0.01, 0.01, 0.01]), StepBudget([3], 3, [10])
     tried = 0
     for _ in range(2000):
-        planner.budgets(drafter, budget)
+        planner.offer(budget)
         rows = 1 + len(planner.choose([draft], budget)[0])
         tried += rows > 1
         planner.observe(rows=rows, context=10, tokens=1, draft_s=0.0, step_s=1.0 + 0.1 * (rows - 1))
@@ -170,21 +168,20 @@ def test_drafts_that_do_not_pay_are_tried_seldom() -> None:
 
 
 def test_a_slower_machine_does_not_change_what_rows_cost_beside_a_step() -> None:
-    planner, drafter, budget = Goodput(table([1.0, 1.1, 1.2, 1.3])), Plain(), StepBudget([3], 3, [10])
-    planner.budgets(drafter, budget)
-    before = drafter.floor
+    planner, budget = Goodput(table([1.0, 1.1, 1.2, 1.3])), StepBudget([3], 3, [10])
+    before = planner.offer(budget)[1].floor
     for _ in range(3000):
         planner.observe(rows=1, context=10, tokens=1, draft_s=0.0, step_s=1.7)
     planner.observe(rows=2, context=10, tokens=1, draft_s=0.0, step_s=1.7 * 1.1)  # else it tries what rows cost
-    planner.budgets(drafter, budget)
-    assert drafter.floor == pytest.approx(before, rel=1e-3) and drafter.rate == pytest.approx(1 / 1.7, rel=1e-3)
-    planner.budgets(drafter, StepBudget([3, 3], 6, [10, 10]))  # two sequences: other rows are plain decoding now
+    market = planner.offer(budget)[1]
+    assert market.floor == pytest.approx(before, rel=1e-3) and market.rate == pytest.approx(1 / 1.7, rel=1e-3)
+    planner.offer(StepBudget([3, 3], 6, [10, 10]))  # two sequences: other rows are plain decoding now
     assert planner.plain_seconds(2, 10) == pytest.approx(1.7 * 1.1, rel=1e-3)
 
 
 def test_fixed_shares_fairly_and_keeps_all() -> None:
     budget = StepBudget([10, 2, 10], 12, [1, 1, 1])
-    assert Fixed().budgets(Plain(), budget) == [5, 2, 5]
+    assert Fixed().offer(budget)[0] == [5, 2, 5]
     draft = tree([NO_PARENT], [0.1])
     assert Fixed().choose([draft], budget) == [draft]
 
@@ -282,16 +279,17 @@ def test_no_token_is_drawn_more_often_than_the_certainty_says(temperature: float
 def test_merged_records_the_certainty_of_the_first_row() -> None:
     merged, sequence = Merged([Ngram()]), Sequence(0, [1, 2, 3], 3, SamplingParams())
     merged.begin(sequence)
-    merged.rate, merged.benefits[0].forward_s = 20.0, 0.01
+    market, merged.benefits[0].forward_s = Market(rate=20.0), 0.01
+    propose(merged, [sequence], [0], market)
     outputs = TargetOutputs.of(torch.tensor([[0.0, 0.0, 0.0, 0.0]]))
     merged.observe(sequence, Observation([1], Draft.empty(), None, None, first=outputs))
     sequence.tokens.append(1)
     merged.benefits[0]._bins[0].trials = 9
     assert merged.benefits[0]._records[0].certainty == pytest.approx(0.25)
-    assert merged.propose([sequence], [4])[0].tokens.size, "0.25 is more than 0.2"
+    assert propose(merged, [sequence], [4], market)[0].tokens.size, "0.25 is more than 0.2"
     merged.benefits[0].forward_s = 0.02
     merged.benefits[0]._records[0].prefilled = False
-    assert not merged.propose([sequence], [4])[0].tokens.size
+    assert not propose(merged, [sequence], [4], market)[0].tokens.size
 
 
 def test_a_sequence_does_not_pay_for_another() -> None:
@@ -308,16 +306,16 @@ def test_a_skipped_drafter_is_neither_called_nor_shown_anything() -> None:
     merged = Merged([ngram])
     sequence = Sequence(0, [1, 2, 3, 1, 2, 3, 1, 2], 8, SamplingParams())
     merged.begin(sequence)
-    merged.rate = 1.0
-    assert len(merged.propose([sequence], [9])[0]) == 9  # a trial
+    market = Market(rate=1.0)
+    assert len(propose(merged, [sequence], [9], market)[0]) == 9  # a trial
     for _ in range(3):
         merged.benefits[0].record_step(0, 0.0, 0, seconds=5.0)
-    assert len(merged.propose([sequence], [9])[0]) == 0
+    assert len(propose(merged, [sequence], [9], market)[0]) == 0
     assert merged.expects_topk == 0
     sequence.tokens += [3, 1]
     for _ in range(9):
         merged.benefits[0].record_step(0, 0.0, 500, seconds=5.0)
-    draft = merged.propose([sequence], [4])[0]
+    draft = propose(merged, [sequence], [4], market)[0]
     assert draft.tokens.tolist() == [2, 3, 1, 2], "it must catch up with what it was not shown"
 
 

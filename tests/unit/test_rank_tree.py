@@ -7,6 +7,7 @@ from functools import cache
 
 import numpy as np
 import pytest
+from drafting import propose
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -77,7 +78,7 @@ def test_recycling_follows_the_published_template() -> None:
     drafter = Recycling(200, tree="published")
     sequence = Sequence(0, [3], 1, SamplingParams())
     matrix_of(drafter, sequence)
-    [draft] = drafter.propose([sequence], [100])
+    [draft] = propose(drafter, [sequence], [100])
     check_draft(draft, 80, 200)
     assert len(draft) == 80
     paths: dict[int, Path] = {NO_PARENT: ()}
@@ -91,7 +92,7 @@ def test_recycling_leaves_out_what_hangs_below_an_empty_entry() -> None:
     drafter = Recycling(6, k=4, tree="published")
     sequence = Sequence(0, [3], 1, SamplingParams())
     matrix_of(drafter, sequence)
-    [draft] = drafter.propose([sequence], [80])
+    [draft] = propose(drafter, [sequence], [80])
     assert draft.tokens[draft.parents == NO_PARENT].tolist() == [4, 5]
     assert len(draft) == 3  # 5 follows 4, nothing follows 5
 
@@ -102,11 +103,11 @@ def test_recycling_fits_its_tree_to_what_is_accepted() -> None:
     sequence = Sequence(0, [0], 1, SamplingParams())
     matrix_of(drafter, sequence)
     for _ in range(120):
-        drafter.propose([sequence], [8])
+        propose(drafter, [sequence], [8])
         sequence.tokens.append(sequence.tokens[-1] + 3)
         if len(sequence.tokens) % 3 == 0:
             sequence.tokens.append(sequence.tokens[-1] + 3)
-    [draft] = drafter.propose([sequence], [2])
+    [draft] = propose(drafter, [sequence], [2])
     last = sequence.tokens[-1]
     assert draft.tokens.tolist() == [last + 3, last + 6] and draft.parents.tolist() == [NO_PARENT, 0]
 

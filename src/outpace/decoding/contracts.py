@@ -13,7 +13,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from time import perf_counter
 from typing import Any, ClassVar
 
 import numpy as np
@@ -94,20 +93,34 @@ class DrafterContext:
     draft_tokenizer: Tokenizer | None = None  # of the draft model, which may be another
 
 
-class Drafter(ABC):
-    """Proposes drafts. State is kept per sequence id, made in `begin` and dropped in `end`."""
+@dataclass(frozen=True, slots=True)
+class Market:
+    """What drafting has to repay in a step, as its planner says. All 0: nothing."""
 
-    name: ClassVar[str]
-    paper: ClassVar[str]
-
-    #: A node that is less likely to be reached and accepted than this does not repay its row. Set by the planner before
-    #: `propose`; drafters that order nodes by such an estimate stop there, others may ignore it.
+    #: A node that is less likely to be reached and accepted than this does not repay its row. Drafters that order nodes
+    #: by such an estimate stop there, others may ignore it.
     floor: float = 0.0
     #: The same for what costs a forward of the draft model.
     forward_floor: float = 0.0
     #: Tokens per second of the engine at the moment, 0 if it is not measured. Where several drafters are merged, each
     #: must be expected to gain as many per second of its own time.
     rate: float = 0.0
+
+
+@dataclass(slots=True)
+class Proposal:
+    """One draft for each sequence. `seconds`: what each source spent on them, of a drafter that asks several; empty:
+    all of the time was its own."""
+
+    drafts: list[Draft]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Drafter(ABC):
+    """Proposes drafts. State is kept per sequence id, made in `begin` and dropped in `end`."""
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
 
     @property
     def expects_topk(self) -> int:
@@ -126,26 +139,16 @@ class Drafter(ABC):
         """A sequence starts; its prompt is in `sequence.tokens`."""
 
     @abstractmethod
-    def propose(self, sequences: Seq[Sequence], budgets: Seq[int]) -> list[Draft]:
+    def propose(self, sequences: Seq[Sequence], budgets: Seq[int], market: Market) -> Proposal:
         """One draft per sequence, of at most `budgets[i]` nodes (0: return an empty one).
 
         With q, what is proposed and its scores depend on the tokens sampled above a node, never on its own, and the
         draws are new in every step: key them by its first position (see `sampling.Stream.DRAFT`).
         """
 
-    def timed(self, sequences: Seq[Sequence], budgets: Seq[int]) -> tuple[list[Draft], dict[str, float]]:
-        """`propose`, and the seconds that each source spent on it."""
-        began = perf_counter()
-        drafts = self.propose(sequences, budgets)
-        return drafts, self.seconds_by_source(perf_counter() - began)
-
     def observe(self, sequence: Sequence, seen: Observation) -> None:  # noqa: B027
         """A step was committed. Not called for steps in which `propose` was not called: what it missed is in
         `sequence.tokens`."""
-
-    def seconds_by_source(self, total: float) -> dict[str, float]:
-        """The `total` seconds of the last `propose`, by drafter."""
-        return {self.name: total}
 
     def explain(self) -> list[str]:
         """What it did and why, in lines for a person."""

@@ -149,21 +149,21 @@ class Runner:
     def _propose(self, decoding: list[Request], limits: StepBudget) -> list[Draft]:
         if not decoding:
             return []
-        budgets = self.planner.budgets(self.drafter, limits)
+        budgets, market = self.planner.offer(limits)
         began = perf_counter()
-        drafts, seconds_by_source = self.drafter.timed([r.sequence for r in decoding], budgets)
+        proposal = self.drafter.propose([r.sequence for r in decoding], budgets, market)
         total = perf_counter() - began
-        for draft, budget in zip(drafts, budgets, strict=True):
+        for draft, budget in zip(proposal.drafts, budgets, strict=True):
             nodes = len(draft.tokens)
             assert nodes <= budget, f"drafter {self.drafter.name!r} proposed {nodes} nodes of {budget}"
-        shares = [(name, seconds / len(decoding)) for name, seconds in seconds_by_source.items()]
+        shares = [(name, seconds / len(decoding)) for name, seconds in proposal.seconds.items()]
         total /= len(decoding)
         for request in decoding:
             stats = request.stats
             stats.draft_s += total
             for name, seconds in shares:
                 stats.source(name).draft_s += seconds
-        chosen = self.planner.choose(drafts, limits)
+        chosen = self.planner.choose(proposal.drafts, limits)
         nodes = sum([len(draft.tokens) for draft in chosen])
         assert nodes <= limits.nodes, f"planner {self.planner.name!r} chose more nodes than it may"
         return chosen

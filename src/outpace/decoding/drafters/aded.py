@@ -188,13 +188,13 @@ class Aded(NodeDrafter[_State]):
             model.learn((a, b), [(c, 1.0)])
         self._states[sequence.id] = _State(model)
 
-    def _grow(self, sequence: Sequence, state: _State, nodes: Nodes, budget: int) -> None:
+    def _grow(self, sequence: Sequence, state: _State, nodes: Nodes, budget: int, floor: float) -> None:
         before, last = sequence.tokens[-2:][0], sequence.tokens[-1]
         search = Search(state.model, (before, last), self.c1, self.c2, self.max_depth)
         for _ in range(self.simulations):
             search.simulate()
         rates: list[float] = self._rates.value.tolist()
-        floor = max(self.min_score, self.floor)
+        floor = max(self.min_score, floor)
         found: list[tuple[float, int, int, int]] = []  # reach, place of what is above, token, cell
 
         def list_below(at: _Position | None, above: int, reach: float) -> None:

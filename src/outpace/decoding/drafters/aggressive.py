@@ -131,12 +131,12 @@ class Aggressive(NodeDrafter[_State]):
         if not sequence.prediction:
             self._states[sequence.id].alignment.place = len(prompt)  # nothing is copied before a match
 
-    def _grow(self, sequence: Sequence, state: _State, nodes: Nodes, budget: int) -> None:
+    def _grow(self, sequence: Sequence, state: _State, nodes: Nodes, budget: int, floor: float) -> None:
         """Best first over the next tokens of all continuations."""
         alignment, rates = state.alignment, self._rates.value
         alignment.extend(sequence.tokens[sequence.prompt_length + alignment.read :])
         heap: list[tuple[float, int, int, int, int, Cell]] = []  # -reach, ticket, parent, place, depth, cell
-        floor, most = max(self.min_score, self.floor), min(budget, self.max_tokens)
+        floor, most = max(self.min_score, floor), min(budget, self.max_tokens)
 
         def offer(parent: int, place: int, row: int, depth: int, reach: float, ticket: int) -> None:
             if place < len(alignment.reference) and alignment.reference[place] != _BREAK:

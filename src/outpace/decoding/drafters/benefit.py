@@ -73,7 +73,6 @@ class Benefit:
         self.forward_s = 0.0  # of one level of a draft
         self._call_s = 0.0
         self._prefill_s = 0.0  # for each token of a text seen for the first time
-        self._unreported = 0.0
         self.called = self.skipped = 0
         self.seconds = self.gained = 0.0
 
@@ -147,7 +146,6 @@ class Benefit:
     def record_call(self, seconds: float, sequences: Seq[Sequence], drafts: Seq[Draft]) -> float:
         """A call of `propose`. Returns seconds of drafting for each sequence, without the prefill of its text."""
         levels = max((int(node_depths(d.parents).max()) + 1 for d in drafts if len(d) > 1), default=1)
-        self._unreported += seconds
         self.called += len(drafts)
         fresh = [s for s in sequences if not self._records.setdefault(s.id, _Record()).prefilled]
         for sequence in fresh:
@@ -187,11 +185,6 @@ class Benefit:
             f"used in {self.called} of {chances} steps; each use took {1e3 * self.seconds / self.called:.2f} ms and "
             f"gained {self.gained / self.called:.2f} tokens, less the cost of checking them"
         )
-
-    def spent(self) -> float:
-        """Seconds of drafting since the last call."""
-        seconds, self._unreported = self._unreported, 0.0
-        return seconds
 
 
 def _mix(average: float, new: float) -> float:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ...models.decoder import Decoder
 from ...registry import register
 from ...types import NO_PARENT, Draft
-from ..contracts import DrafterContext, Observation, Sequence
+from ..contracts import DrafterContext, Market, Observation, Proposal, Sequence
 from .draft_model import DraftChain
 from .grown import NO_ROW, Choice, Draws, Growth, cell_of, coupled_draw, edit_rows, likeliest
 from .nodes import check_range
@@ -156,7 +156,7 @@ class BranchDraft(DraftChain):
         self._join()
         self._follow(sequence)
 
-    def propose(self, sequences: Seq[Sequence], budgets: Seq[int]) -> list[Draft]:
+    def propose(self, sequences: Seq[Sequence], budgets: Seq[int], market: Market) -> Proposal:
         self._join()
         if self._failed is not None:
             failed, self._failed = self._failed, None
@@ -168,19 +168,20 @@ class BranchDraft(DraftChain):
             if not budget:
                 self._drop(sequence)
         try:
-            growing = self._ready(wanted) + self._anew(wanted)
+            stop = max(self.min_reach, market.forward_floor, market.floor)
+            growing = self._ready(wanted, stop) + self._anew(wanted, stop)
         except BaseException:
             for sequence, _ in wanted:
                 self._drop(sequence)
             raise
         for one in growing:
-            one.finish(self.name, self.floor, one.budget)
+            one.finish(self.name, market.floor, one.budget)
             self._trees[one.sequence.id] = one
             self.overlap.drafts += 1
             self.overlap.tokens += len(one.draft)
-        self._start(growing)
+        self._start(growing, max(self.min_reach, market.forward_floor))
         trees = self._trees
-        return [trees[s.id].draft if s.id in trees else Draft.empty() for s in sequences]
+        return Proposal([trees[s.id].draft if s.id in trees else Draft.empty() for s in sequences])
 
     def _drop(self, sequence: Sequence) -> None:
         self._trees.pop(sequence.id, None)
@@ -188,7 +189,7 @@ class BranchDraft(DraftChain):
 
     # -- in the foreground -------------------------------------------------------------------------------------
 
-    def _ready(self, wanted: list[tuple[Sequence, int]]) -> list[Branching]:
+    def _ready(self, wanted: list[tuple[Sequence, int]], stop: float) -> list[Branching]:
         """Drafts that the background has begun, brought to their full length."""
         growing, free = [], self.source.cache.available_pages
         for sequence, budget in wanted:
@@ -204,10 +205,10 @@ class BranchDraft(DraftChain):
             growing.append(one)
             self.overlap.hits += 1
             self.overlap.ready += min(len(one.tokens), budget)
-        self._finish_chains(growing)
+        self._finish_chains(growing, stop)
         return growing
 
-    def _anew(self, wanted: list[tuple[Sequence, int]]) -> list[Branching]:
+    def _anew(self, wanted: list[tuple[Sequence, int]], stop: float) -> list[Branching]:
         """Drafts begun after the last token."""
         missing = [(s, budget) for s, budget in wanted if s.id not in self._trees]
         for sequence, _ in missing:
@@ -217,12 +218,11 @@ class BranchDraft(DraftChain):
         if growing:
             logits = self.source.catch_up([one.sequence for one in growing])
             self._choose([(one, NO_PARENT) for one in growing], logits)
-            self._finish_chains(growing)
+            self._finish_chains(growing, stop)
         return growing
 
-    def _finish_chains(self, growing: list[Branching]) -> None:
-        """Lengthen chains as far as it pays."""
-        stop = max(self.min_reach, self.forward_floor, self.floor)
+    def _finish_chains(self, growing: list[Branching], stop: float) -> None:
+        """Lengthen chains as long as their reach is `stop` at least."""
         while True:
             active = [
                 one for one in growing if len(one.tokens) < min(one.budget, self.max_tokens) and one.reach[-1] >= stop
@@ -286,8 +286,9 @@ class BranchDraft(DraftChain):
 
     # -- in the background -------------------------------------------------------------------------------------
 
-    def _start(self, growing: list[Branching]) -> None:
-        """Grow branches below the drafts that were handed out, until `_join`."""
+    def _start(self, growing: list[Branching], stop: float) -> None:
+        """Grow branches below the drafts that were handed out, until `_join`. One ends where its reach from
+        its start on falls below `stop`."""
         free, chosen = self.source.cache.available_pages, list[Branching]()
         for one in growing:
             more = (1 + self.hedges) * (self.max_tokens + 1)
@@ -301,7 +302,7 @@ class BranchDraft(DraftChain):
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="outpace-branch")
         self._stop.clear()
         self.source.decoder = self.source.background
-        self._running = self._pool.submit(self._branch, chosen), chosen
+        self._running = self._pool.submit(self._branch, chosen, stop), chosen
 
     def _join(self) -> None:
         """Wait for the background; what went wrong there is kept for the next `propose`."""
@@ -319,10 +320,9 @@ class BranchDraft(DraftChain):
         self.source.decoder = self.source.foreground
         self.overlap.waited_s += perf_counter() - began
 
-    def _branch(self, chosen: list[Branching]) -> None:
+    def _branch(self, chosen: list[Branching], stop: float) -> None:
         """One row for each branch in each forward. Touches nothing that the target's step changes."""
         began = perf_counter()
-        stop = max(self.min_reach, self.forward_floor)
         starts = [(one, start) for one in chosen for start in self._starts(one)]
         tips = list(starts)
         for _ in range(self.max_tokens + 1):

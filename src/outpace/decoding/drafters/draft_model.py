@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from ...errors import ParameterError
 from ...registry import register
+from ..contracts import Market
 from ..sampling import Stream, distribution_of, draw, host_row, uniform
 from .grown import Choice, Draws, Grown, Growth, cell_of, coupled_draw, dense, edit_rows, likeliest
 from .sources import Source
@@ -53,8 +54,8 @@ class DraftChain(Grown):
     def _rows(self, budget: int) -> int:
         return min(budget, self.max_tokens) - 1
 
-    def _grow(self, growing: list[Growth], logits: torch.Tensor) -> None:
-        stop, active = max(self.min_reach, self.forward_floor, self.floor), growing
+    def _grow(self, growing: list[Growth], logits: torch.Tensor, market: Market) -> None:
+        stop, active = max(self.min_reach, market.forward_floor, market.floor), growing
         while active:
             self._lengthen(active, logits)
             active = [
@@ -63,7 +64,7 @@ class DraftChain(Grown):
             if active:
                 logits = self.source.extend([one.run([len(one.tokens) - 1]) for one in active])
         for one in growing:
-            one.finish(self.name, self.floor)
+            one.finish(self.name, market.floor)
 
     def _lengthen(self, chains: list[Growth], logits: torch.Tensor) -> None:
         """Add the next token of each, chosen from its row of `logits`."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ...errors import ParameterError
 from ...registry import register
 from ...types import NO_PARENT
+from ..contracts import Market
 from .grown import Candidate, Draws, Grown, Growth, edit_rows, likeliest
 from .sources import Source
 
@@ -85,10 +86,10 @@ class DraftTree(Grown):
     def _rows(self, budget: int) -> int:
         return min(budget, self.max_depth - 1) * self.width
 
-    def _grow(self, growing: list[Growth], logits: torch.Tensor) -> None:
+    def _grow(self, growing: list[Growth], logits: torch.Tensor, market: Market) -> None:
         frontiers = [_Frontier(one) for one in growing]
         nodes = [(frontier, NO_PARENT) for frontier in frontiers]  # of the rows of `logits`
-        stop = max(self.min_reach, self.forward_floor, self.floor)
+        stop = max(self.min_reach, market.forward_floor, market.floor)
         for forwards in range(self.max_depth):
             self._offer_children(nodes, logits)
             nodes, rows = [], []
@@ -103,7 +104,7 @@ class DraftTree(Grown):
                 break
             logits = self.source.extend(rows)
         for one in growing:
-            one.finish(self.name, self.floor, most=one.budget)
+            one.finish(self.name, market.floor, most=one.budget)
 
     def _offer_children(self, nodes: list[tuple[_Frontier, int]], logits: torch.Tensor) -> None:
         """The children of each node, of which `logits` has a row."""

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from ...ops.select import row_logsumexp, row_topk
 from ...types import NO_PARENT, Draft, FloatArray, SamplingParams
-from ..contracts import Drafter, DrafterContext, Observation, Sequence
+from ..contracts import Drafter, DrafterContext, Market, Observation, Proposal, Sequence
 from ..sampling import choose, host_row, process
 from .rates import Rates, checked_nodes
 from .sources import Rows, Source
@@ -169,7 +169,7 @@ class Grown(Drafter):
         """The most rows of the source that a draft of `budget` nodes needs."""
 
     @abstractmethod
-    def _grow(self, growing: list[Growth], logits: torch.Tensor) -> None:
+    def _grow(self, growing: list[Growth], logits: torch.Tensor, market: Market) -> None:
         """Grow and finish each. `logits` f32[B, V] after the last tokens, valid until a forward."""
 
     def begin(self, sequence: Sequence) -> None:
@@ -179,7 +179,7 @@ class Grown(Drafter):
         self._growths.pop(sequence.id, None)
         self.source.end(sequence)
 
-    def propose(self, sequences: Seq[Sequence], budgets: Seq[int]) -> list[Draft]:
+    def propose(self, sequences: Seq[Sequence], budgets: Seq[int], market: Market) -> Proposal:
         for sequence in sequences:
             self._growths.pop(sequence.id, None)
             self.source.rollback(sequence)  # of a step that was abandoned
@@ -190,7 +190,7 @@ class Grown(Drafter):
         if growing:
             keeps = False
             try:
-                self._grow(growing, self.source.catch_up([one.sequence for one in growing]))
+                self._grow(growing, self.source.catch_up([one.sequence for one in growing]), market)
                 keeps = self.source.keeps
             finally:
                 if not keeps:
@@ -198,7 +198,7 @@ class Grown(Drafter):
                         self.source.rollback(one.sequence)
             self._growths.update((one.sequence.id, one) for one in growing)
         grown = self._growths
-        return [grown[s.id].draft if s.id in grown else Draft.empty() for s in sequences]
+        return Proposal([grown[s.id].draft if s.id in grown else Draft.empty() for s in sequences])
 
     def observe(self, sequence: Sequence, seen: Observation) -> None:
         one, rows = self._growths.pop(sequence.id, None), list[int]()

@@ -101,7 +101,7 @@ class Jacobi(NodeDrafter[JacobiState]):
     def begin(self, sequence: Sequence) -> None:
         self._states[sequence.id] = JacobiState()
 
-    def _grow(self, sequence: Sequence, state: JacobiState, nodes: Nodes, budget: int) -> Draft | None:
+    def _grow(self, sequence: Sequence, state: JacobiState, nodes: Nodes, budget: int, floor: float) -> Draft | None:
         self._refill(sequence, state)
         self._chain(nodes, state.guesses[:budget])
         return None

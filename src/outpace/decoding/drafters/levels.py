@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...types import NO_PARENT, FloatArray
+from ..contracts import Market
 from ..sampling import Stream, distribution_of, draw, host_row, uniform
 from .grown import Candidate, Choice, Draws, Grown, Growth, dense, edit_rows, likeliest
 from .rates import Rates
@@ -124,19 +125,20 @@ class LevelTree(Grown):
         self.max_depth = max_depth
 
     @abstractmethod
-    def _fill(self, families: list[Children], depth: int, limit: int) -> list[int]:
-        """Add at most `limit` nodes of one level, children of `families`; returns them. May look at `value` and `reach`
-        of families, not at tokens."""
+    def _fill(self, families: list[Children], depth: int, limit: int, floor: float) -> list[int]:
+        """Add at most `limit` nodes of one level, children of `families`, of a reach of `floor` at least; returns them.
+        May look at `value` and `reach` of families, not at tokens."""
 
-    def _grow(self, growing: list[Growth], logits: torch.Tensor) -> None:
-        stop = max(self.forward_floor, self.floor)
+    def _grow(self, growing: list[Growth], logits: torch.Tensor, market: Market) -> None:
+        stop = max(market.forward_floor, market.floor)
         luck: list[Luck] = [{NO_PARENT: (0.0, 0.0)} for _ in growing]
         level = [[NO_PARENT] for _ in growing]  # the nodes whose children come next; `logits` has their rows, in order
         for depth in range(self.max_depth):
             families = self._families(growing, level, luck, logits)
             rows = []
             for i, one in enumerate(growing):
-                added = self._fill(families[i], depth, one.budget - len(one.tokens)) if families[i] else []
+                limit = one.budget - len(one.tokens)
+                added = self._fill(families[i], depth, limit, market.floor) if families[i] else []
                 more = depth + 1 < self.max_depth and len(one.tokens) < one.budget
                 level[i] = [node for node in added if more and one.reach[node] >= stop]
                 if level[i]:
@@ -145,7 +147,7 @@ class LevelTree(Grown):
                 break
             logits = self.source.extend(rows)
         for one in growing:
-            one.finish(self.name, self.floor)
+            one.finish(self.name, market.floor)
 
     def _families(
         self, growing: list[Growth], level: list[list[int]], luck: list[Luck], logits: torch.Tensor

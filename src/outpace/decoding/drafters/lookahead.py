@@ -92,12 +92,12 @@ class Lookahead(NodeDrafter[_State]):
         start = np.random.default_rng(sequence.params.seed).choice(prompt, (self.window, self.ngram - 1))
         self._states[sequence.id] = _State(start.tolist())
 
-    def _grow(self, sequence: Sequence, state: _State, nodes: Nodes, budget: int) -> None:
+    def _grow(self, sequence: Sequence, state: _State, nodes: Nodes, budget: int, floor: float) -> None:
         if self.from_text:
             self._read(sequence.tokens, state)
         level = self.ngram - 1
         columns = min(self.window, (budget + 1) // 2 // level)
-        self._verify_pool(state, nodes, sequence.tokens[-1], budget - columns * level)
+        self._verify_pool(state, nodes, sequence.tokens[-1], budget - columns * level, floor)
         columns = min(self.window, (budget - len(nodes)) // level)
         self._look_ahead(state, nodes, columns)
 
@@ -107,14 +107,14 @@ class Lookahead(NodeDrafter[_State]):
             state.learn(tokens[end - self.ngram : end], self.guesses)
         state.read = len(tokens)
 
-    def _verify_pool(self, state: _State, nodes: Nodes, last: int, budget: int) -> None:
+    def _verify_pool(self, state: _State, nodes: Nodes, last: int, budget: int, floor: float) -> None:
         rates = self._rates.value
         for rank, rest in enumerate(reversed(state.pool.get(last, {}))):
             node, reach = NO_PARENT, 1.0
             for depth, token in enumerate(rest):
                 cell = (rank, min(depth, _DEPTHS - 1))
                 reach *= float(rates[cell])
-                if reach < self.floor or (nodes.find(node, token) is None and len(nodes) >= budget):
+                if reach < floor or (nodes.find(node, token) is None and len(nodes) >= budget):
                     break
                 node = nodes.add(node, token, float(rates[cell]), cell)
 

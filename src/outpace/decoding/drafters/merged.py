@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 
 import numpy as np
 
 from ...types import NO_PARENT, Draft
-from ..contracts import Drafter, Observation, Sequence
+from ..contracts import Drafter, Market, Observation, Proposal, Sequence
 from ..sampling import certainty, host_row
 from ..tree import DEFAULT_SCORE, expected_accepted, merge
 from .benefit import Benefit
@@ -96,8 +96,8 @@ class Merged(Drafter):
     proposed, kept or not: the committed tokens show which were right. A node keeps the name of the first drafter, in
     the order given, that proposed it; give the cheap ones first.
 
-    With a `rate` a drafter is called for a sequence only where it is expected to add at least as many tokens per second
-    of its time, beyond those of the drafters before it (see Benefit). Without one all are called, always.
+    Where the market has a rate a drafter is called for a sequence only if it is expected to add at least as many tokens
+    per second of its time, beyond those of the drafters before it (see Benefit). Without one all are called, always.
     """
 
     name = "merged"
@@ -109,6 +109,7 @@ class Merged(Drafter):
         self.benefits = [Benefit() for _ in self.drafters]
         self._calibrations = [Calibration() for _ in self.drafters]
         self._calls: dict[int, list[_Call]] = {}
+        self._market = Market()  # of the last proposal
 
     @property
     def expects_topk(self) -> int:
@@ -122,35 +123,33 @@ class Merged(Drafter):
             drafter.begin(sequence)
         self._calls[sequence.id] = []
 
-    def propose(self, sequences: Seq[Sequence], budgets: Seq[int]) -> list[Draft]:
+    def propose(self, sequences: Seq[Sequence], budgets: Seq[int], market: Market) -> Proposal:
+        self._market, seconds = market, dict.fromkeys((d.name for d in self.drafters), 0.0)
         merged = [Draft.empty()] * len(sequences)
         for sequence in sequences:
             self._calls[sequence.id] = []
         if not any(budgets):
-            return merged
+            return Proposal(merged, seconds)
         drafting = [i for i, n in enumerate(budgets) if n > 0]
-        for index in range(len(self.drafters)):
-            expected = [expected_accepted(draft) if self.rate > 0 and len(draft) else 0.0 for draft in merged]
+        for index, (drafter, benefit) in enumerate(zip(self.drafters, self.benefits, strict=True)):
+            expected = [expected_accepted(draft) if market.rate > 0 and len(draft) else 0.0 for draft in merged]
             chosen = drafting
-            if self.rate > 0:
+            if market.rate > 0:
                 candidates, before = [sequences[i] for i in drafting], [expected[i] for i in drafting]
-                chosen = [drafting[k] for k in self.benefits[index].select(candidates, before, self.rate)]
+                chosen = [drafting[k] for k in benefit.select(candidates, before, market.rate)]
             if chosen:
-                drafts, seconds = self._call(index, [sequences[i] for i in chosen], [budgets[i] for i in chosen])
+                asked, nodes = [sequences[i] for i in chosen], [budgets[i] for i in chosen]
+                forward_floor = max(market.floor, market.rate * benefit.forward_s / len(chosen))
+                began = perf_counter()
+                drafts = drafter.propose(asked, nodes, replace(market, forward_floor=forward_floor)).drafts
+                seconds[drafter.name] += (spent := perf_counter() - began)
+                share = benefit.record_call(spent, asked, drafts)
                 for i, draft in zip(chosen, drafts, strict=True):
-                    self._calls[sequences[i].id].append(_Call(index, expected[i], draft, seconds))
+                    self._calls[sequences[i].id].append(_Call(index, expected[i], draft, share))
                     corrected = self._calibrations[index].apply(sequences[i].id, draft)
                     # A draft that stays alone keeps what merging loses: q.
                     merged[i] = merge([merged[i], corrected], budgets[i]) if len(merged[i]) else corrected
-        return merged
-
-    def _call(self, index: int, sequences: list[Sequence], nodes: list[int]) -> tuple[list[Draft], float]:
-        drafter, benefit = self.drafters[index], self.benefits[index]
-        drafter.floor, drafter.rate = self.floor, self.rate
-        drafter.forward_floor = max(self.floor, self.rate * benefit.forward_s / len(sequences))
-        began = perf_counter()
-        drafts = drafter.propose(sequences, nodes)
-        return drafts, benefit.record_call(perf_counter() - began, sequences, drafts)
+        return Proposal(merged, seconds)
 
     def observe(self, sequence: Sequence, seen: Observation) -> None:
         self._record_certainty(sequence, seen)
@@ -170,7 +169,7 @@ class Merged(Drafter):
 
     def _record_certainty(self, sequence: Sequence, seen: Observation) -> None:
         """The target's certainty of its next token, for costly drafters that have not read this text yet."""
-        waiting = [benefit for benefit in self.benefits if benefit.needs_certainty(sequence.id, self.rate)]
+        waiting = [benefit for benefit in self.benefits if benefit.needs_certainty(sequence.id, self._market.rate)]
         outputs = seen.first if seen.outputs is None else seen.outputs
         if waiting and outputs is not None:
             path = [] if seen.accepted is None else seen.accepted.path
@@ -183,7 +182,7 @@ class Merged(Drafter):
         """Accepted tokens by the drafter that proposed them first, less what the rows of its nodes cost."""
         gains: dict[str, float] = {}
         for name in seen.draft.sources:
-            gains[name] = gains.get(name, 0.0) - self.floor
+            gains[name] = gains.get(name, 0.0) - self._market.floor
         if seen.accepted is not None:
             for node in seen.accepted.path:
                 gains[seen.draft.sources[node]] += 1
@@ -195,9 +194,6 @@ class Merged(Drafter):
             benefit.forget(sequence.id)
             calibration.forget(sequence.id)
             drafter.end(sequence)
-
-    def seconds_by_source(self, total: float) -> dict[str, float]:
-        return {d.name: benefit.spent() for d, benefit in zip(self.drafters, self.benefits, strict=True)}
 
     def explain(self) -> list[str]:
         return [

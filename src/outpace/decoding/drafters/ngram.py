@@ -92,13 +92,13 @@ class Ngram(NodeDrafter[_State]):
     def begin(self, sequence: Sequence) -> None:
         self._states[sequence.id] = _State(NgramIndex(self.min_ngram, self.max_ngram))
 
-    def _grow(self, sequence: Sequence, state: _State, nodes: Nodes, budget: int) -> None:
+    def _grow(self, sequence: Sequence, state: _State, nodes: Nodes, budget: int, floor: float) -> None:
         index = state.index
         index.extend(sequence.tokens[len(index.tokens) :])
         matched, place = index.find()
         if matched:
             score = float(self._rates.value[matched])
-            length = chain_length(score, self.floor, min(budget, self.max_tokens))
+            length = chain_length(score, floor, min(budget, self.max_tokens))
             node = NO_PARENT
             for token in index.continuation(place, length):
                 node = nodes.add(node, token, score, (matched,))

@@ -16,7 +16,7 @@ import numpy as np
 
 from ...errors import ParameterError
 from ...types import Draft
-from ..contracts import Drafter, Observation, Sequence
+from ..contracts import Drafter, Market, Observation, Proposal, Sequence
 from .rates import Rates, checked_nodes
 
 Cell = tuple[int, ...]  # of the table of acceptance rates on which a node's score rests
@@ -86,18 +86,19 @@ class NodeDrafter(Drafter, Generic[S]):
     _rates: Rates
 
     @abstractmethod
-    def _grow(self, sequence: Sequence, state: S, nodes: Nodes, budget: int) -> Draft | None:
-        """Add at most `budget` (above 0) nodes. May return the draft made of them, if it holds more than they."""
+    def _grow(self, sequence: Sequence, state: S, nodes: Nodes, budget: int, floor: float) -> Draft | None:
+        """Add at most `budget` (above 0) nodes; `floor` as in Market. May return the draft made of them, if it
+        holds more than they."""
 
-    def propose(self, sequences: Seq[Sequence], budgets: Seq[int]) -> list[Draft]:
+    def propose(self, sequences: Seq[Sequence], budgets: Seq[int], market: Market) -> Proposal:
         drafts = []
         for sequence, budget in zip(sequences, budgets, strict=True):
             state = self._states[sequence.id]
             self._check(sequence, state)
             state.nodes.root = len(sequence.tokens)
-            made = self._grow(sequence, state, state.nodes, budget) if budget > 0 else None
+            made = self._grow(sequence, state, state.nodes, budget, market.floor) if budget > 0 else None
             drafts.append(state.nodes.draft(self.name) if made is None else made)
-        return drafts
+        return Proposal(drafts)
 
     def observe(self, sequence: Sequence, seen: Observation) -> None:
         self._check(sequence, self._states[sequence.id])

@@ -17,7 +17,7 @@ import numpy as np
 from ...errors import MethodError
 from ...registry import register
 from ...types import NO_PARENT, Draft, SamplingParams
-from ..contracts import Drafter, DrafterContext, Observation, Sequence
+from ..contracts import Drafter, DrafterContext, Market, Observation, Proposal, Sequence
 from ..translation import Translated, Translator, Twin, Words
 from .draft_model import DraftChain
 from .grown import Draws
@@ -134,20 +134,21 @@ class OmniDraft(Drafter):
     def observe(self, sequence: Sequence, seen: Observation) -> None:
         self._read(sequence, self._states[sequence.id], seen)
 
-    def propose(self, sequences: Seq[Sequence], budgets: Seq[int]) -> list[Draft]:
+    def propose(self, sequences: Seq[Sequence], budgets: Seq[int], market: Market) -> Proposal:
         states = [self._states[sequence.id] for sequence in sequences]
         for sequence, state in zip(sequences, states, strict=True):
             self._read(sequence, state, None)
-        self.chain.floor, self.chain.forward_floor = self.floor, self.forward_floor
         # a sequence of control tokens alone may leave the draft model nothing to read
         wanted = [
             self._budget(s.twin, budget) if s.twin.tokens else 0 for s, budget in zip(states, budgets, strict=True)
         ]
-        chains = self.chain.propose([state.sequence for state in states], wanted)
-        return [
-            self._translate(sequence, state, chain, budget)
-            for sequence, state, chain, budget in zip(sequences, states, chains, budgets, strict=True)
-        ]
+        chains = self.chain.propose([state.sequence for state in states], wanted, market).drafts
+        return Proposal(
+            [
+                self._translate(sequence, state, chain, budget, market.floor)
+                for sequence, state, chain, budget in zip(sequences, states, chains, budgets, strict=True)
+            ]
+        )
 
     @staticmethod
     def _budget(twin: Twin, budget: int) -> int:
@@ -167,7 +168,7 @@ class OmniDraft(Drafter):
             new = state.twin.tokens[before:]
             self.chain.observe(state.sequence, Observation(new, Draft.empty(), None, None))
 
-    def _translate(self, sequence: Sequence, state: _State, chain: Draft, budget: int) -> Draft:
+    def _translate(self, sequence: Sequence, state: _State, chain: Draft, budget: int, floor: float) -> Draft:
         """The whole translation is checked later; the part that may pay is proposed."""
         found = self.translator.translate(chain.tokens.tolist(), state.twin.words)
         scores = [] if chain.scores is None else chain.scores.tolist()
@@ -177,7 +178,7 @@ class OmniDraft(Drafter):
             cell = _cell(found, i, scores)
             score = float(self.rates.value[cell])
             reach *= score
-            if reach >= max(self.min_reach, self.floor) and most == i < budget:
+            if reach >= max(self.min_reach, floor) and most == i < budget:
                 most = i + 1
             parent = nodes.add(parent, token, score, cell)
         return Draft.chain(nodes.tokens[:most], self.name, np.array(nodes.scores[:most], dtype=np.float32))

@@ -6,7 +6,7 @@ from collections.abc import Sequence as Seq
 
 from ...registry import register
 from ...types import Draft
-from ..contracts import Drafter, Sequence
+from ..contracts import Drafter, Market, Proposal, Sequence
 
 
 @register(family="SPEC", title="Plain decoding", paper="", exactness="identical")
@@ -16,8 +16,8 @@ class Plain(Drafter):
     name = "plain"
     paper = ""
 
-    def propose(self, sequences: Seq[Sequence], budgets: Seq[int]) -> list[Draft]:
-        return [_NOTHING] * len(sequences)
+    def propose(self, sequences: Seq[Sequence], budgets: Seq[int], market: Market) -> Proposal:
+        return Proposal([_NOTHING] * len(sequences))
 
 
 _NOTHING = Draft.empty()

@@ -110,19 +110,18 @@ class Recycling(NodeDrafter[_State]):
         matrix.seed(np.array(sequence.tokens, dtype=np.int64))
         self._states[sequence.id] = _State(matrix)
 
-    def _grow(self, sequence: Sequence, state: _State, nodes: Nodes, budget: int) -> None:
+    def _grow(self, sequence: Sequence, state: _State, nodes: Nodes, budget: int, floor: float) -> None:
         before, last = sequence.tokens[-2:][0], sequence.tokens[-1]
         budget = min(budget, self.max_tokens)
         if self.tree == "dynamic":
-            self._grow_best(state.matrix, nodes, budget, before, last)
+            self._grow_best(state.matrix, nodes, budget, before, last, max(self.min_score, floor))
         else:
             shape = PUBLISHED[:budget] if self.tree == "published" else self._fitted(budget)
-            self._follow(state.matrix, nodes, shape, before, last)
+            self._follow(state.matrix, nodes, shape, before, last, floor)
 
-    def _grow_best(self, matrix: Adjacency, nodes: Nodes, budget: int, before: int, last: int) -> None:
+    def _grow_best(self, matrix: Adjacency, nodes: Nodes, budget: int, before: int, last: int, floor: float) -> None:
         """Best first: a candidate that becomes a node offers its likeliest successor and its next sibling."""
         k, rates = self.k, self._rates.value.tolist()
-        floor = max(self.min_score, self.floor)
         heap: list[tuple[float, int, int, int, _Row]] = []
 
         def offer(parent: int, rank: int, row: _Row, ticket: int) -> None:
@@ -155,7 +154,7 @@ class Recycling(NodeDrafter[_State]):
             self._shapes[budget] = fitted(self._rates.value, budget, self.min_score)
         return self._shapes[budget]
 
-    def _follow(self, matrix: Adjacency, nodes: Nodes, shape: list[Path], before: int, last: int) -> None:
+    def _follow(self, matrix: Adjacency, nodes: Nodes, shape: list[Path], before: int, last: int, floor: float) -> None:
         """The tree of a shape. Where the matrix has no candidate of a rank, what hangs below is left out."""
         rates = self._rates.value
         ends: dict[Path, tuple[int, int, int, float]] = {(): (NO_PARENT, before, last, 1.0)}
@@ -169,7 +168,7 @@ class Recycling(NodeDrafter[_State]):
             if successor == NOTHING:
                 continue
             score = float(rates[cell])
-            if reach * score >= self.floor:
+            if reach * score >= floor:
                 node = nodes.add(parent, successor, score, cell)
                 ends[path] = (node, token, successor, reach * score)
 

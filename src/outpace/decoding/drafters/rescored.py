@@ -12,7 +12,7 @@ from typing import Any
 from ...errors import ParameterError
 from ...registry import method, register
 from ...types import NO_PARENT, Draft
-from ..contracts import Drafter, DrafterContext, Observation, Sequence
+from ..contracts import Drafter, DrafterContext, Market, Observation, Proposal, Sequence
 from ..tree import node_depths
 from .jacobi import Jacobi
 from .nodes import NodeDrafter, Nodes, NodeState, check_range
@@ -152,14 +152,14 @@ class Rescored(NodeDrafter[_State]):
         self.inner.observe(sequence, seen)
         self._check(sequence, self._states[sequence.id])
 
-    def propose(self, sequences: Seq[Sequence], budgets: Seq[int]) -> list[Draft]:
-        self.inner.floor, self.inner.forward_floor, self.inner.rate = self.floor, self.forward_floor, self.rate
-        for sequence, draft in zip(sequences, self.inner.propose(sequences, budgets), strict=True):
+    def propose(self, sequences: Seq[Sequence], budgets: Seq[int], market: Market) -> Proposal:
+        drafts = self.inner.propose(sequences, budgets, market).drafts
+        for sequence, draft in zip(sequences, drafts, strict=True):
             lattice = self.inner.columns(sequence) if isinstance(self.inner, Jacobi) else lattice_of(draft)
             self._states[sequence.id].lattice = lattice
-        return NodeDrafter.propose(self, sequences, budgets)
+        return NodeDrafter.propose(self, sequences, budgets, market)
 
-    def _grow(self, sequence: Sequence, state: _State, nodes: Nodes, budget: int) -> None:
+    def _grow(self, sequence: Sequence, state: _State, nodes: Nodes, budget: int, floor: float) -> None:
         state.model.extend(sequence.tokens)
         context = sequence.tokens[-self.order :]
         most = min(budget, self.max_tokens)
@@ -167,7 +167,7 @@ class Rescored(NodeDrafter[_State]):
             # The whole best way comes first, likely or not: by its rows the lattice of the next step is made.
             self._grow_best(state, nodes, context, most, 0.0, 1)
             self.inner.adopt(sequence, nodes.tokens)
-        self._grow_best(state, nodes, context, most, max(self.min_score, self.floor), self.k)
+        self._grow_best(state, nodes, context, most, max(self.min_score, floor), self.k)
 
     def _grow_best(
         self, state: _State, nodes: Nodes, context: list[int], most: int, floor: float, branches: int

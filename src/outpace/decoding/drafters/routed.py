@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
+from time import perf_counter
 
 from ...errors import MethodError
 from ...types import Draft
-from ..contracts import Drafter, Observation, Sequence
+from ..contracts import Drafter, Market, Observation, Proposal, Sequence
 
 
 class Routed(Drafter):
@@ -22,7 +23,6 @@ class Routed(Drafter):
 
     def __init__(self, own: Drafter, others: Mapping[str, Drafter]) -> None:
         self._drafters: dict[str, Drafter] = {"": own, **others}
-        self._seconds: dict[str, float] = {}
 
     @property
     def methods(self) -> list[str]:
@@ -44,35 +44,24 @@ class Routed(Drafter):
     def begin(self, sequence: Sequence) -> None:
         self.of(sequence.method).begin(sequence)
 
-    def propose(self, sequences: Seq[Sequence], budgets: Seq[int]) -> list[Draft]:
+    def propose(self, sequences: Seq[Sequence], budgets: Seq[int], market: Market) -> Proposal:
         methods = {sequence.method for sequence in sequences}
         if len(methods) == 1:
-            drafts, self._seconds = self._ask(self.of(*methods), sequences, budgets)
-            return drafts
-        drafts = [Draft.empty()] * len(sequences)
-        self._seconds = {}
+            return _timed(self.of(*methods), sequences, budgets, market)
+        drafts, seconds = [Draft.empty()] * len(sequences), dict[str, float]()
         for method, drafter in self._drafters.items():
             mine = [i for i, sequence in enumerate(sequences) if sequence.method == method]
             if not mine:
                 continue
-            proposed, seconds = self._ask(drafter, [sequences[i] for i in mine], [budgets[i] for i in mine])
-            for name, spent in seconds.items():
-                self._seconds[name] = self._seconds.get(name, 0.0) + spent
-            for i, draft in zip(mine, proposed, strict=True):
+            proposal = _timed(drafter, [sequences[i] for i in mine], [budgets[i] for i in mine], market)
+            for name, spent in proposal.seconds.items():
+                seconds[name] = seconds.get(name, 0.0) + spent
+            for i, draft in zip(mine, proposal.drafts, strict=True):
                 drafts[i] = draft
-        return drafts
-
-    def _ask(
-        self, drafter: Drafter, sequences: Seq[Sequence], budgets: Seq[int]
-    ) -> tuple[list[Draft], dict[str, float]]:
-        drafter.floor, drafter.forward_floor, drafter.rate = self.floor, self.forward_floor, self.rate
-        return drafter.timed(sequences, budgets)
+        return Proposal(drafts, seconds)
 
     def observe(self, sequence: Sequence, seen: Observation) -> None:
         self._drafters[sequence.method].observe(sequence, seen)
-
-    def seconds_by_source(self, total: float) -> dict[str, float]:
-        return self._seconds
 
     def explain(self) -> list[str]:
         lines = self._drafters[""].explain()
@@ -84,3 +73,10 @@ class Routed(Drafter):
         drafter = self._drafters.get(sequence.method)
         if drafter is not None:
             drafter.end(sequence)
+
+
+def _timed(drafter: Drafter, sequences: Seq[Sequence], budgets: Seq[int], market: Market) -> Proposal:
+    """Its proposal, with the seconds that it took by itself."""
+    began = perf_counter()
+    proposal = drafter.propose(sequences, budgets, market)
+    return Proposal(proposal.drafts, proposal.seconds or {drafter.name: perf_counter() - began})

@@ -53,10 +53,10 @@ class RsdC(LevelTree):
     def _most_children(self) -> int:
         return max(self.branching)
 
-    def _fill(self, families: list[Children], depth: int, limit: int) -> list[int]:
+    def _fill(self, families: list[Children], depth: int, limit: int, floor: float) -> list[int]:
         nodes: list[int] = []
         for _ in range(self.branching[depth]):  # first children first
             for family in families:
-                if len(nodes) < limit and family.value > NONE and family.reach >= self.floor:
+                if len(nodes) < limit and family.value > NONE and family.reach >= floor:
                     nodes.append(family.take())
         return nodes

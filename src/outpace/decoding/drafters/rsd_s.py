@@ -49,11 +49,11 @@ class RsdS(LevelTree):
     def _most_children(self) -> int:
         return self.width
 
-    def _fill(self, families: list[Children], depth: int, limit: int) -> list[int]:
+    def _fill(self, families: list[Children], depth: int, limit: int, floor: float) -> list[int]:
         nodes: list[int] = []
         while len(nodes) < min(self.width, limit):
             best = max(families, key=lambda family: family.value)
-            if best.value == NONE or best.reach < self.floor:
+            if best.value == NONE or best.reach < floor:
                 break
             nodes.append(best.take())
         return nodes

@@ -50,12 +50,12 @@ class SpeculativeJacobi(Jacobi):
     def _probabilistic(self, sequence: Sequence) -> bool:
         return self.sampled and not sequence.params.greedy
 
-    def _grow(self, sequence: Sequence, state: JacobiState, nodes: Nodes, budget: int) -> Draft | None:
+    def _grow(self, sequence: Sequence, state: JacobiState, nodes: Nodes, budget: int, floor: float) -> Draft | None:
         if not self._probabilistic(sequence):
-            return Jacobi._grow(self, sequence, state, nodes, budget)
+            return Jacobi._grow(self, sequence, state, nodes, budget, floor)
         for guess in state.guesses:
             guess.age = 0  # it tells of the guess's own token: scores may depend on the depth alone
-        Jacobi._grow(self, sequence, state, nodes, budget)
+        Jacobi._grow(self, sequence, state, nodes, budget, floor)
         draft = nodes.draft(self.name)
         if len(nodes):
             draft.q = np.stack([guess.q for guess in state.guesses[:budget] if guess.q is not None])

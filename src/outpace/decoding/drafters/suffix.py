@@ -154,12 +154,13 @@ class Suffix(NodeDrafter[_State]):
         if state is not None and state.memory is not None:
             state.memory.add(sequence.output)
 
-    def _grow(self, sequence: Sequence, state: _State, nodes: Nodes, budget: int) -> Draft | None:
+    def _grow(self, sequence: Sequence, state: _State, nodes: Nodes, budget: int, floor: float) -> Draft | None:
         state.automaton.extend(sequence.tokens[state.automaton.size - state.before :])
         contexts = self._contexts(sequence, state)
+        most, floor = min(budget, self.max_tokens), max(self.min_score, floor)
         if self.sampled_over is not None and not sequence.params.greedy:
-            return self._sample(sequence, contexts, nodes, min(budget, self.max_tokens), self.sampled_over)
-        self._grow_tree(contexts, nodes, min(budget, self.max_tokens))
+            return self._sample(sequence, contexts, nodes, most, floor, self.sampled_over)
+        self._grow_tree(contexts, nodes, most, floor)
         return None
 
     def _contexts(self, sequence: Sequence, state: _State) -> list[_Context]:
@@ -172,12 +173,11 @@ class Suffix(NodeDrafter[_State]):
             found += [_Context(one, *one.match(recent), _REMEMBERED) for one in state.memory.automata]
         return found
 
-    def _grow_tree(self, contexts: list[_Context], nodes: Nodes, budget: int) -> None:
+    def _grow_tree(self, contexts: list[_Context], nodes: Nodes, budget: int, floor: float) -> None:
         """Best first: the candidate most likely to be reached becomes a node and offers its continuations."""
         rates: list[list[float]] = self._rates.value.tolist()
         heap: list[_Candidate] = []
         tickets = count()
-        floor = max(self.min_score, self.floor)
         for context in contexts:
             self._offer(heap, tickets, context, NO_PARENT, -1.0, rates)
         while heap and len(nodes) < budget:
@@ -218,14 +218,14 @@ class Suffix(NodeDrafter[_State]):
             state = automaton.link[state]
 
     def _sample(
-        self, sequence: Sequence, contexts: list[_Context], nodes: Nodes, budget: int, vocab_size: int
+        self, sequence: Sequence, contexts: list[_Context], nodes: Nodes, budget: int, floor: float, vocab_size: int
     ) -> Draft | None:
         """A chain drawn from the counts of what followed the longest match. What it rests on, and so its length, is
         known before a token is drawn."""
         context = max(contexts, key=lambda c: c.matched)  # of equal ones the first: the text itself
         automaton, state, matched = context.automaton, context.state, context.matched
         rows: list[FloatArray] = []
-        node, reach, floor = NO_PARENT, 1.0, max(self.min_score, self.floor)
+        node, reach = NO_PARENT, 1.0
         while len(nodes) < budget:
             while state > 0 and automaton.next[state].keys() <= {_BREAK}:
                 state = automaton.link[state]

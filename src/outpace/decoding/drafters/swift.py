@@ -15,8 +15,7 @@ from ...models.decoder import Decoder
 from ...models.views import View, skip_sublayers
 from ...ops.select import row_argmax
 from ...registry import register
-from ...types import Draft
-from ..contracts import DrafterContext, Sequence
+from ..contracts import DrafterContext, Market, Proposal, Sequence
 from .draft_model import DraftChain
 from .grown import Draws
 from .sources import SelfSource
@@ -161,10 +160,10 @@ class Swift(DraftChain):
             )
         return cls(source, source.decoder, Draws.of(context), **options)
 
-    def propose(self, sequences: Seq[Sequence], budgets: Seq[int]) -> list[Draft]:
+    def propose(self, sequences: Seq[Sequence], budgets: Seq[int], market: Market) -> Proposal:
         if not self.search.over and any(budgets):
             self._improve(sequences)
-        return super().propose(sequences, budgets)
+        return super().propose(sequences, budgets, market)
 
     def end(self, sequence: Sequence) -> None:
         if self._stretch is not None and self._stretch.sequence is sequence:

@@ -15,7 +15,7 @@ from ...models.batch import PAGE_SIZE, ForwardBatch
 from ...models.native import NativeDecoder
 from ...registry import register
 from ...types import FloatArray, IntArray
-from ..contracts import DrafterContext, Observation, Sequence
+from ..contracts import DrafterContext, Market, Observation, Sequence
 from .draft_model import DraftChain
 from .grown import Draws, Growth
 from .guessers import Guesser, LookupGuesser, ModelGuesser
@@ -177,13 +177,13 @@ class TriForce(DraftChain):
         """Every forward runs a node and the guesses behind it, and gives one node at least."""
         return (min(budget, self.max_tokens) - 1) * (1 + self.guesses)
 
-    def _grow(self, growing: list[Growth], logits: torch.Tensor) -> None:
+    def _grow(self, growing: list[Growth], logits: torch.Tensor, market: Market) -> None:
         for row, one in enumerate(growing):
             if self.retrieval.stale(one.sequence):
                 self.retrieval.choose(one.sequence, row)
             self.third.rollback(one.sequence)  # of a round that was abandoned
         self._lengthen(growing, logits)
-        stop, active = max(self.min_reach, self.forward_floor, self.floor), self._unfinished(growing, 0.0)
+        stop, active = max(self.min_reach, market.forward_floor, market.floor), self._unfinished(growing, 0.0)
         if active:
             self.third.start(active, 1 + self.guesses)
         active = self._unfinished(active, stop)
@@ -191,7 +191,7 @@ class TriForce(DraftChain):
             self._check(active, self.third.guess(active, [min(self.guesses, self._left(one) - 1) for one in active]))
             active = self._unfinished(active, stop)
         for one in growing:
-            one.finish(self.name, self.floor)
+            one.finish(self.name, market.floor)
 
     def _left(self, one: Growth) -> int:
         return min(one.budget, self.max_tokens) - len(one.tokens)

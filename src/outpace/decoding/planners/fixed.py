@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...registry import register
-from ..contracts import Drafter
+from ..contracts import Market
 from .planner import Planner, StepBudget, share_rows
 
 
@@ -21,5 +21,5 @@ class Fixed(Planner):
     name = "fixed"
     paper = ""
 
-    def budgets(self, drafter: Drafter, budget: StepBudget) -> list[int]:
-        return share_rows(budget.nodes, budget.caps)
+    def offer(self, budget: StepBudget) -> tuple[list[int], Market]:
+        return share_rows(budget.nodes, budget.caps), Market()

@@ -7,7 +7,7 @@ from operator import truediv
 
 from ...registry import register
 from ...types import Draft
-from ..contracts import Drafter
+from ..contracts import Market
 from ..tree import keep_best, reaches
 from .costs import StepCosts
 from .planner import Planner, StepBudget
@@ -45,7 +45,7 @@ class Goodput(Planner):
     Liu et al., "Optimizing Speculative Decoding for Serving Large Language Models Using Goodput" (SmartSpec), section
     4: a length for each request from load and acceptance; here over trees and over the whole batch, so that n is also
     the hardware-aware tree size of Sequoia (arXiv 2402.12374, section 3.3) and PPD (arXiv 2405.18628, section 4.2).
-    Before drafting it sets the drafter's `rate`, so that sources whose gain does not repay their time are skipped.
+    The market has a `rate`, so that sources whose gain does not repay their time are skipped.
 
     The table was measured in a loop of equal steps, at another moment; a row that cost nothing there may cost a
     tenth of a step between others. So the step times of plain decoding and, beside them, of 2, 4, 8, ... rows are
@@ -75,17 +75,16 @@ class Goodput(Planner):
         assert self.costs is not None
         return self.costs
 
-    def budgets(self, drafter: Drafter, budget: StepBudget) -> list[int]:
+    def offer(self, budget: StepBudget) -> tuple[list[int], Market]:
         self._sequences = sequences = len(budget.caps)
         times = self._times(sequences, budget.nodes, budget.context)
-        drafter.rate = rate = self._rate(sequences, times[0])
-        if budget.nodes:  # n nodes of this probability each at most cost what they bring, whatever n
-            drafter.floor = rate * min((time - times[0]) / n for n, time in enumerate(times[1:], 1))
+        rate, floor = self._rate(sequences, times[0]), 0.0
+        if budget.nodes:
             known = self._measured[_bin(sequences + min(_TRIAL, budget.nodes))] >= _MEASURED
             self._trying = self._idle >= (_TRIAL_LATER if known else _TRIAL_EARLY)
-            if self._trying:
-                drafter.floor = 0.0
-        return [min(cap, budget.nodes) for cap in budget.caps]
+            if not self._trying:  # n nodes of this probability each at most cost what they bring, whatever n
+                floor = rate * min((time - times[0]) / n for n, time in enumerate(times[1:], 1))
+        return [min(cap, budget.nodes) for cap in budget.caps], Market(floor=floor, rate=rate)
 
     def _times(self, sequences: int, nodes: int, context: float) -> list[float]:
         """Seconds of a step with 0 to `nodes` draft rows, as things are; fewer rows are never slower."""

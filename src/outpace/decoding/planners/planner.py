@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ...types import Draft
-from ..contracts import Drafter
+from ..contracts import Market
 from .costs import StepCosts
 
 
@@ -42,8 +42,8 @@ class Planner(ABC):
         self.costs = costs
 
     @abstractmethod
-    def budgets(self, drafter: Drafter, budget: StepBudget) -> list[int]:
-        """Most nodes to draft for each sequence; may set the drafter's `floor` and `rate`."""
+    def offer(self, budget: StepBudget) -> tuple[list[int], Market]:
+        """Most nodes to draft for each sequence, and what they have to repay."""
 
     def choose(self, drafts: list[Draft], budget: StepBudget) -> list[Draft]:
         """The nodes that are verified, at most `budget.nodes` in all. A node's ancestors stay with it."""

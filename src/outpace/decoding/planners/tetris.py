@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ...registry import register
 from ...types import Draft
-from ..contracts import Drafter
+from ..contracts import Market
 from ..tree import keep_best, reaches
 from .planner import Planner, StepBudget
 
@@ -26,8 +26,8 @@ class Tetris(Planner):
     name = "tetris"
     paper = "https://arxiv.org/abs/2502.15197"
 
-    def budgets(self, drafter: Drafter, budget: StepBudget) -> list[int]:
-        return [min(cap, budget.nodes) for cap in budget.caps]
+    def offer(self, budget: StepBudget) -> tuple[list[int], Market]:
+        return [min(cap, budget.nodes) for cap in budget.caps], Market()
 
     def choose(self, drafts: list[Draft], budget: StepBudget) -> list[Draft]:
         return keep_best(drafts, budget.nodes, [reaches(draft) for draft in drafts])
