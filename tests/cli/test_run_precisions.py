@@ -14,7 +14,7 @@ from toy import toy_checkpoint
 
 from outpace.cli import main
 from outpace.engine.load import PRECISIONS
-from outpace.models import native
+from outpace.models import native, packed_file
 from outpace.types import Precision
 
 
@@ -65,6 +65,7 @@ def test_run_in_every_precision_is_identical(folder: Path, precision: str) -> No
     record = json.loads(result.stdout)
     assert record["precision"] == precision and record["exactness"] == "identical" and record["notes"] == []
     assert record["against_plain"]["identical"] and record["stats"]["tokens"] >= 1
+    packed_file.end_keepers()  # as at the end of a process: they are written in the background
     assert list((folder.parent / "cache").rglob(f"weights-{precision}-*.bin"))
     help_text = CliRunner().invoke(main, ["run", "--help"]).stdout
     assert precision in help_text
