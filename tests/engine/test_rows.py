@@ -41,13 +41,13 @@ def test_what_steps_really_take_corrects_the_table() -> None:
     writer, reader = decoding(0, 100, 0), reading(1, 5000)
     chunks = []
     for _ in range(12):
-        chunk, _ = rows.share([writer, reader], [rows.cap(writer)])
+        chunk, _ = rows.share([writer, reader], 1, [rows.cap(writer)])
         chunks.append(chunk)
         rows.took([writer, reader], 1 + chunk, 0.02 * (1 + chunk))
     assert chunks[0] == 255, "no more than twice what has been tried"
     assert all(0.12 <= 0.02 * (1 + chunk) <= 0.3 for chunk in chunks[4:]), chunks
     for _ in range(12):  # and back, when they take less
-        chunk, _ = rows.share([writer, reader], [rows.cap(writer)])
+        chunk, _ = rows.share([writer, reader], 1, [rows.cap(writer)])
         rows.took([writer, reader], 1 + chunk, 0.0002 * (1 + chunk))
     assert chunk > 400
 
@@ -63,7 +63,7 @@ def test_shares_keep_every_limit(outputs: list[tuple[int, int | None]], prompts:
     rows = Rows(limits, lambda rows, context: float(rows))
     writers = [decoding(i, *output) for i, output in enumerate(outputs)]
     readers = [reading(100 + i, n) for i, n in enumerate(prompts)]
-    chunk, drafts = rows.share([*writers, *readers], list(map(rows.cap, writers)))
+    chunk, drafts = rows.share([*writers, *readers], len(writers), list(map(rows.cap, writers)))
     unread = min(sum(prompts), limits.prefill_rows)
     wanted = min(sum(map(rows.cap, writers)), max(limits.max_step_rows - len(writers), 0))
     assert 0 <= chunk <= unread and 0 <= drafts <= wanted

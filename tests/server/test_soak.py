@@ -53,12 +53,12 @@ class Faults:
         self.over = False
 
     def install(self, llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-        runner = llm._engine._runner
+        way = llm._engine.advance
         places: dict[str, tuple[Any, str]] = {
-            "propose": (type(runner.drafter), "propose"),
+            "propose": (type(way.drafter), "propose"),
             "reserve": (PagedKVCache, "reserve"),
             "forward": (type(llm.decoder), "forward"),
-            "verify": (type(runner.verifier), "verify"),
+            "verify": (type(way.verifier), "verify"),
             "commit": (PagedKVCache, "commit"),
             "detokenise": (TextStream, "push"),
         }

@@ -10,7 +10,6 @@ import torch
 from toy import EOS, VOCAB, Rig, toy_checkpoint
 
 from outpace import LLM
-from outpace.decoding.modes.superposed import Superposed
 from outpace.decoding.ngram_model import NgramModel
 from outpace.engine.load import LoadedModel
 from outpace.errors import CapacityError, DownloadError, ParameterError
@@ -61,7 +60,7 @@ def test_a_step_costs_one_row_whatever_k_is(k: int, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(llm.decoder, "forward", counted)
         params = SamplingParams(max_tokens=12, ignore_eos=True, logit_bias=PRINTABLE)
         found = llm.superposed(PROMPT, k, params)
-        assert rows == [len(PROMPT)] + [1] * 11 and found.forwards == 11
+        assert rows == [len(PROMPT)] + [1] * 11 and found.stats.steps == 11
         assert len(found.drafts) == k and all(len(draft.token_ids) == 12 for draft in found.drafts)
         assert len({tuple(draft.token_ids) for draft in found.drafts}) == k
         assert len({draft.text for draft in found.drafts}) == k
@@ -73,7 +72,7 @@ def test_scores_are_those_of_the_superposed_model() -> None:
     """Two drafts and no n-grams, followed by hand."""
     with toy() as llm:
         decoder = llm.decoder
-        found = Superposed(decoder, 2, ngram_weight=0.0).run(PROMPT, SamplingParams(max_tokens=2))
+        found = llm.superposed(PROMPT, 2, SamplingParams(max_tokens=2), ngram_weight=0.0)
         rig = Rig(decoder)
         seq = rig.cache.new()
         first = torch.log_softmax(torch.from_numpy(rig.feed(seq, PROMPT)[-1]), -1)
@@ -165,7 +164,7 @@ def test_real_text() -> None:
     with llm:
         prompt = "The three most important inventions of the 19th century are"
         found = llm.superposed(prompt, 3, SamplingParams(max_tokens=10))
-        assert len({draft.text for draft in found.drafts}) == 3 and found.forwards <= 9
+        assert len({draft.text for draft in found.drafts}) == 3 and found.stats.steps <= 9
         assert any(word in draft.text for draft in found.drafts for word in ("telephone", "wheel", "bicycle", "light"))
         first = {draft.token_ids[0] for draft in found.drafts}
         logprobs = llm.generate(prompt, SamplingParams(max_tokens=1, logprobs=3))[0].top_logprobs

@@ -81,8 +81,8 @@ def summary(llm: LLM, found: Suggestions) -> str:
     return " · ".join(
         [
             f"{n} suggestion{'s' if n != 1 else ''}",
-            f"{written} tokens in {found.forwards + 1} steps",
-            f"{found.prefill_s + found.decode_s:.2f} s",
+            f"{written} tokens in {found.stats.steps + 1} steps",
+            f"{found.stats.prefill_s + found.stats.decode_s:.2f} s",
             f"{found.exactness} ({found.method}, {llm.arithmetic})",
         ]
     )
@@ -104,8 +104,8 @@ def json_object(llm: LLM, found: Suggestions) -> dict[str, Any]:
         "precision": llm.precision,
         "method": found.method,
         "exactness": found.exactness,
-        "prompt_tokens": found.prompt_tokens,
-        "forwards": found.forwards,
-        "prefill_s": round(found.prefill_s, 5),
-        "decode_s": round(found.decode_s, 5),
+        "prompt_tokens": found.stats.prompt_tokens,
+        "forwards": found.stats.steps,
+        "prefill_s": round(found.stats.prefill_s, 5),
+        "decode_s": round(found.stats.decode_s, 5),
     }

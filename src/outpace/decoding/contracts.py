@@ -12,7 +12,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,7 +21,7 @@ import numpy as np
 from ..cache.pages import PagedKVCache
 from ..models.decoder import Decoder
 from ..models.tokenizer import Tokenizer
-from ..types import Accepted, Draft, Exactness, IntArray, Precision, SamplingParams
+from ..types import Accepted, DecodingStats, Draft, Exactness, IntArray, Precision, SamplingParams
 from .grammar import Matcher
 from .outputs import TargetOutputs
 from .sampling import History
@@ -42,6 +43,7 @@ class Sequence:
     owner: str = ""  # what drafters learn from one owner's text never reaches another owner's
     matcher: Matcher | None = None  # of its grammar, if `params` have one; `history` moves it
     stop_ids: frozenset[int] = frozenset()  # what ends it
+    stats: DecodingStats = field(default_factory=DecodingStats)
     edits_logits: bool = field(init=False)  # as its `params` say
     _history: History | None = field(default=None, init=False, repr=False)
 
@@ -63,6 +65,18 @@ class Sequence:
     @property
     def output(self) -> list[int]:
         return self.tokens[self.prompt_length :]
+
+    def fork(self, id: int, params: SamplingParams, matcher: Matcher | None) -> Sequence:
+        """Another one that goes on from the same tokens, not in the KV cache yet. `matcher`: a new one."""
+        return replace(
+            self,
+            id=id,
+            tokens=list(self.tokens),
+            params=params,
+            kv=NOT_CACHED,
+            matcher=matcher,
+            stats=deepcopy(self.stats),
+        )
 
 
 @dataclass(slots=True, eq=False)

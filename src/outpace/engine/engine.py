@@ -1,25 +1,29 @@
 """The engine: requests in, steps, events out. One thread; the only place where a sequence grows.
 
-step = start and preempt -> plan rows -> propose, reserve, pack, forward, verify -> cut at stops -> commit -> events
+step = start and preempt -> plan rows -> spans, reserve, pack, forward, judge -> cut at stops -> commit -> events
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from time import perf_counter
 
 from ..cache.pages import PAGE_SIZE, PagedKVCache
 from ..cache.prefix import PrefixTree
+from ..decoding.advance import Advance
 from ..decoding.contracts import NOT_CACHED, Drafter, Verifier
 from ..decoding.contracts import Sequence as TokenSequence
+from ..decoding.draft_verify import DraftVerify
 from ..decoding.drafters.plain import Plain
 from ..decoding.drafters.routed import Routed
 from ..decoding.grammar import Grammars, Matcher
 from ..decoding.planners.fixed import Fixed
-from ..decoding.planners.planner import Planner, StepBudget
+from ..decoding.planners.planner import Planner
 from ..errors import CapacityError, MethodError, ParameterError
 from ..models.decoder import Decoder
 from ..types import DecodingStats, Exactness, RequestOptions, Result, SamplingParams
+from .exactness import RANKS, exactness
 from .jobs import Job, Preempt, SchedulerLimits, Start
 from .load import size_of_cache
 from .memory import KVMemory
@@ -27,11 +31,9 @@ from .options import EngineOptions
 from .reading import PromptReader
 from .request import DraftTrace, Request, StepEvent, truncate
 from .rows import StepSeconds
-from .runner import Runner, Verified
+from .runner import Part, Runner
 from .scheduler import Scheduler
 from .text import Detokenizer, TextStream
-
-RANKS: tuple[Exactness, ...] = ("identical", "distribution", "approximate")  # the best first
 
 
 def new_cache(decoder: Decoder, options: EngineOptions) -> PagedKVCache:
@@ -74,7 +76,8 @@ class Engine:
         self.cache = new_cache(decoder, options) if cache is None else cache
         self.planner = planner if planner is not None else Fixed()
         self.methods = {"plain": Plain(), **(methods or {})}
-        self._runner = Runner(decoder, self.cache, Routed(drafter, self.methods), verifier, self.planner)
+        self.advance = DraftVerify(Routed(drafter, self.methods), verifier, self.planner)
+        self._runner = Runner(decoder, self.cache)
         self._detokenizer, self._grammars = detokenizer, grammars
         self._eos_ids = frozenset(decoder.config.eos_ids) | frozenset(eos_ids)
         self._requests: dict[int, Request] = {}
@@ -97,17 +100,20 @@ class Engine:
         params: SamplingParams | None = None,
         prediction: Sequence[int] = (),
         options: RequestOptions | None = None,
+        advance: Advance | None = None,
     ) -> int:
-        """Queue a request; returns its id. `prediction`: tokens that the output is expected to repeat.
+        """Queue a request; returns its id. `prediction`: tokens that the output is expected to repeat. `advance`: its
+        way to advance, if it is not the engine's own.
 
         Raises ParameterError for a prompt that is empty or for ids outside the vocabulary, GrammarError for a grammar
         that does not compile, CapacityError for a request that could never fit, QueueFull when too many wait,
-        MethodError for a method that is not offered or an exactness that cannot be had.
+        MethodError for a method that is not offered or an exactness that cannot be had, and what `advance` refuses.
         """
+        advance = advance if advance is not None else self.advance
         params = params if params is not None else SamplingParams()
         options = options if options is not None else RequestOptions()
         prompt = [int(t) for t in prompt_ids]
-        self._check(prompt, params, options)
+        self._check(prompt, params, options, advance)
         stop_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
             stop_ids |= self._eos_ids
@@ -122,20 +128,19 @@ class Engine:
             owner=options.owner,
             matcher=self._matcher(params, stop_ids),
             stop_ids=stop_ids,
+            stats=DecodingStats(prompt_tokens=len(prompt)),
         )
         request = Request(
             sequence=sequence,
-            text=TextStream(self._detokenizer(), params.stop, params.min_tokens)
-            if self._detokenizer is not None
-            else None,
+            text=self._text(params),
             stop_ids=stop_ids,
-            method=method or self.method,
+            method=(method or self.method) if advance is self.advance else advance.name,
+            advance=advance,
             options=options,
             reader=self._reader(prompt, params, options),
-            stats=DecodingStats(prompt_tokens=len(prompt)),
         )
-        drafts = 0 if request.method == "plain" else options.max_draft
-        job = Job(request.id, len(prompt), params.max_tokens, options.owner, options.priority, options.group, drafts)
+        job = self._job(request)
+        job.group = options.group
         if request.reader is not None:
             job.whole, job.logits = True, request.reader.wants_logits
         self.scheduler.add(job)
@@ -143,8 +148,52 @@ class Engine:
         self._next_id += 1
         return request.id
 
-    def _check(self, prompt: list[int], params: SamplingParams, options: RequestOptions) -> None:
+    def fork(self, id: int, seeds: Sequence[int]) -> list[int]:
+        """Requests that go on from where a decoding one is now, one for each seed, and share its keys and values as far
+        as they are equal. Their results begin with what it has written. Returns their ids.
+
+        Raises ParameterError for a request that does not decode, CapacityError when more would run than may; then
+        none of them is made.
+        """
+        parent, forks = self._requests.get(id), list[int]()
+        if parent is None or not parent.cached or not parent.decoding or parent.fresh:
+            raise ParameterError(f"request {id} cannot be forked: it has written nothing yet, waits or is over")
+        try:
+            for seed in seeds:
+                params = replace(parent.sequence.params, seed=seed)
+                matcher = self._matcher(params, parent.stop_ids)
+                request = parent.fork(parent.sequence.fork(self._next_id, params, matcher), self._text(params))
+                self.scheduler.fork(id, self._job(request))
+                self.cache.rollback(parent.kv)
+                request.sequence.kv = self.cache.fork(parent.kv)
+                self._requests[request.id] = request
+                self._next_id += 1
+                forks.append(request.id)
+                request.advance.begin(request.sequence)
+        except BaseException:
+            for fork in forks:
+                self.cancel(fork)
+            raise
+        return forks
+
+    def _job(self, request: Request) -> Job:
+        """A request as the scheduler sees it."""
+        sequence, options, advance = request.sequence, request.options, request.advance
+        tokens = sequence.prompt_length, sequence.params.max_tokens
+        job = Job(request.id, *tokens, options.owner, options.priority, max_draft=options.max_draft)
+        if request.method == "plain" or advance is not self.advance:
+            job.max_draft = 0
+        job.rows, job.ahead = advance.rows, request.unread
+        return job
+
+    def _text(self, params: SamplingParams) -> TextStream | None:
+        if self._detokenizer is None:
+            return None
+        return TextStream(self._detokenizer(), params.stop, params.min_tokens)
+
+    def _check(self, prompt: list[int], params: SamplingParams, options: RequestOptions, advance: Advance) -> None:
         """Refuse what cannot be done."""
+        advance.check(params)
         vocab = self.decoder.config.vocab_size
         if not prompt:
             raise ParameterError("the prompt is empty: give at least one token (a start-of-text token will do)")
@@ -159,12 +208,17 @@ class Engine:
                 f"logit_bias or stop_token_ids name token {max(named)}, which the model does not have: ids run from 0 "
                 f"to {vocab - 1}"
             )
+        if advance.rows > self.options.rows:
+            raise ParameterError(f"{advance.name} takes {advance.rows} rows of a step: raise max_rows to as many")
+        if not advance.reads_last and (params.prompt_logprobs is not None or options.pooling is not None):
+            raise ParameterError(f"{advance.name} gives nothing of its prompt: leave prompt_logprobs and pooling out")
         method = options.method if options.method is not None else self.method
         if method != self.method and method not in self.methods:
             offered = ", ".join(dict.fromkeys([self.method, *self.methods]))
             raise MethodError(f"method {method!r} is not offered here; there are: {offered}")
         if options.exactness is not None:
-            declared, notes = self.exactness(params, method, alone=self.options.max_batch == 1)
+            alone = self.options.max_batch == 1
+            declared, notes = self._exactness(params, method, alone, advance)
             if RANKS.index(declared) > RANKS.index(options.exactness):
                 why = f": {notes[0]}" if notes else f" (verifier {self.verifier.name})"
                 raise MethodError(
@@ -231,13 +285,8 @@ class Engine:
         self.in_step = [*plan.decoding, *(id for id, _ in plan.chunks)]
         if plan.empty:
             return events
-        budget = StepBudget(
-            [plan.caps[id] for id in plan.decoding],
-            plan.draft_rows,
-            [len(r.sequence.tokens) for r in decoding],
-        )
         began = perf_counter()
-        verified = self._runner.forward(decoding, budget, chunks)
+        judged = self._runner.forward(decoding, chunks, plan)
         if decoding and chunks:
             self.scheduler.took(self._runner.rows, perf_counter() - began)
         self.steps += 1
@@ -245,8 +294,8 @@ class Engine:
         for request, rows in chunks:
             self.scheduler.prefilled(request.id, rows)
             if self.prefixes is not None and request.decoding and request.fresh and request.shares:
-                self.prefixes.insert(request.sequence.owner, request.sequence.tokens, request.kv)
-        return [*events, *(self._advance(v) for v in verified)]
+                self.prefixes.insert(request.sequence.owner, request.sequence.tokens[: request.to_read], request.kv)
+        return [*events, *filter(None, map(self._advance, judged))]
 
     def _start(self, start: Start) -> None:
         request = self._requests[start.id]
@@ -259,18 +308,19 @@ class Engine:
         else:
             request.sequence.kv, cached = self.cache.new(), 0
             if self.prefixes is not None and start.cached:
-                cached = self.prefixes.attach(request.sequence.owner, request.sequence.tokens, request.kv)
+                cached = self.prefixes.attach(request.sequence.owner, request.common, request.kv)
             request.begin_again(cached)
             if not request.stats.preemptions:
                 request.stats.cached_tokens = cached
-        self._runner.drafter.begin(request.sequence)
+        request.advance.begin(request.sequence)
         self.scheduler.started(request.id, self.cache.length(request.kv))
 
     def _preempt(self, preempt: Preempt) -> None:
-        """Give a request's pages back. Its drafter's state is made anew from its text when it comes back."""
+        """Give a request's pages back, and what an open region holds."""
         request = self._requests[preempt.id]
         request.stats.preemptions += 1
-        self._runner.drafter.end(request.sequence)
+        request.advance.pause(request.sequence)
+        self.cache.rollback(request.kv)
         if preempt.how == "swap":
             request.swapped = self.cache.swap_out(request.kv)
         else:
@@ -281,8 +331,8 @@ class Engine:
     def _share(self, request: Request) -> None:
         """Keep what a request leaves in the cache for others of its owner, until its pages are needed."""
         if self.prefixes is not None and request.cached and request.shares:
-            length = self.cache.length(request.kv)
-            self.prefixes.insert(request.sequence.owner, request.sequence.tokens[:length], request.kv, final=True)
+            common = request.common[: self.cache.length(request.kv)]
+            self.prefixes.insert(request.sequence.owner, common, request.kv, final=True)
 
     def _end(self, request: Request) -> None:
         """The request is over, however it ended. Safe at any moment outside a forward."""
@@ -296,13 +346,13 @@ class Engine:
             self._share(request)
         self._runner.end(request)
 
-    def _advance(self, verified: Verified) -> StepEvent:
+    def _advance(self, part: Part) -> StepEvent | None:
         """Cut at what ends the request, commit, count, and make the event. An error here is this request's own."""
-        request = verified.request
+        request = part.request
         try:
-            if verified.error is not None:
-                raise verified.error
-            return self._commit(verified)
+            if part.error is not None:
+                raise part.error
+            return self._commit(part)
         except Exception as error:
             return self._failed(request, error)
 
@@ -312,12 +362,15 @@ class Engine:
         request.finish = "error"
         return StepEvent(request.id, [], [], "", None, self._result(request), error)
 
-    def _commit(self, verified: Verified) -> StepEvent:
-        request, draft, accepted = verified.request, verified.draft, verified.accepted
+    def _commit(self, part: Part) -> StepEvent | None:
+        request, draft, accepted = part.request, part.work.draft, part.outcome.accepted
         kept_count, text = request.keep(accepted.tokens)
         kept = accepted if kept_count == len(accepted.tokens) else truncate(accepted, kept_count)
-        self._runner.commit(verified, kept)
-        self.scheduler.advanced(request.id, kept_count)
+        if part.outcome.finished and request.finish is None:
+            request.finish = "stop"
+        self._runner.commit(part, kept)
+        if kept_count:
+            self.scheduler.advanced(request.id, kept_count)
         sources = request.record(draft, accepted.path, kept, perf_counter())
         trace = None
         if draft is not None:
@@ -329,6 +382,8 @@ class Engine:
                 text += request.text.flush()
                 request.finish = "stop" if request.text.stopped else request.finish
             result = self._result(request)
+        elif not kept_count:
+            return None
         event = StepEvent(request.id, kept.tokens, sources, text, trace, result)
         if request.sequence.params.logprobs is not None and kept.logprobs is not None:
             event.logprobs, event.top_logprobs = kept.logprobs.tolist(), kept.top_logprobs
@@ -339,31 +394,15 @@ class Engine:
     # -- results -----------------------------------------------------------------------------------------------
 
     def _result(self, request: Request) -> Result:
-        exactness, notes = self.exactness(request.sequence.params, request.method, request.alone)
-        return request.result(exactness, notes)
+        params = request.sequence.params
+        return request.result(*self._exactness(params, request.method, request.alone, request.advance))
 
-    def exactness(
-        self, params: SamplingParams, method: str | None = None, alone: bool = True
+    def _exactness(
+        self, params: SamplingParams, method: str, alone: bool, advance: Advance
     ) -> tuple[Exactness, list[str]]:
-        """What a result guarantees, and why it is not more. `alone`: no step held another sequence's rows.
-
-        `identical` rests on a decoder whose rows do not depend on each other. Without that, greedy output may
-        differ from plain decoding where two logits nearly tie; sampled output keeps its distribution, as far as
-        the rounding of the logits goes.
-        """
-        method = self.method if method is None else method
-        declared = self.verifier.exactness
-        plain = method == "plain" and alone  # then it is the reference itself
-        if declared == "approximate" and method != "plain":
-            return declared, [f"verifier {self.verifier.name} accepts drafts that plain decoding would not have chosen"]
-        if declared == "approximate" or self.decoder.row_invariant or plain:
-            return declared, []
-        note = (
-            f"{self.decoder.precision} on {self.decoder.device.type} rounds a row differently when other rows share "
-            "its step, so tokens may differ from plain decoding where two logits nearly tie; "
-            "the native CPU decoder does not"
-        )
-        return ("approximate" if params.greedy else "distribution"), [note]
+        if advance is not self.advance:
+            return advance.exactness, []
+        return exactness(self.decoder, self.verifier, params, method, alone)
 
     def check_integrity(self) -> None:
         """Compare the counters of cache, prefix tree and scheduler with the requests; AssertionError if they differ."""
@@ -373,7 +412,7 @@ class Engine:
             if request.cached:
                 tokens = len(request.sequence.tokens) - 1 if request.decoding else request.prefilled
                 assert self.cache.length(request.kv) == tokens
-                assert self.cache.reserved(request.kv) == 0
+                assert not self.cache.reserved(request.kv) or request.advance is not self.advance
         if self.prefixes is not None:
             self.prefixes.check_integrity()
         if not self._requests:

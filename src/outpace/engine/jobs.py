@@ -114,6 +114,8 @@ class Job:
     arrived: float | None = None  # None: when it is added, by the scheduler's clock
     whole: bool = False  # every row of its prompt must be run: nothing comes from the prefix cache
     logits: bool = False  # and gives logits
+    rows: int = 1  # of a step, beside drafts
+    ahead: int = 0  # tokens at the end of its text that it does not read before it decodes: its first step does
 
     order: int = field(default=-1, init=False)  # of arrival
     level: int = field(default=0, init=False)  # the priority, raised by waiting; what it started with is kept
@@ -137,6 +139,11 @@ class Job:
     @property
     def decoding(self) -> bool:
         return self.running and self.read == self.target
+
+    @property
+    def own(self) -> int:
+        """Rows of its next step, beside drafts."""
+        return min(self.rows, self.remaining + 1)
 
     @property
     def unread(self) -> int:

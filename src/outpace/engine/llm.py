@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
 from ..decoding.methods import split_spec
-from ..decoding.modes.superposed import Suggestions, suggest
+from ..decoding.modes.superposed import Suggestions, Superposed
 from ..decoding.planners.costs import StepCosts
 from ..errors import MethodError, ParameterError
 from ..fields import checked, shown
@@ -187,11 +187,15 @@ class LLM:
         expected = [prediction] * len(asked) if isinstance(prediction, str) else list(prediction)
         if len(expected) != len(asked):
             raise ParameterError(f"{len(asked)} prompts but {len(expected)} predictions: give one, or one for each")
+        return self._results((self._add(*one) for one in zip(asked, each, expected, strict=True)), progress)
+
+    def _results(self, queued: Iterable[int], progress: bool = False) -> list[Result]:
+        """The results of requests with an inbox. `queued` adds them; if one is refused, none of them goes on."""
         ids: list[int] = []
         results: dict[int, Result] = {}
         try:
-            for prompt, param, text in zip(asked, each, expected, strict=True):
-                ids.append(self._add(prompt, param, text))
+            for id in queued:
+                ids.append(id)
             with Bar(len(ids), progress) as advance:
                 while len(results) < len(ids):
                     self._inboxes.pump()
@@ -230,9 +234,12 @@ class LLM:
         """`k` different continuations of one prompt in about the time of one (decoding.modes.superposed). They are
         approximate: only with k = 1 is the draft that of greedy decoding. `ngram_texts` are texts of the kind that is
         being written; they help to tell the drafts apart."""
-        decoder = self._engine.decoder
+        engine = self._engine
         params = params if params is not None else SamplingParams(max_tokens=16)
-        return suggest(decoder, self.tokenizer, self.tokens(prompt), params, ngram_texts, k=k, **options)
+        mode = Superposed(engine.decoder, self.tokenizer, k, ngram_texts, params.stop, **options)
+        tokens, params = self.tokens(prompt), replace(params, stop=())
+        [result] = self._results(self._inbox(engine.add(tokens, params, advance=mode)) for _ in range(1))
+        return mode.found(result)
 
     def tokens(self, prompt: Prompt) -> list[int]:
         """The token ids that the model reads for a prompt."""
@@ -322,6 +329,8 @@ class LLM:
 
     def _add(self, prompt: Prompt, params: SamplingParams | None, prediction: str) -> int:
         """Queue a request with an inbox of its own."""
-        id = self.submit(prompt, params, prediction)
+        return self._inbox(self.submit(prompt, params, prediction))
+
+    def _inbox(self, id: int) -> int:
         self._inboxes.open(id)
         return id

@@ -24,8 +24,8 @@ class KVMemory:
         """Of what a waiting request will find in the prefix cache: whole pages that a running request uses as well."""
         if self._prefixes is None:
             return 0
-        sequence = self._requests[id].sequence
-        length, idle = self._prefixes.needs(sequence.owner, sequence.tokens)
+        request = self._requests[id]
+        length, idle = self._prefixes.needs(request.sequence.owner, request.common)
         return max(length // PAGE_SIZE - idle, 0)
 
     def pages_needed(self, id: int, rows: int) -> int:

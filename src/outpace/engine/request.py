@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 
 from ..cache.swap import Swapped
+from ..decoding.advance import Advance
 from ..decoding.contracts import NOT_CACHED, Sequence
 from ..decoding.drafters.rates import checked_nodes
 from ..types import (
@@ -67,6 +68,7 @@ class Request:
     text: TextStream | None
     stop_ids: frozenset[int]
     method: str
+    advance: Advance
     options: RequestOptions = field(default_factory=RequestOptions)
     reader: PromptReader | None = None  # gathers what is requested of its prompt
     prefilled: int = 0
@@ -77,17 +79,31 @@ class Request:
     sources: list[str] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
-    stats: DecodingStats = field(default_factory=DecodingStats)
     arrived: float = field(default_factory=perf_counter)
     prefill_began: float = 0.0
     first_token: float = 0.0
 
     def __post_init__(self) -> None:
-        self.to_read = self.sequence.prompt_length
+        self.to_read = self.sequence.prompt_length - self.unread
 
     @property
     def id(self) -> int:
         return self.sequence.id
+
+    @property
+    def stats(self) -> DecodingStats:
+        return self.sequence.stats
+
+    @property
+    def unread(self) -> int:
+        """Tokens at the end of its text that its first step reads."""
+        return 0 if self.advance.reads_last else 1
+
+    @property
+    def common(self) -> list[int]:
+        """Of its tokens those whose keys and values are the same in every request that begins with them."""
+        sequence = self.sequence
+        return sequence.tokens if self.advance.shares_output else sequence.tokens[: sequence.prompt_length]
 
     @property
     def kv(self) -> int:
@@ -119,9 +135,25 @@ class Request:
 
     def begin_again(self, cached: int) -> None:
         """It has `cached` tokens in the KV cache, and must read the rest of its tokens."""
-        self.prefilled, self.to_read = cached, len(self.sequence.tokens)
+        self.prefilled, self.to_read = cached, len(self.sequence.tokens) - self.unread
         if self.reading is not None:
             self.reading.restart()
+
+    def fork(self, sequence: Sequence, text: TextStream | None) -> Request:
+        """Another request that goes on from here with `sequence`; `text` is new."""
+        other = replace(
+            self,
+            sequence=sequence,
+            text=text,
+            reader=None,
+            sources=[*self.sources],
+            logprobs=[*self.logprobs],
+            top_logprobs=[*self.top_logprobs],
+        )
+        other.to_read = self.to_read
+        if text is not None:
+            text.push(sequence.output)
+        return other
 
     def keep(self, tokens: list[int]) -> tuple[int, str]:
         """How many of the accepted tokens stay, and the text they make; sets `finish` when one of them ends it.
@@ -150,7 +182,7 @@ class Request:
         return len(tokens), text
 
     def record(self, draft: Draft | None, path: list[int], accepted: Accepted, now: float) -> list[str]:
-        """Count a committed step (`draft` None: prefill). Returns the source of each token.
+        """Count a committed step (`draft` None: none could be proposed). Returns the source of each token.
 
         `path` is all that the verifier accepted, `accepted` what of it was kept.
         """
@@ -160,11 +192,11 @@ class Request:
             self.first_token = now
             stats.prefill_s = now - self.prefill_began
             stats.time_to_first_token_s = now - self.arrived
-            sources = [TARGET]
-        elif draft is None:  # read again, after it was preempted
+            sources = [TARGET] * kept
+        elif draft is None:  # read again after it was preempted, or it does not draft
             stats.steps += 1
             stats.decode_s = now - self.first_token
-            sources = [TARGET]
+            sources = [TARGET] * kept
         else:
             names = draft.sources
             drafted = [names[i] for i in path[:kept]]

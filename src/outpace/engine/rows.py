@@ -1,4 +1,4 @@
-"""How the rows of a step are shared between prompts and drafts, beside the one that every decoding job has.
+"""How the rows of a step are shared between prompts and drafts, beside those that every decoding job has of its own.
 
 After Sarathi-Serve (Agrawal et al., 2024, https://arxiv.org/abs/2403.02310, algorithm 3): decodes in every step, and
 prompts in chunks that fill it, as far as rows or the measured seconds of a step allow.
@@ -59,10 +59,10 @@ class Rows:
         most = self._limits.max_rows - 1
         return max(min(job.remaining - 1, most if job.max_draft is None else min(job.max_draft, most)), 0)
 
-    def share(self, running: Collection[Job], caps: Collection[int]) -> tuple[int, int]:
-        """Rows for prompts and for drafts; `caps` are those of the decoding jobs. Drafts get what prompts leave, and at
-        least their share."""
-        limits, own = self._limits, len(caps)
+    def share(self, running: Collection[Job], own: int, caps: Collection[int]) -> tuple[int, int]:
+        """Rows for prompts and for drafts; `own` are the decoding jobs' own, `caps` most draft rows of each. Drafts get
+        what prompts leave, and at least their share."""
+        limits = self._limits
         drafts = min(max(limits.max_step_rows - own, 0), sum(caps))
         unread = min(sum(job.unread for job in running), limits.prefill_rows)
         if not own:

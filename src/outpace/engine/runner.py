@@ -1,59 +1,57 @@
-"""One packed step over any number of sequences: propose, reserve, pack, forward, verify; then commit.
+"""One packed step over any number of sequences: spans, reserve, pack, forward, judge; then commit.
 
     rows of a step    | t d d d | t d | p p p p p p p p |
-                        seq 3     seq 5   prompt of seq 7
-    logits of           all four  both    the last row, if the prompt ends here
+                        seq 3     seq 5   text of seq 7
+    logits of           all four  both    the last row, if the text ends here
 
-`t` is a sequence's last token, which is not in the KV cache yet, `d` its draft nodes. `forward` leaves every
-sequence's region reserved; each must then be committed, or all rolled back with `abandon`.
+What the rows of a sequence are, and what their answers mean, its `Advance` says. `forward` leaves the region of every
+sequence that has tokens reserved; each must then be committed, or all rolled back with `abandon`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Literal
 
 from ..cache.pages import PagedKVCache
-from ..decoding.contracts import NOT_CACHED, Drafter, Observation, Verifier
+from ..decoding.advance import Advance, Outcome, Work
+from ..decoding.contracts import NOT_CACHED, Sequence
 from ..decoding.outputs import StepOutputs, TargetOutputs
-from ..decoding.planners.planner import Planner, StepBudget
-from ..decoding.tree import expected_accepted
+from ..decoding.planners.planner import StepBudget
 from ..errors import OutpaceError
-from ..models.batch import Span, Tree, pack
+from ..models.batch import pack
 from ..models.decoder import Decoder
-from ..types import Accepted, Draft, Logits
+from ..types import Accepted, Logits
+from .jobs import StepPlan
 from .request import Request
 
-Target = tuple[Request, Draft | None, TargetOutputs]  # one sequence's rows; without a draft: the end of a prompt
-NO_DRAFT = Draft.empty()
-NOTHING = Accepted([], [])
+NOTHING = Outcome(Accepted([], []))
 
 
 @dataclass(slots=True, eq=False)
-class Verified:
-    """What the target answered for one sequence. `draft` is None for the token that prefill gives.
+class Part:
+    """What one sequence has of a step. `reads`: its rows are a chunk of its text. `judged`: unless that goes on.
 
-    `error`: what went wrong when it was verified (a grammar that outgrew its limits, say); nothing is accepted then.
+    `outputs` are of the rows that are judged, and valid until the next forward. `error`: what went wrong when they were
+    judged (a grammar that outgrew its limits, say); nothing is accepted then.
     """
 
     request: Request
-    draft: Draft | None
-    outputs: TargetOutputs  # valid until the next forward
-    accepted: Accepted
+    work: Work
+    reads: bool = False
+    judged: bool = True
+    outputs: TargetOutputs = field(init=False)
+    outcome: Outcome = NOTHING
     error: Exception | None = None
 
 
 class Runner:
     """Moves sequences through a decoder. The only caller of the cache; keeps no sequence itself."""
 
-    def __init__(
-        self, decoder: Decoder, cache: PagedKVCache, drafter: Drafter, verifier: Verifier, planner: Planner
-    ) -> None:
-        self.decoder, self.cache, self.drafter, self.verifier = decoder, cache, drafter, verifier
-        self.planner = planner
+    def __init__(self, decoder: Decoder, cache: PagedKVCache) -> None:
+        self.decoder, self.cache = decoder, cache
         self.threads = int(getattr(decoder, "threads", 1))  # idle while tokens are chosen
         self.rows = 0  # of the last step
         self.draft_s = self.forward_s = self.sample_s = 0.0  # so far: proposing, the target's forwards, choosing tokens
@@ -63,82 +61,51 @@ class Runner:
         if request.cached:
             self.cache.free(request.kv)
             request.sequence.kv = NOT_CACHED
-        self.drafter.end(request.sequence)
+        request.advance.end(request.sequence)
 
-    def forward(self, decoding: list[Request], limits: StepBudget, chunks: list[tuple[Request, int]]) -> list[Verified]:
-        """One step. `limits` is for drafts. `chunks` are prompts to read on, each with its number of rows; a chunk is
-        committed here unless it ends its prompt, and what ends a prompt or decodes is verified and left for `commit`.
+    def forward(self, decoding: list[Request], chunks: list[tuple[Request, int]], plan: StepPlan) -> list[Part]:
+        """One step, with the drafts that `plan` allows. `chunks` are texts to read on, each with its number of rows;
+        they are committed here. Returns the parts that were judged, which are left for `commit`.
         """
         began = perf_counter()
-        drafts = self._propose(decoding, limits)
-        drafted = perf_counter()
+        groups = _spans(decoding, plan)
+        parts = [part for group in groups.values() for part in group]
+        spanned = perf_counter()
+        parts += [_chunk(request, n) for request, n in chunks]
         try:
-            step, read = self._run(decoding, drafts, chunks)
+            expected = max((advance.expects_topk for advance in groups), default=0)
+            self._run(parts, expected)
             forwarded = perf_counter()
-            targets = _targets(step, decoding, drafts, read)
-            self._prepare(targets)
-            verified = [self._verify(*target) for target in targets]
+            judged = [part for part in parts if part.judged]
+            self._judge(judged)
         except BaseException:
-            self.abandon([*decoding, *(r for r, _ in chunks)])
+            self.abandon([part.request for part in parts])
             raise
-        self.draft_s += drafted - began
-        self.forward_s += forwarded - drafted
+        self.draft_s += spanned - began
+        self.forward_s += forwarded - spanned
         self.sample_s += perf_counter() - forwarded
         for request, n in chunks:
             self.cache.commit(request.kv, range(n))
             request.prefilled += n
-        if decoding:
-            prompt_rows = sum(n for _, n in chunks)
-            self._account(verified[: len(decoding)], limits, prompt_rows, drafted - began, perf_counter() - drafted)
-        return verified
+        for advance, group in groups.items():
+            rows = sum([len(part.work.tokens) for part in group])
+            step = [(part.request.sequence, part.work, part.outcome) for part in group]
+            advance.account(step, self.rows - rows, perf_counter() - spanned)
+        return judged
 
-    def _prepare(self, targets: list[Target]) -> None:
-        """What fails for all together is left to each one's own verification, which can tell whose error it is."""
-        with suppress(OutpaceError):
-            self.verifier.prepare([(request.sequence, outputs) for request, _, outputs in targets], self.threads)
-
-    def _verify(self, request: Request, draft: Draft | None, outputs: TargetOutputs) -> Verified:
-        """An error of one request (its grammar, its numbers) must not end the others of its step."""
-        try:
-            accepted = self.verifier.verify(request.sequence, NO_DRAFT if draft is None else draft, outputs)
-            return Verified(request, draft, outputs, accepted)
-        except Exception as error:
-            return Verified(request, draft, outputs, NOTHING, error)
-
-    def _account(
-        self, decoded: list[Verified], limits: StepBudget, prompt_rows: int, draft_s: float, step_s: float
-    ) -> None:
-        """Report the time of a step to the planner, and count what plain decoding would have taken: as long for the
-        prompts that were read in it, and a step of its own for each token."""
-        rows, tokens = self.rows - prompt_rows, sum([len(v.accepted.tokens) for v in decoded])
-        own_s = self.planner.observe(rows, limits.context, tokens, draft_s, step_s, prompt_rows)
-        plain_s = self.planner.plain_seconds(len(decoded), limits.context)
-        share = own_s / len(decoded)
-        for v in decoded:
-            stats = v.request.stats
-            stats.verify_s += share
-            stats.expected_tokens += 1
-            if plain_s > 0:
-                stats.plain_s += plain_s * len(v.accepted.tokens) + step_s - own_s
-            if v.draft is not None and v.draft.sources:
-                stats.expected_tokens += expected_accepted(v.draft)
-
-    def commit(self, verified: Verified, kept: Accepted) -> None:
-        """Keep the KV of the accepted path and append its tokens; the drafter observes."""
-        request = verified.request
-        sequence, draft = request.sequence, verified.draft
-        if draft is not None:
-            path = kept.path
-            chain = not path or path[-1] == len(path) - 1
-            offsets = range(len(path) + 1) if chain else [0, *(i + 1 for i in path)]
-            length = self.cache.commit(sequence.kv, offsets)
-            seen = Observation(kept.tokens, draft, kept, verified.outputs)
-        else:
-            length = self.cache.length(sequence.kv)
-            seen = Observation(kept.tokens, NO_DRAFT, kept, None, first=verified.outputs)
-        sequence.tokens += kept.tokens
-        assert length == len(sequence.tokens) - 1, "the last token alone is not in the KV cache"
-        self.drafter.observe(sequence, seen)
+    def commit(self, part: Part, kept: Accepted) -> None:
+        """Keep the rows of the accepted path and append its tokens; without tokens the rows stay open."""
+        request, sequence = part.request, part.request.sequence
+        if kept.tokens:
+            if part.reads:
+                length = self.cache.length(sequence.kv)
+            else:
+                path = kept.path
+                chain = not path or path[-1] == len(path) - 1
+                length = self.cache.commit(sequence.kv, range(len(path) + 1) if chain else [0, *(i + 1 for i in path)])
+            sequence.tokens += kept.tokens
+            assert length == len(sequence.tokens) - 1, "the last token alone is not in the KV cache"
+        request.advance.observe(sequence, part.work, kept, part.outputs)
 
     def abandon(self, requests: Seq[Request]) -> None:
         """Drop what a failed step reserved; nothing was committed."""
@@ -146,109 +113,85 @@ class Runner:
             if request.cached:
                 self.cache.rollback(request.kv)
 
-    def _propose(self, decoding: list[Request], limits: StepBudget) -> list[Draft]:
-        if not decoding:
-            return []
-        budgets, market = self.planner.offer(limits)
-        began = perf_counter()
-        proposal = self.drafter.propose([r.sequence for r in decoding], budgets, market)
-        total = perf_counter() - began
-        for draft, budget in zip(proposal.drafts, budgets, strict=True):
-            nodes = len(draft.tokens)
-            assert nodes <= budget, f"drafter {self.drafter.name!r} proposed {nodes} nodes of {budget}"
-        shares = [(name, seconds / len(decoding)) for name, seconds in proposal.seconds.items()]
-        total /= len(decoding)
-        for request in decoding:
-            stats = request.stats
-            stats.draft_s += total
-            for name, seconds in shares:
-                stats.source(name).draft_s += seconds
-        chosen = self.planner.choose(proposal.drafts, limits)
-        nodes = sum([len(draft.tokens) for draft in chosen])
-        assert nodes <= limits.nodes, f"planner {self.planner.name!r} chose more nodes than it may"
-        return chosen
-
-    def _run(
-        self, decoding: list[Request], drafts: list[Draft], chunks: list[tuple[Request, int]]
-    ) -> tuple[StepOutputs, list[_Chunk]]:
-        """Reserve, pack and run. Returns the outputs, and what became of each chunk."""
-        cache, spans, read = self.cache, [], []
-        for request, draft in zip(decoding, drafts, strict=True):
-            sequence, nodes = request.sequence, len(draft.tokens)
-            cache.reserve(sequence.kv, 1 + nodes)
-            rows, committed = sequence.tokens[-1:], len(sequence.tokens) - 1
-            if nodes:
-                spans.append(Span(rows + draft.tokens.tolist(), committed, Tree(draft.parents)))
-            else:
-                spans.append(Span(rows, committed))
-        for request, n in chunks:
-            cache.reserve(request.kv, n)
-            at = request.prefilled
-            chunk = _Chunk(request, n, ended=at + n == request.to_read)
-            spans.append(Span(request.sequence.tokens[at : at + n], at, logits=chunk.logits))
-            read.append(chunk)
-        stepping = [*decoding, *(request for request, _ in chunks)]
-        if len(stepping) > 1:
-            for request in stepping:
-                request.alone = False
-        batch = pack(spans, cache.page_tables([request.sequence.kv for request in stepping]))
+    def _run(self, parts: list[Part], expect_topk: int) -> None:
+        """Reserve, pack and run; gives each part that is judged its outputs."""
+        cache, works = self.cache, [part.work for part in parts]
+        for part in parts:
+            cache.reserve(part.request.kv, len(part.work.tokens))
+            if len(parts) > 1:
+                part.request.alone = False
+        batch = pack(works, cache.page_tables([part.request.kv for part in parts]))
         self.rows = len(batch.tokens)
-        # only steps that decode are observed together with their outputs
-        expected = self.drafter.expects_topk if decoding else 0
+        if any([work.embeddings is not None for work in works]):
+            batch.embeddings = self.decoder.embedding(batch.tokens)
+            for work, row in zip(works, batch.row_start.tolist(), strict=False):
+                if work.embeddings is not None:
+                    batch.embeddings[row : row + len(work.tokens)] = work.embeddings
+        reading = [part.request.reading for part in parts if part.reads and part.request.reading is not None]
         last = self.decoder.config.num_layers - 1
-        pooled = any(c.request.reading is not None and c.request.reading.wants_hidden for c in read)
+        pooled = any(each.wants_hidden for each in reading)
         out = self.decoder.forward(batch, cache.storage, (last,) if pooled else ())
-        if any(chunk.request.reading is not None for chunk in read):
-            decoded = sum(len(span.tokens) for span in spans[: len(decoding)])
-            _gather(read, out.rows[decoded:], out.hidden[last][decoded:] if pooled else None)
-        return StepOutputs(out.rows, expected, self.threads), read
+        step = StepOutputs(out.rows, expect_topk, self.threads)
+        row = logit = 0
+        for part in parts:
+            rows, end = len(part.work.tokens), logit + _logit_rows(part.work)
+            if part.judged:
+                part.outputs = TargetOutputs(step, end - 1 if part.reads else logit, end)
+            if reading and part.reads:
+                _gather(part.request, out.rows[logit:end], out.hidden[last][row : row + rows] if pooled else None)
+            row, logit = row + rows, end
+
+    def _judge(self, parts: list[Part]) -> None:
+        """What the outputs mean. An error of one request (its grammar, its numbers) must not end the others of its
+        step. What fails for all together is left to each one's own judgement, which can tell whose error it is."""
+        together: dict[Advance, list[tuple[Sequence, TargetOutputs]]] = {}
+        for part in parts:
+            together.setdefault(part.request.advance, []).append((part.request.sequence, part.outputs))
+        for advance, step in together.items():
+            with suppress(OutpaceError):
+                advance.prepare(step, self.threads)
+        for part in parts:
+            try:
+                part.outcome = part.request.advance.judge(part.request.sequence, part.work, part.outputs)
+            except Exception as error:
+                part.error = error
 
 
-@dataclass(slots=True, eq=False)
-class _Chunk:
-    """Rows of a prompt in a step. `ended`: the prompt ends with them."""
-
-    request: Request
-    rows: int
-    ended: bool
-
-    @property
-    def logits(self) -> Literal["all", "last", "none"]:
-        reading = self.request.reading
-        if reading is not None and reading.wants_logits:
-            return "all"
-        return "last" if self.ended else "none"
-
-    @property
-    def logit_rows(self) -> int:
-        return {"all": self.rows, "last": 1, "none": 0}[self.logits]
+def _spans(decoding: list[Request], plan: StepPlan) -> dict[Advance, list[Part]]:
+    """The rows of those that decode, by their way to advance."""
+    together: dict[Advance, list[Request]] = {}
+    for request in decoding:
+        together.setdefault(request.advance, []).append(request)
+    groups: dict[Advance, list[Part]] = {}
+    for advance, requests in together.items():
+        sequences, caps = [request.sequence for request in requests], [plan.caps[request.id] for request in requests]
+        nodes = min(plan.draft_rows, sum(caps))
+        works = advance.spans(sequences, StepBudget(caps, nodes, [len(s.tokens) for s in sequences]))
+        groups[advance] = [Part(request, work) for request, work in zip(requests, works, strict=True)]
+    return groups
 
 
-def _gather(chunks: list[_Chunk], logits: Logits, hidden: Logits | None) -> None:
-    """Hand the rows of prompts to those who gather them. `logits` and `hidden` are those of the chunks, in order."""
-    row = logit = 0
-    for chunk in chunks:
-        reading, n = chunk.request.reading, chunk.rows
-        if reading is not None:
-            reading.add(
-                chunk.request.prefilled,
-                logits[logit : logit + n] if reading.wants_logits else None,
-                hidden[row : row + n] if hidden is not None and reading.wants_hidden else None,
-            )
-        row += n
-        logit += chunk.logit_rows
+def _chunk(request: Request, n: int) -> Part:
+    """The next `n` rows of a text that is read."""
+    work = request.advance.read(request.sequence, request.prefilled, n)
+    judged = request.prefilled + n == request.to_read and request.advance.reads_last
+    if request.reading is not None and request.reading.wants_logits:
+        work.logits = "all"
+    else:
+        work.logits = "last" if judged else "none"
+    return Part(request, work, reads=True, judged=judged)
 
 
-def _targets(step: StepOutputs, decoding: list[Request], drafts: list[Draft], read: list[_Chunk]) -> list[Target]:
-    """Whose rows of a step are to be verified: those of every draft, and the last one of a prompt that has ended."""
-    found: list[Target] = []
-    row = 0
-    for request, draft in zip(decoding, drafts, strict=True):
-        end = row + 1 + len(draft.tokens)
-        found.append((request, draft, TargetOutputs(step, row, end)))
-        row = end
-    for chunk in read:
-        row += chunk.logit_rows
-        if chunk.ended:
-            found.append((chunk.request, None, TargetOutputs(step, row - 1, row)))
-    return found
+def _logit_rows(work: Work) -> int:
+    return len(work.tokens) if work.logits == "all" else int(work.logits == "last")
+
+
+def _gather(request: Request, logits: Logits, hidden: Logits | None) -> None:
+    """Hand the rows of a chunk to what gathers them."""
+    reading = request.reading
+    if reading is not None:
+        reading.add(
+            request.prefilled,
+            logits if reading.wants_logits else None,
+            hidden if hidden is not None and reading.wants_hidden else None,
+        )

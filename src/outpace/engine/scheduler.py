@@ -28,7 +28,7 @@ from dataclasses import replace
 from operator import attrgetter
 from time import monotonic
 
-from ..errors import ParameterError, QueueFull
+from ..errors import CapacityError, ParameterError, QueueFull
 from .fairness import Groups, Served, WaitingQueue
 from .jobs import Job, Memory, Preempt, SchedulerLimits, SchedulerStats, Start, StepPlan
 from .rows import Rows, StepSeconds, largest
@@ -81,6 +81,7 @@ class Scheduler:
         """Queue a job. Raises CapacityError when it could never run, QueueFull when too many wait already."""
         self.check(job.prompt_tokens, job.max_tokens)
         assert job.id not in self._jobs and job.prompt_tokens >= 1 and job.max_tokens >= 1
+        assert 1 <= job.rows <= self.limits.max_rows
         waiting, most = len(self._queue), self.limits.max_queue
         if most is not None and waiting >= most:
             self._counts.refused += 1
@@ -90,13 +91,30 @@ class Scheduler:
             )
         job.arrived = self._clock() if job.arrived is None else job.arrived
         job.order, self._next_order = self._next_order, self._next_order + 1
-        job.level, job.target = job.priority, job.prompt_tokens
+        job.level, job.target = job.priority, job.prompt_tokens - job.ahead
         if self._predict is not None:
             job.predicted = min(max(int(self._predict(job)), 1), job.max_tokens)
         self._jobs[job.id] = job
         self._served.enter(job.owner)
         self._groups.enter(job)
         self._queue.add(job, job.arrived)
+
+    def fork(self, id: int, job: Job) -> None:
+        """`job` goes on from where the decoding job `id` is; it runs from here on, with the same places. Raises
+        CapacityError when as many run as may."""
+        parent, most = self._running[id], self.limits.max_batch
+        assert parent.decoding and job.id not in self._jobs and job.group is None
+        if len(self._running) >= most:
+            raise CapacityError(f"{most} requests run, as many as may: raise max_batch, or fork when others are over")
+        job.arrived = job.began = self._clock()
+        job.order, self._next_order = self._next_order, self._next_order + 1
+        job.level, job.predicted, job.running = parent.level, parent.predicted, True
+        job.target, job.read, job.generated = parent.target, parent.read, parent.generated
+        self._jobs[job.id] = self._running[job.id] = job
+        insort(self._ranked, job, key=_rank)
+        self._served.enter(job.owner)
+        self._groups.enter(job)
+        self._counts.started += 1
 
     def retry_after_s(self) -> float:
         """Seconds until a place in the queue should be free, by the rate at which jobs finish; at least 1."""
@@ -156,7 +174,7 @@ class Scheduler:
         """Available pages for a waiting job: for what it reads or brings back, and for what it is to write next."""
         known = max(job.target, job.context + 1)
         shared = 0 if job.swapped or job.uncached else self.memory.shared_pages(job.id)
-        return max(self.limits.pages(known + self._headroom(job)) - shared, 0)
+        return max(self.limits.pages(known + self._headroom(job) + job.own - 1) - shared, 0)
 
     def _headroom(self, job: Job) -> int:
         """Tokens that a job should have pages for: as many as it is predicted to, or a few, which is enough for it not
@@ -164,11 +182,15 @@ class Scheduler:
         ahead = self.limits.headroom if job.predicted is None else job.predicted - job.generated
         return min(max(ahead, 1), job.remaining) - 1  # the last token is never written
 
+    def _ahead(self, job: Job) -> int:
+        """Rows that a running job has before it and should have pages for."""
+        return job.unread + self._headroom(job) + (job.own if job.decoding else 0)
+
     def _future_pages(self) -> int:
         """Pages that running jobs are still to get before anybody else starts. Those that start now are counted
         already."""
         return sum(
-            self.memory.pages_needed(job.id, job.unread + self._headroom(job) + job.decoding)
+            self.memory.pages_needed(job.id, self._ahead(job))
             for job in self._running.values()
             if job.id not in self._starting
         )
@@ -199,8 +221,11 @@ class Scheduler:
             self._host_pages -= self.limits.pages(job.context)
             job.swapped = False
             return
-        assert 0 <= places < job.target and not (job.uncached and places), "the last token must be run for its logits"
+        assert 0 <= places < job.target + job.ahead, "the last token must be run for its logits"
+        assert not (job.uncached and places)
         job.read = places
+        if job.decoding:
+            self._groups.read(job)
         if not job.preempted:
             self._served.charge(job.owner, prompt=-places)  # what was cached costs nothing
 
@@ -215,8 +240,9 @@ class Scheduler:
         self._check_predictions(plan)
         self._ample = self.memory.available_pages >= self._most_pages()
         spare = self._decodes(plan)
-        caps = {id: self._rows.cap(self._jobs[id]) for id in plan.decoding}
-        rows, drafts = self._rows.share(self._running.values(), caps.values())
+        jobs = [self._jobs[id] for id in plan.decoding]
+        caps = {job.id: self._rows.cap(job) for job in jobs}
+        rows, drafts = self._rows.share(self._running.values(), sum([job.own for job in jobs]), caps.values())
         spare = self._chunks(plan, rows, spare)
         self._drafts(plan, caps, drafts, spare)
         return plan
@@ -248,7 +274,7 @@ class Scheduler:
             if n < len(victims):
                 v = victims[n]
                 available += self.memory.pages_held(v.id)
-                future -= self.memory.pages_needed(v.id, v.unread + self._headroom(v) + v.decoding)
+                future -= self.memory.pages_needed(v.id, self._ahead(v))
                 running -= 1
 
     def _check_predictions(self, plan: StepPlan) -> None:
@@ -269,7 +295,7 @@ class Scheduler:
         pages left."""
         while True:
             decoding = [job for job in self._ranked if job.decoding]
-            need = 0 if self._ample else sum(self.memory.pages_needed(job.id, 1) for job in decoding)
+            need = 0 if self._ample else sum(self.memory.pages_needed(job.id, job.own) for job in decoding)
             spare = self._available - need
             if spare >= 0:
                 plan.decoding = [job.id for job in decoding]
@@ -330,9 +356,9 @@ class Scheduler:
             if self._ample or not most:
                 plan.caps[id] = most
                 continue
-            own = self.memory.pages_needed(id, 1)  # taken off already
-            plan.caps[id] = self._rows_in(job, 1 + most, spare + own) - 1
-            spare -= self.memory.pages_needed(id, 1 + plan.caps[id]) - own
+            own = self.memory.pages_needed(id, job.own)  # taken off already
+            plan.caps[id] = self._rows_in(job, job.own + most, spare + own) - job.own
+            spare -= self.memory.pages_needed(id, job.own + plan.caps[id]) - own
         plan.draft_rows = min(rows, sum(plan.caps.values()))
 
     # -- preemption --------------------------------------------------------------------------------------------
@@ -348,7 +374,7 @@ class Scheduler:
             self._host_pages += pages
         else:
             self._counts.recomputed += 1
-            job.target, job.read = job.prompt_tokens + job.generated, 0
+            job.target, job.read = job.prompt_tokens + job.generated - job.ahead, 0
         job.swapped, job.fresh, job.running = swap, fresh, False
         job.preempted += 1
         self._leave(job)

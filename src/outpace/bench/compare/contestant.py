@@ -22,10 +22,10 @@ from ..peers.peer import Peer, PeerAnswer, PeerPrompt
 from .sets import Unit
 
 if TYPE_CHECKING:
-    from ...engine.llm import LLM
+    from ...engine.exactness import RANKS
+from ...engine.llm import LLM
 
 Clock = Callable[[], float]
-RANKS = ("identical", "distribution", "approximate")
 
 
 class Failed(OutpaceError):
