@@ -36,6 +36,7 @@ from .emit import (
     splat,
     store,
 )
+from .isa import DOT, VNNI
 from .simd import (
     hmax,
     hsum,
@@ -56,7 +57,8 @@ from .simd import (
 )
 
 MAX_QUERIES = 32  # query vectors of one work item
-VALUE_LANES = 4  # vectors of channels that one pass of the value kernel keeps in registers
+MANY = DOT == VNNI  # registers of sixteen lanes; elsewhere one takes two or four
+VALUE_LANES = 4 if MANY else 1  # vectors of channels that one pass of the value kernel keeps in registers
 
 
 def _scores(queries: int, bf16: bool) -> Callable[..., Any]:
@@ -137,7 +139,7 @@ def _all_scores(bf16, q, n, width, pages, first, last, keys, page_stride, out, o
     i = 0
     while i < n:
         qi, oi, qs = q + i * width * 4, out + i * out_stride, width * 4
-        if n - i > 4:
+        if MANY and n - i > 4:
             if bf16:
                 _scores_8b(qi, qs, width, pages, first, last, keys, page_stride, oi, out_stride)
             else:
@@ -158,7 +160,7 @@ def _all_values(bf16, weights, w_stride, n, pages, first, last, values, page_str
         w, os = weights + i * w_stride, width * 4
         while c < width:
             base, oi = values + c * 4, out + (i * width + c) * 4
-            if width - c >= 16 * VALUE_LANES:
+            if MANY and width - c >= 16 * VALUE_LANES:
                 if bf16:
                     _values_44b(w, w_stride, pages, first, last, base, page_stride, width, oi, os)
                 else:

@@ -22,7 +22,7 @@ import numpy as np
 from numba import njit, types
 from numba.core import cgutils
 
-from . import dots
+from . import dots, isa
 from .arguments import (
     A_FIRST,
     A_FIRST_ROW,
@@ -43,7 +43,8 @@ from .arguments import (
 )
 from .barrier import get
 from .compiled import made_for
-from .emit import F32, LANES, Accumulators, at, const, emit, fma, load, rolled, splat, store
+from .emit import F32, LANES, Accumulators, at, const, emit, fma, load, opaque, splat, store
+from .groups import groups, load_scale, start_word
 from .linear import KIND_F32, epilogue
 from .simd import (
     hmax,
@@ -55,6 +56,7 @@ from .simd import (
     store_i8,
     store_i32,
     vabs,
+    vadd,
     vload,
     vmax,
     vmul,
@@ -63,170 +65,236 @@ from .simd import (
     vstore,
 )
 from .unpack import (
+    BYTES,
+    INTEGERS,
     MINIMA,
-    SCALES,
+    Q4_0,
+    Q4_1,
+    Q4_K,
+    Q5_0,
+    Q5_1,
+    Q5_K,
+    Q6_K,
+    Q8_0,
     UNPACKED,
-    unpack_q4_0,
-    unpack_q4_1,
-    unpack_q4_k,
-    unpack_q5_0,
-    unpack_q5_1,
-    unpack_q5_k,
-    unpack_q6_k,
-    unpack_q8_0,
+    WHOLE,
+    Integers,
+    Packing,
+    factors_of,
+    integers_of,
 )
 
 TINY = np.float32(1e-30)  # values below it count as zero: 127 over a denormal number is infinite
 X_BLOCK = 448
 X_SUMS_16, X_SUMS_32, X_SCALES, X_FLOAT_SUMS = 256, 320, 352, 384
-DEPTHS = 256
 ACC_ROW = 128  # bytes: a row's 2 x 16 sums
-FOUR_ROWS = dots.LANES == LANES  # with fewer lanes there are no registers for four rows
-ROWS = 64  # that are multiplied before the next panels
+ROWS = 128  # that are multiplied before the next panels
 
 BLOCK_SCRATCH = ROWS * ACC_ROW + 2 * UNPACKED
 
+# A tile is some rows x one or two panels, as registers allow: there are 16 of 256 bits, or 32 of 512 or 128.
+_PANELS = 1 if dots.LANES == 8 else 2
+_MANY = 2 if dots.LANES == 4 else 1 if isa.DOT == isa.PORTABLE else 4  # rows of the tile for many rows
 
-def _dots(rows: int, group: int, bits: int, minima: bool) -> Callable[..., Any]:
-    """(x, steps, unpacked, acc): `rows` rows x two panels over `steps` x 64 depths, added to `acc`.
 
-    `group`: depths that share a scale; `bits`: of the file's integers, whose offset is half their range unless they
-    have minima.
+def _unpack_from(bits: int) -> int:
+    """The least number of rows for which integers are unpacked: fewer take them out of the file's bits on the way."""
+    if bits == 8:
+        return 1 << 30
+    if dots.LANES == 8:
+        return 32 if bits == 4 else 5
+    return 3
+
+
+def _tile(form: Packing, rows: int, integers: Integers) -> Callable[..., Any]:
+    """(x, steps, w0, w1, unpacked, acc): `rows` rows x _PANELS panels over `steps` x 64 depths, added to `acc`.
+
+    `w0`, `w1`: the panels' integers; `unpacked`: their scales and minima.
     """
 
-    @emit(types.void, *[types.int64] * 4)
-    def kernel(b, x, steps, unpacked, acc):
-        lanes = dots.LANES
-        floats, parts = ir.VectorType(F32, lanes), LANES // lanes * 2
-        part = Accumulators(b, rows * parts, floats)
-        xs = [at(b, x, X_BLOCK * r) for r in range(rows)]
-        # a part: some outputs of one of the two panels
-        us = [at(b, unpacked, UNPACKED * (n * lanes // LANES) + 4 * (n * lanes % LANES)) for n in range(parts)]
-        sums_at = [at(b, acc, ACC_ROW * r + 4 * lanes * n) for r in range(rows) for n in range(parts)]
+    @emit(types.void, *[types.int64] * 6)
+    def kernel(b, x, steps, w0, w1, unpacked, acc):
+        lanes, floats = dots.LANES, ir.VectorType(F32, dots.LANES)
+        parts = LANES // lanes * _PANELS  # a part: some outputs of one panel
+        each = [(r, n) for r in range(rows) for n in range(parts)]
+        per_panel = LANES // lanes
+        firsts = [4 * (n * lanes % LANES) for n in range(parts)]  # its first output's place in a vector, in bytes
+        places = [UNPACKED * (n // per_panel) + first for n, first in enumerate(firsts)]
+        sums_at = [at(b, acc, ACC_ROW * r + 4 * lanes * n) for r, n in each]
+        part = Accumulators(b, len(each), floats)
         for i, place in enumerate(sums_at):
-            part[i] = load(b, place, floats)
-        sums, per_32 = (X_SUMS_16 if group == 16 else X_SUMS_32), 32 // group
-        totals = dots.Totals(b, bits, rows * parts)
-        with cgutils.for_range(b, b.mul(steps, const(2))) as loop:  # 32 depths
-            depth, vectors = b.mul(loop.index, const(32)), b.mul(loop.index, const(512))
-            factors, small = b.mul(loop.index, const(64 * per_32)), b.mul(loop.index, const(4))
-            scaled: list[ir.Value] = []
-            for g in range(per_32):
-                starts = []
-                for x_r in xs:
-                    negated = None if minima else at(b, at(b, x_r, b.mul(small, const(per_32))), sums + 4 * g)
-                    starts += [dots.start(b, bits, negated)] * parts
-                totals.begin(starts)
-                step = dots.Totals.STEP[bits]
-                vectors_at, depth_at = at(b, vectors, 16 * group * g), at(b, depth, group * g)
-                with rolled(b, group // 4 // step) as turn:
-                    first_v, first_x = (
-                        at(b, p, b.mul(turn, const(n * step))) for p, n in ((vectors_at, 64), (depth_at, 4))
-                    )
-                    weights = [
-                        [dots.load_weights(b, at(b, at(b, u, first_v), 64 * v)) for v in range(step)] for u in us
+            part[i] = ir.Constant(floats, None) if form.is_whole else load(b, place, floats)
+        sums = groups(b, form.bits, form.offset == 0, form.group, len(each))
+        per_32 = 32 // form.group
+        x_words = X_SUMS_16 if per_32 > 1 else X_SUMS_32
+
+        def ahead(start: ir.Value, each_step: int, behind: int = 0) -> ir.Value:
+            return opaque(b, at(b, start, b.add(b.mul(step, const(each_step)), const(behind))))
+
+        with cgutils.for_range(b, steps) as loop:  # 64 depths
+            step = loop.index
+            ws = [w0, w1][:_PANELS]
+            chunks = [ahead(w, integers.stride) for w in ws]
+            highs = [ahead(w, integers.high_stride, integers.high_at) if integers.high_stride else w for w in ws]
+            depths, eight, words = ahead(x, 64), ahead(x, 8), ahead(x, 8 * per_32)
+            factors = ahead(unpacked, 128 * per_32)
+            for half in range(2):
+                for v in range(8 * half, 8 * half + 8):
+                    g = v * 4 // form.group
+                    if v * 4 % form.group == 0:
+                        starts = [at(b, words, X_BLOCK * r + x_words + 4 * g) for r in range(rows)]
+                        sums.begin([starts[r] for r, _ in each])
+                    if integers is not BYTES:
+                        for chunk, high in zip(chunks, highs, strict=True):
+                            integers.ask(b, chunk, high, v)
+                    here = [
+                        integers.vector(b, *(at(b, p[n // per_panel], first) for p in (chunks, highs)), v, lanes)
+                        for n, first in enumerate(firsts)
                     ]
-                    for r, x_r in enumerate(xs):
-                        x4 = [dots.load_activations(b, at(b, at(b, x_r, first_x), 4 * v)) for v in range(step)]
-                        for n in range(parts):
-                            totals.add(r * parts + n, weights[n], x4)
-                whole = [b.sitofp(totals.sum(i), floats) for i in range(rows * parts)]
-                if per_32 > 1:
-                    scales = [load(b, at(b, at(b, u, factors), SCALES + 64 * g), floats) for u in us] * rows
-                    whole = [b.fmul(w, s) for w, s in zip(whole, scales, strict=True)]
-                    scaled = [b.fadd(s, w) for s, w in zip(scaled, whole, strict=True)] if scaled else whole
-                else:
-                    scaled = whole
-            for r in range(rows):
-                scale = splat(b, load(b, at(b, at(b, xs[r], small), X_SCALES), F32), lanes)
-                for n in range(parts):
-                    i = r * parts + n
-                    if per_32 > 1:
-                        part[i] = fma(b, scaled[i], scale, part[i])
-                    else:
-                        factor = load(b, at(b, at(b, us[n], factors), SCALES), floats)
-                        part[i] = fma(b, b.fmul(scaled[i], scale), factor, part[i])
-                if minima:
-                    total = splat(b, load(b, at(b, at(b, xs[r], small), X_FLOAT_SUMS), F32), lanes)
-                    for n in range(parts):
-                        i = r * parts + n
-                        part[i] = fma(b, total, load(b, at(b, at(b, us[n], factors), MINIMA), floats), part[i])
+                    x4 = [dots.load_activations(b, at(b, depths, X_BLOCK * r + 4 * v)) for r in range(rows)]
+                    sums.add([(here[n], x4[r]) for r, n in each])
+                    if (v + 1) % sums.run == 0:
+                        scales = [at(b, factors, place + 64 * g) for place in places]
+                        sums.close([scales[n] for _, n in each] if form.is_whole else [])
+                wholes = sums.take()
+                scale = [
+                    splat(b, load(b, at(b, eight, X_BLOCK * r + X_SCALES + 4 * half), F32), lanes) for r in range(rows)
+                ]
+                for i, (r, n) in enumerate(each):
+                    if not form.is_whole:
+                        wholes[i] = b.fmul(wholes[i], load(b, at(b, factors, places[n] + 64 * half), floats))
+                    part[i] = fma(b, wholes[i], scale[r], part[i])
+        unit = [at(b, unpacked, place + WHOLE) for place in places]
+        if form.is_whole:
+            for i, (_, n) in enumerate(each):
+                part[i] = fma(b, part[i], load(b, unit[n], floats), load(b, sums_at[i], floats))
+        if form.offset == 0:
+            least = part
+            if form.is_whole:
+                least = Accumulators(b, len(each), floats)
+                least.zero()
+            with cgutils.for_range(b, b.mul(steps, const(2))) as loop:
+                step = loop.index
+                minima, x_sums = ahead(unpacked, 64, MINIMA), ahead(x, 4, X_FLOAT_SUMS)
+                totals = [splat(b, load(b, at(b, x_sums, X_BLOCK * r), F32), lanes) for r in range(rows)]
+                for i, (r, n) in enumerate(each):
+                    least[i] = fma(b, totals[r], load(b, at(b, minima, places[n]), floats), least[i])
+            if form.is_whole:
+                for i, (_, n) in enumerate(each):
+                    part[i] = fma(b, least[i], load(b, at(b, unit[n], 64), floats), part[i])
         for i, place in enumerate(sums_at):
             store(b, place, part[i])
 
     return kernel
 
 
-_TILES = (1, 2, 4)  # rows of the micro-kernels
-four_1, four_2, four_4 = (_dots(n, 32, 4, False) for n in _TILES)
-five_1, five_2, five_4 = (_dots(n, 32, 5, False) for n in _TILES)
-six_1, six_2, six_4 = (_dots(n, 16, 6, False) for n in _TILES)
-eight_1, eight_2, eight_4 = (_dots(n, 32, 8, False) for n in _TILES)
-four_minima_1, four_minima_2, four_minima_4 = (_dots(n, 32, 4, True) for n in _TILES)
-five_minima_1, five_minima_2, five_minima_4 = (_dots(n, 32, 5, True) for n in _TILES)
+def _unpack(form: Packing) -> Any:
+    """(w, steps, out): the integers of up to 256 depths as bytes."""
+    unpack, packed = integers_of(form), form.integers
+    stride, high_at, high_stride = packed.stride, packed.high_at, packed.high_stride
 
-
-def _rows(name: str, one: Any, two: Any, four: Any) -> Any:
-    """All rows of a block by micro-kernels of four, two and one."""
-
-    @made_for(name)
-    def multiply(rows, x, steps, unpacked, acc):
+    @made_for(form.name)
+    def unpack_steps(w, steps, out):
         kept_apart()
-        r = 0
-        while FOUR_ROWS and rows - r >= 4:
-            four(x + X_BLOCK * r, steps, unpacked, acc + ACC_ROW * r)
+        for s in range(steps):
+            unpack(w + stride * s, w + high_at + high_stride * s, out + 1024 * s)
+
+    return unpack_steps
+
+
+def _rows(form: Packing, unpack_steps: Any) -> Any:
+    """All rows of a block x one or two panels, by tiles."""
+    packed, enough = form.integers, _unpack_from(form.bits)
+    one, two = _tile(form, 1, packed), _tile(form, 2, packed)
+    four = _tile(form, 4, packed) if _PANELS == 1 else two
+    many = _tile(form, _MANY, packed if form.bits == 8 else BYTES)
+    is_bytes = form.bits == 8
+
+    @made_for(form.name, part=True)
+    def multiply(rows, x, steps, w0, w1, panels, unpacked, acc):
+        r, apart = 0, rows >= enough
+        u0, u1 = (unpacked + INTEGERS, unpacked + UNPACKED + INTEGERS) if apart else (w0, w1)
+        if apart:
+            unpack_steps(w0, steps, u0)
+            if panels == 2:
+                unpack_steps(w1, steps, u1)
+        while (apart or is_bytes) and rows - r >= _MANY:
+            for n in range(0, panels, _PANELS):
+                w, factors, out = u0 if n == 0 else u1, unpacked + UNPACKED * n, acc + ACC_ROW * r + 64 * n
+                many(x + X_BLOCK * r, steps, w, u1, factors, out)
+            r += _MANY
+        while _PANELS == 1 and not is_bytes and rows - r >= 4:
+            for n in range(0, panels, _PANELS):
+                w, factors, out = w0 if n == 0 else w1, unpacked + UNPACKED * n, acc + ACC_ROW * r + 64 * n
+                four(x + X_BLOCK * r, steps, w, w1, factors, out)
             r += 4
         while rows - r >= 2:
-            two(x + X_BLOCK * r, steps, unpacked, acc + ACC_ROW * r)
+            for n in range(0, panels, _PANELS):
+                w, factors, out = w0 if n == 0 else w1, unpacked + UNPACKED * n, acc + ACC_ROW * r + 64 * n
+                two(x + X_BLOCK * r, steps, w, w1, factors, out)
             r += 2
         if rows > r:
-            one(x + X_BLOCK * r, steps, unpacked, acc + ACC_ROW * r)
+            for n in range(0, panels, _PANELS):
+                w, factors, out = w0 if n == 0 else w1, unpacked + UNPACKED * n, acc + ACC_ROW * r + 64 * n
+                one(x + X_BLOCK * r, steps, w, w1, factors, out)
 
     return multiply
 
 
-def _product(name: str, unpack: Any, unit_steps: int, unit_bytes: int, multiply: Any, offset: int) -> Any:
-    """A kernel (see arguments.py): products with weights of one format, and rows of an embedding in it.
-
-    `unit_steps` x 64 depths of a panel are `unit_bytes`; `offset` 0: the format has minima.
-    """
-    step_bytes, minus = unit_bytes // unit_steps, np.float32(offset)
-    group = 16 if name == "Q6_K" else 32
+def _product(form: Packing) -> Any:
+    """A kernel (see arguments.py): products with weights of one format, and rows of an embedding in it."""
+    name, chunks, group, minus = form.name, form.chunks, form.group, np.float32(form.offset)
+    step_bytes, is_whole, has_minima = form.unit_bytes // chunks, form.is_whole, form.offset == 0
+    unpack_steps, factors = _unpack(form), factors_of(form)
+    multiply = _rows(form, unpack_steps)
+    enough = _unpack_from(form.bits)
 
     @made_for(name)
-    def unpack_steps(w, steps, out):
+    def take_factors(w, steps, out):
         kept_apart()
-        for s in range(0, steps, unit_steps):
-            unpack(w + step_bytes * s, out + 1024 * s, out + SCALES + 128 * s)
+        for s in range(0, steps, chunks):
+            factors(w + step_bytes * s, s, out)
 
-    @made_for(name)
-    def two_panels(rows, x, x_stride, w0, w1, steps, scratch):
+    @made_for(name, part=True)
+    def two_panels(rows, x, x_stride, w0, w1, panels, steps, scratch):
         """Up to ROWS rows x two panels; the sums f32[rows][2][16] are at the beginning of `scratch` (BLOCK_SCRATCH
         bytes). `x`: the rows' first block; `x_stride` bytes from block to block."""
-        kept_apart()
         zero = vsplat(np.float32(0.0))
         for r in range(rows):
             vstore(scratch + ACC_ROW * r, zero)
             vstore(scratch + ACC_ROW * r + 64, zero)
         unpacked = scratch + ROWS * ACC_ROW
-        for s in range(0, steps, 4):
-            now = min(4, steps - s)
-            unpack_steps(w0 + step_bytes * s, now, unpacked)
-            unpack_steps(w1 + step_bytes * s, now, unpacked + UNPACKED)
-            multiply(rows, x + s // 4 * x_stride, now, unpacked, scratch)
+        # few rows read one stream of weights after the other; of many, activations are read once for both panels
+        together = panels if _PANELS == 2 or rows >= enough else 1
+        for n in range(0, panels, together):
+            first = w0 if n == 0 else w1
+            for s in range(0, steps, 4):
+                now, xs, at = min(4, steps - s), x + s // 4 * x_stride, step_bytes * s
+                take_factors(first + at, now, unpacked)
+                if together == 2:
+                    take_factors(w1 + at, now, unpacked + UNPACKED)
+                multiply(rows, xs, now, first + at, w1 + at, together, unpacked, scratch + 64 * n)
 
     @made_for(name)
     def embed(w, steps, output, scale, width, out, spare):
         """Weights of one output x `scale`, f32[width]."""
         panel, lane = w + output // 16 * step_bytes * steps, output % 16
         for s in range(0, steps, 4):
-            unpack_steps(panel + step_bytes * s, min(4, steps - s), spare)
+            now = min(4, steps - s)
+            take_factors(panel + step_bytes * s, now, spare)
+            unpack_steps(panel + step_bytes * s, now, spare + INTEGERS)
             for d in range(min(256, width - 64 * s)):
-                at = 64 * (d // group) + 4 * lane
-                value = np.float32(load_u8(spare + 64 * (d // 4) + 4 * lane + d % 4)) - minus
-                value *= load_f32(spare + SCALES + at)
-                if offset == 0:
-                    value += load_f32(spare + MINIMA + at)
+                at = spare + 64 * (d // group) + 4 * lane
+                least = spare + MINIMA + 64 * (d // 32) + 4 * lane
+                value = np.float32(load_u8(spare + INTEGERS + 64 * (d // 4) + 4 * lane + d % 4)) - minus
+                if is_whole:
+                    value *= np.float32(load_scale(at)) * load_f32(spare + WHOLE + 4 * lane)
+                    if has_minima:
+                        value += load_f32(least) * load_f32(spare + WHOLE + 64 + 4 * lane)
+                else:
+                    value *= load_f32(at)
+                    if has_minima:
+                        value += load_f32(least)
                 store_f32(out + 4 * (64 * s + d), value * scale)
 
     @made_for(name)
@@ -245,7 +313,7 @@ def _product(name: str, unpack: Any, unit_steps: int, unit_bytes: int, multiply:
             b_at = bias + 64 * p if bias != 0 else 0
             for m in range(0, rows, ROWS):
                 n = min(ROWS, rows - m)
-                two_panels(n, x + X_BLOCK * (first_row + m), stride, w + p * size, second, steps, scratch)
+                two_panels(n, x + X_BLOCK * (first_row + m), stride, w + p * size, second, panels, steps, scratch)
                 target = out + m * out_stride + 64 * p
                 epilogue(KIND_F32, mode, 0, n, panels, scratch, ACC_ROW, 0, 0, b_at, target, out_stride)
             p += 1 if other != 0 else panels
@@ -253,19 +321,8 @@ def _product(name: str, unpack: Any, unit_steps: int, unit_bytes: int, multiply:
     return product
 
 
-_four, _five = _rows("four", four_1, four_2, four_4), _rows("five", five_1, five_2, five_4)
-_six, _eight = _rows("six", six_1, six_2, six_4), _rows("eight", eight_1, eight_2, eight_4)
-_four_minima = _rows("four_minima", four_minima_1, four_minima_2, four_minima_4)
-_five_minima = _rows("five_minima", five_minima_1, five_minima_2, five_minima_4)
-
-_q4_0 = _product("Q4_0", unpack_q4_0, 1, 576, _four, 8)
-_q4_1 = _product("Q4_1", unpack_q4_1, 1, 640, _four_minima, 0)
-_q5_0 = _product("Q5_0", unpack_q5_0, 1, 704, _five, 16)
-_q5_1 = _product("Q5_1", unpack_q5_1, 1, 768, _five_minima, 0)
-_q8_0 = _product("Q8_0", unpack_q8_0, 1, 1088, _eight, 128)
-_q4_k = _product("Q4_K", unpack_q4_k, 4, 2304, _four_minima, 0)
-_q5_k = _product("Q5_K", unpack_q5_k, 4, 2816, _five_minima, 0)
-_q6_k = _product("Q6_K", unpack_q6_k, 4, 3392, _six, 32)
+_q4_0, _q4_1, _q5_0, _q5_1 = _product(Q4_0), _product(Q4_1), _product(Q5_0), _product(Q5_1)
+_q8_0, _q4_k, _q5_k, _q6_k = _product(Q8_0), _product(Q4_K), _product(Q5_K), _product(Q6_K)
 
 
 def q4_0(segment: int, a: int) -> None:
@@ -326,10 +383,10 @@ def pack_blocks(x, width, out, stride, row):
         block, at = out + i // 256 * stride + X_BLOCK * row, i % 256
         store_i8(block + at, a)
         store_i8(block + at + 16, b)
-        low, high = hsum(a), hsum(b)
+        both = vadd(a, b)
         scale = largest / np.float32(127.0)
-        store_i32(block + X_SUMS_16 + at // 4, np.int64(-low))
-        store_i32(block + X_SUMS_16 + at // 4 + 4, np.int64(-high))
-        store_i32(block + X_SUMS_32 + at // 8, np.int64(-(low + high)))
+        store_i32(block + X_SUMS_16 + at // 4, start_word(a, 16))
+        store_i32(block + X_SUMS_16 + at // 4 + 4, start_word(b, 16))
+        store_i32(block + X_SUMS_32 + at // 8, start_word(both, 32))
         store_f32(block + X_SCALES + at // 8, scale)
-        store_f32(block + X_FLOAT_SUMS + at // 8, scale * (low + high))
+        store_f32(block + X_FLOAT_SUMS + at // 8, scale * hsum(both))

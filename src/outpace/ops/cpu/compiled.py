@@ -106,13 +106,17 @@ def address_of(function: Callable[[int, int], None]) -> int:
     return int(address)
 
 
-def made_for(name: str) -> Callable[[Callable[..., Any]], Any]:
+def made_for(name: str, part: bool = False) -> Callable[[Callable[..., Any]], Any]:
     """njit for functions that a factory makes: `name` keeps those of one call apart from those of another. Symbols of
-    code that different processes compiled must differ, and numba tells closures apart by a running number only."""
+    code that different processes compiled must differ, and numba tells closures apart by a running number only.
+
+    `part`: compiled as a part of what calls it. numba optimises a function again with each that calls it, so what is
+    large should stand behind few others.
+    """
 
     def decorate(function: Callable[..., Any]) -> Any:
         function.__qualname__ = f"{name}_{function.__name__}"
-        return njit(function)
+        return njit(function, inline="always" if part else "never")
 
     return decorate
 

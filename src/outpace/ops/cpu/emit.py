@@ -7,7 +7,7 @@ plain LLVM IR and run on any CPU (LLVM splits them where registers are narrower)
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -112,13 +112,19 @@ def prefetch(b: ir.IRBuilder, address: ir.Value) -> None:
     call(b, "llvm.prefetch.p0", ir.VoidType(), pointer, const(0, I32), const(3, I32), const(1, I32))
 
 
+def opaque(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """The same int64, of which LLVM does not know what it is made of. As the one address that constants are added to,
+    it keeps LLVM from counting up dozens of addresses in a loop."""
+    return b.asm(ir.FunctionType(I64, (I64,)), "", "=r,0", (value,), False)
+
+
 @contextmanager
 def rolled(b: ir.IRBuilder, count: int) -> Iterator[ir.Value]:
     """A loop that LLVM does not unroll: unrolled, the body is reordered until registers run out. Gives the index."""
     if count == 1:
         yield const(0)
         return
-    hidden = b.asm(ir.FunctionType(I64, (I64,)), "", "=r,0", (const(count),), False)
+    hidden = opaque(b, const(count))
     before, body, after = b.block, b.append_basic_block("rolled"), b.append_basic_block("rolled.end")
     b.branch(body)
     b.position_at_end(body)
@@ -129,6 +135,15 @@ def rolled(b: ir.IRBuilder, count: int) -> Iterator[ir.Value]:
     index.add_incoming(following, b.block)
     b.cbranch(b.icmp_signed("<", following, hidden), body, after)
     b.position_at_end(after)
+
+
+def pinned(b: ir.IRBuilder, values: Sequence[ir.Value]) -> list[ir.Value]:
+    """The same vectors (of up to 256 bits, x86), which are all made before anything behind this is begun: what LLVM may
+    reorder, it reorders until registers run out."""
+    ty, n = ir.LiteralStructType([v.type for v in values]), len(values)
+    constraints = ",".join(["=x"] * n + [str(i) for i in range(n)] + ["~{memory}"])
+    made = b.asm(ir.FunctionType(ty, [v.type for v in values]), "", constraints, values, True)
+    return [b.extract_value(made, i) for i in range(n)]
 
 
 def page_address(b: ir.IRBuilder, pages: ir.Value, p: ir.Value, base: ir.Value, page_stride: ir.Value) -> ir.Value:
