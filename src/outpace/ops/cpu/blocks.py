@@ -95,15 +95,8 @@ BLOCK_SCRATCH = ROWS * ACC_ROW + 2 * UNPACKED
 # A tile is some rows x one or two panels, as registers allow: there are 16 of 256 bits, or 32 of 512 or 128.
 _PANELS = 1 if dots.LANES == 8 else 2
 _MANY = 2 if dots.LANES == 4 else 1 if isa.DOT == isa.PORTABLE else 4  # rows of the tile for many rows
-
-
-def _unpack_from(bits: int) -> int:
-    """The least number of rows for which integers are unpacked: fewer take them out of the file's bits on the way."""
-    if bits == 8:
-        return 1 << 30
-    if dots.LANES == 8:
-        return 32 if bits == 4 else 5
-    return 3
+_UNPACK_FROM = {4: 32 if dots.LANES == 8 else 4}  # rows, by bits; fewer take integers out of the file's bits on the way
+_TOGETHER_FROM = 32  # rows from which activations are read once for two panels, where a tile has one
 
 
 def _tile(form: Packing, rows: int, integers: Integers) -> Callable[..., Any]:
@@ -204,26 +197,26 @@ def _unpack(form: Packing) -> Any:
 
 def _rows(form: Packing, unpack_steps: Any) -> Any:
     """All rows of a block x one or two panels, by tiles."""
-    packed, enough = form.integers, _unpack_from(form.bits)
-    one, two = _tile(form, 1, packed), _tile(form, 2, packed)
-    four = _tile(form, 4, packed) if _PANELS == 1 else two
-    many = _tile(form, _MANY, packed if form.bits == 8 else BYTES)
-    is_bytes = form.bits == 8
+    packed, is_bytes, enough = form.integers, form.bits == 8, _UNPACK_FROM.get(form.bits, 4)
+    one, two, many = _tile(form, 1, packed), _tile(form, 2, packed), _tile(form, _MANY, packed if is_bytes else BYTES)
+    has_four = enough > 4
+    four = _tile(form, 4, packed) if has_four else two
 
     @made_for(form.name, part=True)
     def multiply(rows, x, steps, w0, w1, panels, unpacked, acc):
-        r, apart = 0, rows >= enough
-        u0, u1 = (unpacked + INTEGERS, unpacked + UNPACKED + INTEGERS) if apart else (w0, w1)
-        if apart:
-            unpack_steps(w0, steps, u0)
-            if panels == 2:
-                unpack_steps(w1, steps, u1)
-        while (apart or is_bytes) and rows - r >= _MANY:
-            for n in range(0, panels, _PANELS):
-                w, factors, out = u0 if n == 0 else u1, unpacked + UNPACKED * n, acc + ACC_ROW * r + 64 * n
-                many(x + X_BLOCK * r, steps, w, u1, factors, out)
-            r += _MANY
-        while _PANELS == 1 and not is_bytes and rows - r >= 4:
+        r = 0
+        if rows >= enough:
+            u0, u1 = (w0, w1) if is_bytes else (unpacked + INTEGERS, unpacked + UNPACKED + INTEGERS)
+            if not is_bytes:
+                unpack_steps(w0, steps, u0)
+                if panels == 2:
+                    unpack_steps(w1, steps, u1)
+            while rows - r >= _MANY:
+                for n in range(0, panels, _PANELS):
+                    w, factors, out = u0 if n == 0 else u1, unpacked + UNPACKED * n, acc + ACC_ROW * r + 64 * n
+                    many(x + X_BLOCK * r, steps, w, u1, factors, out)
+                r += _MANY
+        while has_four and rows - r >= 4:
             for n in range(0, panels, _PANELS):
                 w, factors, out = w0 if n == 0 else w1, unpacked + UNPACKED * n, acc + ACC_ROW * r + 64 * n
                 four(x + X_BLOCK * r, steps, w, w1, factors, out)
@@ -247,7 +240,6 @@ def _product(form: Packing) -> Any:
     step_bytes, is_whole, has_minima = form.unit_bytes // chunks, form.is_whole, form.offset == 0
     unpack_steps, factors = _unpack(form), factors_of(form)
     multiply = _rows(form, unpack_steps)
-    enough = _unpack_from(form.bits)
 
     @made_for(name)
     def take_factors(w, steps, out):
@@ -264,8 +256,7 @@ def _product(form: Packing) -> Any:
             vstore(scratch + ACC_ROW * r, zero)
             vstore(scratch + ACC_ROW * r + 64, zero)
         unpacked = scratch + ROWS * ACC_ROW
-        # few rows read one stream of weights after the other; of many, activations are read once for both panels
-        together = panels if _PANELS == 2 or rows >= enough else 1
+        together = panels if _PANELS == 2 or rows >= _TOGETHER_FROM else 1
         for n in range(0, panels, together):
             first = w0 if n == 0 else w1
             for s in range(0, steps, 4):
