@@ -116,9 +116,10 @@ def test_extreme_integers_do_not_overflow(name):
             if region in FORMATS[name].regions:
                 r = FORMATS[name].regions[region]
                 panels[..., r.start : r.stop] = byte
-        x = np.full((3, depth), np.float32(sign))
-        wanted = reference(x, panels, name, depth)
-        assert np.abs(Product(name, panels)(x) - wanted).max() <= 2e-5 * np.abs(wanted).max()
+        for rows in (7, 35):  # few take integers out of the file's bits, many have them unpacked
+            x = np.full((rows, depth), np.float32(sign))
+            wanted = reference(x, panels, name, depth)
+            assert np.abs(Product(name, panels)(x) - wanted).max() <= 2e-5 * np.abs(wanted).max()
 
 
 @pytest.mark.parametrize("name", NAMES)
