@@ -106,7 +106,7 @@ def main(level: str, folder: Path, names: Sequence[str]) -> None:
 def compiled_for(level: str, *names: str) -> Path:
     """The folder that `main` has filled in a process of its own; without names, with all kernels."""
     folder = Path(tempfile.mkdtemp(prefix=f"outpace-{level}-"))
-    atexit.register(shutil.rmtree, folder)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     paths = os.pathsep.join(p for p in sys.path if p)
     numba = {"NUMBA_CPU_NAME": TARGETS[level].cpu, "NUMBA_CPU_FEATURES": TARGETS[level].features}
     env = os.environ | numba | {"PYTHONPATH": paths}
