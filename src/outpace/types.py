@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 Exactness = Literal["identical", "distribution", "approximate"]
+RANKS: tuple[Exactness, ...] = ("identical", "distribution", "approximate")  # the best first
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 #: of weights; "file": each matrix in the format that its file has it in
 Precision = Literal["file", "float32", "bfloat16", "int8", "int4"]

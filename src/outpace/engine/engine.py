@@ -22,8 +22,8 @@ from ..decoding.planners.fixed import Fixed
 from ..decoding.planners.planner import Planner
 from ..errors import CapacityError, MethodError, ParameterError
 from ..models.decoder import Decoder
-from ..types import DecodingStats, Exactness, RequestOptions, Result, SamplingParams
-from .exactness import RANKS, exactness
+from ..types import RANKS, DecodingStats, Exactness, RequestOptions, Result, SamplingParams
+from .exactness import exactness
 from .jobs import Job, Preempt, SchedulerLimits, Start
 from .load import size_of_cache
 from .memory import KVMemory

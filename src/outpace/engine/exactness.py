@@ -6,8 +6,6 @@ from ..decoding.contracts import Verifier
 from ..models.decoder import Decoder
 from ..types import Exactness, SamplingParams
 
-RANKS: tuple[Exactness, ...] = ("identical", "distribution", "approximate")  # the best first
-
 
 def exactness(
     decoder: Decoder, verifier: Verifier, params: SamplingParams, method: str, alone: bool

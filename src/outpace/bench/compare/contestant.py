@@ -17,13 +17,12 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from ...errors import OutpaceError
-from ...types import RequestOptions, Result, SamplingParams
+from ...types import RANKS, RequestOptions, Result, SamplingParams
 from ..peers.peer import Peer, PeerAnswer, PeerPrompt
 from .sets import Unit
 
 if TYPE_CHECKING:
-    from ...engine.exactness import RANKS
-from ...engine.llm import LLM
+    from ...engine.llm import LLM
 
 Clock = Callable[[], float]
 
