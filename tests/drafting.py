@@ -6,7 +6,6 @@ and answers from a table of that context alone, so a wrong page, offset, mask or
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
 from functools import lru_cache
 
 import numpy as np
@@ -21,7 +20,7 @@ from outpace.decoding.tree import check_draft, path_to
 from outpace.decoding.verify.coupled import CoupledVerifier
 from outpace.models.batch import ForwardBatch
 from outpace.models.config import ModelConfig
-from outpace.models.decoder import Decoder, DecoderOutput
+from outpace.models.decoder import NO_TAPS, Decoder, DecoderOutput, Taps
 from outpace.types import Draft, SamplingParams
 
 V = 13
@@ -88,7 +87,7 @@ class FakeDecoder(Decoder):
     def new_storage(self, num_pages: int) -> SlotStorage:
         return SlotStorage(num_pages)
 
-    def forward(self, batch: ForwardBatch, storage: KVStorage, hidden_layers: Seq[int] = ()) -> DecoderOutput:
+    def forward(self, batch: ForwardBatch, storage: KVStorage, taps: Taps = NO_TAPS) -> DecoderOutput:
         assert isinstance(storage, SlotStorage)
         self.forwards += 1
         self.rows += len(batch.tokens)
@@ -137,6 +136,7 @@ def plain(prompt: list[int], params: SamplingParams, n: int) -> list[int]:
 
 
 FREE = Market()
+NO_OUTPUTS = TargetOutputs.of(torch.empty(0, V))
 
 
 def propose(drafter: Drafter, sequences: list[Sequence], budgets: list[int], market: Market = FREE) -> list[Draft]:
@@ -151,7 +151,7 @@ def step(drafter: Drafter, sequences: list[Sequence], budgets: list[int]) -> tup
         outputs = outputs_of(sequence.tokens, draft)
         accepted = CoupledVerifier().verify(sequence, draft, outputs)
         sequence.tokens += accepted.tokens
-        drafter.observe(sequence, Observation(accepted.tokens, draft, accepted, outputs))
+        drafter.observe(sequence, Observation(accepted, draft, outputs))
         total += len(accepted.tokens)
     return total, drafts
 

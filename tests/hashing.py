@@ -20,7 +20,7 @@ from outpace.engine.options import EngineOptions
 from outpace.models.batch import ForwardBatch
 from outpace.models.checkpoint import TokenizerFiles
 from outpace.models.config import ModelConfig
-from outpace.models.decoder import Decoder, DecoderOutput
+from outpace.models.decoder import NO_TAPS, Decoder, DecoderOutput, Taps
 from outpace.models.tokenizer import Tokenizer
 from outpace.types import Draft
 
@@ -96,7 +96,7 @@ class HashDecoder(Decoder):
     def new_storage(self, num_pages: int) -> HashStorage:
         return HashStorage(num_pages)
 
-    def forward(self, batch: ForwardBatch, storage: KVStorage, hidden_layers: Sequence[int] = ()) -> DecoderOutput:
+    def forward(self, batch: ForwardBatch, storage: KVStorage, taps: Taps = NO_TAPS) -> DecoderOutput:
         assert isinstance(storage, HashStorage)
         self.forwards.append((len(batch.committed), len(batch.tokens)))
         rows: list[tuple[int, np.ndarray]] = []  # (row, slots that it sees)
@@ -164,8 +164,12 @@ class Scripted(Drafter):
 
     def observe(self, sequence: TokenSequence, seen: Observation) -> None:
         self.live[sequence.id] += len(seen.new_tokens)
-        assert sequence.tokens[-len(seen.new_tokens) :] == seen.new_tokens
-        assert (seen.outputs is None) == (self.live[sequence.id] == sequence.prompt_length + len(seen.new_tokens))
+        assert sequence.tokens[len(sequence.tokens) - len(seen.new_tokens) :] == seen.new_tokens
+        if seen.new_tokens:
+            first = self.live[sequence.id] == sequence.prompt_length + len(seen.new_tokens)
+            assert first == (seen.kind == "prefill")
+        else:
+            assert seen.kind == "prefill" and not len(seen.outputs)
 
     def end(self, sequence: TokenSequence) -> None:
         self.live.pop(sequence.id, None)

@@ -21,7 +21,7 @@ from outpace.cache.pages import PagedKVCache
 from outpace.models.batch import Span, pack
 from outpace.models.checkpoint import Checkpoint, TokenizerFiles
 from outpace.models.config import ModelConfig
-from outpace.models.decoder import Decoder
+from outpace.models.decoder import NO_TAPS, Decoder, Taps
 from outpace.ops.masks import CAUSAL, Mask
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma3")
@@ -131,7 +131,7 @@ class Rig:
     def step(
         self,
         *steps: tuple[int, Sequence[int] | NDArray[np.int64], Mask] | tuple[int, Sequence[int], Mask, int],
-        hidden_layers: Sequence[int] = (),
+        taps: Taps = NO_TAPS,
     ) -> list[NDArray[np.float32]]:
         """Run (sequence, tokens, mask[, first offset]) of each sequence in one step, reserving what is needed.
         Logits of every row, per sequence [n, V]. Nothing is committed. Hidden states are left in `self.hidden`.
@@ -143,7 +143,7 @@ class Rig:
             spans.append(Span(np.asarray(tokens, dtype=np.int64), self.cache.length(seq), mask, first))
             seqs.append(seq)
         batch = pack(spans, self.cache.page_tables(seqs))
-        out = self.decoder.forward(batch, self.cache.storage, hidden_layers)
+        self.output = out = self.decoder.forward(batch, self.cache.storage, taps)
         self.hidden = {
             layer: (h if isinstance(h, np.ndarray) else h.cpu().numpy()).copy() for layer, h in out.hidden.items()
         }

@@ -113,9 +113,9 @@ def test_rows_with_logits_are_few_in_a_step() -> None:
     shapes: list[int] = []
     forward = decoder.forward
 
-    def counting(batch, storage, hidden_layers=()):  # type: ignore[no-untyped-def]
+    def counting(batch, storage, taps):  # type: ignore[no-untyped-def]
         shapes.append(len(batch.logit_rows))
-        return forward(batch, storage, hidden_layers)
+        return forward(batch, storage, taps)
 
     decoder.forward = counting  # type: ignore[method-assign]
     prompts = [random_tokens(n, seed=n) % 39 for n in (200, 90, 60)]
@@ -187,8 +187,8 @@ def test_the_cpu_decoder_pools_and_scores_without_torch() -> None:
     given: dict[str, object] = {}
     forward = engine.decoder.forward
 
-    def keep(batch, storage, hidden_layers=()):  # type: ignore[no-untyped-def]
-        out = forward(batch, storage, hidden_layers)
+    def keep(batch, storage, taps):  # type: ignore[no-untyped-def]
+        out = forward(batch, storage, taps)
         given.update(rows=out.rows, hidden=out.hidden[engine.decoder.config.num_layers - 1])
         return out
 

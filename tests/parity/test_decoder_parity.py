@@ -12,6 +12,7 @@ from toy import ARCHITECTURES, Rig, hf_logits, random_tokens, toy_checkpoint
 
 from outpace.cache.pages import PagedKVCache
 from outpace.models.batch import Span, pack
+from outpace.models.decoder import Taps
 from outpace.ops.masks import CAUSAL, Bidirectional, Block, Tree
 
 TOLERANCE = 1e-4
@@ -212,7 +213,7 @@ def test_hidden_states(load, architecture):
     checkpoint, model = toy_checkpoint(architecture)
     rig = Rig(load(checkpoint))
     tokens = random_tokens(20, 17)
-    rig.step((rig.cache.new(), tokens, CAUSAL), hidden_layers=(0, 1))
+    rig.step((rig.cache.new(), tokens, CAUSAL), taps=Taps(hidden=(0, 1)))
     import torch
 
     theirs = model(torch.as_tensor(tokens)[None], output_hidden_states=True, use_cache=False).hidden_states

@@ -17,6 +17,7 @@ from toy import ARCHITECTURES, MemoryCheckpoint, Rig, hf_logits, random_tokens, 
 
 from outpace.cache.pages import PagedKVCache
 from outpace.models.batch import Span, pack
+from outpace.models.decoder import Taps
 from outpace.models.native import NativeDecoder
 from outpace.models.torch_decoder import TorchDecoder
 from outpace.ops.cpu import blocks, isa
@@ -128,7 +129,7 @@ def test_rows_without_logits_leave_the_others_and_the_cache_as_they_are(architec
         for seq, text in zip(seqs, texts, strict=True):
             cache.reserve(seq, len(text))
         spans = [Span(text, 0, logits=kind) for text, kind in zip(texts, kinds, strict=True)]
-        out = decoder.forward(pack(spans, cache.page_tables(seqs)), cache.storage, layers)
+        out = decoder.forward(pack(spans, cache.page_tables(seqs)), cache.storage, Taps(hidden=layers))
         expected = [whole[:-1][rows[kind]] for whole, kind in zip(wanted, kinds, strict=True)]
         assert (out.logits.numpy() == np.concatenate(expected)).all()
         assert all(len(hidden) == sum(map(len, texts)) for hidden in out.hidden.values())
@@ -235,7 +236,9 @@ def test_hidden_states_of_chosen_layers(architecture):
     for rig in rigs:
         seqs = [rig.cache.new() for _ in range(2)]
         rig.feed(seqs[0], tokens)
-        rows = rig.step((seqs[0], random_tokens(7, 9), Tree(PARENTS)), (seqs[1], other, CAUSAL), hidden_layers=(2, 0))
+        rows = rig.step(
+            (seqs[0], random_tokens(7, 9), Tree(PARENTS)), (seqs[1], other, CAUSAL), taps=Taps(hidden=(2, 0))
+        )
         hidden.append(rig.hidden)
         logits.append(np.concatenate(rows))
         assert set(rig.hidden) == {0, 2} and rig.hidden[0].shape[0] == 16

@@ -17,6 +17,7 @@ from live import Live
 from outpace import LLM
 from outpace.cache.pages import PagedKVCache
 from outpace.models.batch import Span, pack
+from outpace.models.decoder import Taps
 from outpace.server.keys import Keys
 
 MODEL = "smollm2-135m"
@@ -47,7 +48,7 @@ def plain_read(llm: LLM, ids: list[int]) -> tuple[torch.Tensor, np.ndarray]:
     seq = cache.new()
     cache.reserve(seq, len(ids))
     last = llm.config.num_layers - 1
-    out = llm.decoder.forward(pack([Span(ids, 0)], cache.page_tables([seq])), cache.storage, (last,))
+    out = llm.decoder.forward(pack([Span(ids, 0)], cache.page_tables([seq])), cache.storage, Taps(hidden=(last,)))
     return torch.log_softmax(out.logits.double(), dim=1), llm.decoder.final_norm(out.hidden[last])
 
 

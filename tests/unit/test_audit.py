@@ -14,7 +14,7 @@ from outpace.bench.audit import AuditConfig, AuditSection, audit, first_differen
 from outpace.bench.workloads import Prompt
 from outpace.engine.load import LoadedModel
 from outpace.models.batch import ForwardBatch
-from outpace.models.decoder import DecoderOutput
+from outpace.models.decoder import NO_TAPS, DecoderOutput, Taps
 from outpace.models.tokenizer import Tokenizer
 from outpace.registry import methods as registered
 
@@ -24,8 +24,8 @@ PROMPTS = [Prompt(f"p{i}", "chat", (text,)) for i, text in enumerate(["abcabcabc
 class Leaky(HashDecoder):
     """Rows that share a step change each other's logits, as rounding may do."""
 
-    def forward(self, batch: ForwardBatch, storage: object, hidden_layers: Sequence[int] = ()) -> DecoderOutput:
-        out = super().forward(batch, storage, hidden_layers)  # type: ignore[arg-type]
+    def forward(self, batch: ForwardBatch, storage: object, taps: Taps = NO_TAPS) -> DecoderOutput:
+        out = super().forward(batch, storage, taps)  # type: ignore[arg-type]
         decoding = batch.committed.min() > 0
         if decoding and len(batch.tokens) > 1:
             out.logits[:, ::2] += 2.0

@@ -260,8 +260,8 @@ def test_output_that_depends_on_more_than_the_seed_is_found(monkeypatch: pytest.
 
 def test_a_ragged_batch_that_leaks_is_found() -> None:
     class Mixed(HashDecoder):
-        def forward(self, batch, storage, hidden_layers=()):  # type: ignore[no-untyped-def]
-            out = super().forward(batch, storage, hidden_layers)
+        def forward(self, batch, storage, taps):  # type: ignore[no-untyped-def]
+            out = super().forward(batch, storage, taps)
             if len(batch.committed) > 2:
                 out.logits[:, ::2] += 2.0
             return out

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from drafting import PARAMS, FakeDecoder, V, outputs_of, plain, propose, step
+from drafting import NO_OUTPUTS, PARAMS, FakeDecoder, V, outputs_of, plain, propose, step
 from hashing import HashDecoder
 from toy import toy_checkpoint
 
@@ -22,7 +22,7 @@ from outpace.engine.load import LoadedModel
 from outpace.errors import DownloadError, MethodError, ParameterError
 from outpace.models.native import NativeDecoder
 from outpace.models.tokenizer import Tokenizer
-from outpace.types import SamplingParams
+from outpace.types import Accepted, SamplingParams
 
 
 def branch(decoder: FakeDecoder, pages: int = 64, **options: float) -> BranchDraft:
@@ -124,7 +124,7 @@ def test_a_hedge_is_taken_after_a_rejection() -> None:
         assert hedge is not None
         new = tree.path(hedge)
         sequence.tokens += new
-        drafter.observe(sequence, Observation(new, draft, None, None))
+        drafter.observe(sequence, Observation(Accepted([], new), draft, NO_OUTPUTS, "prefill"))
         ready = drafter._trees[0]
         hits += 1
         assert ready.root == len(sequence.tokens)
@@ -194,7 +194,7 @@ def test_what_fails_in_the_background_is_raised_by_the_next_propose() -> None:
     outputs = outputs_of(sequence.tokens, draft)
     accepted = CoupledVerifier().verify(sequence, draft, outputs)
     sequence.tokens += accepted.tokens
-    drafter.observe(sequence, Observation(accepted.tokens, draft, accepted, outputs))
+    drafter.observe(sequence, Observation(accepted, draft, outputs))
     decoder.fail = False
     with pytest.raises(RuntimeError, match="draft model broke"):
         propose(drafter, [sequence], [4])

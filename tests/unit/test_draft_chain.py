@@ -76,7 +76,7 @@ def test_rejection_sampling_with_a_model_draft_follows_the_target() -> None:
             accepted = RejectionVerifier().verify(sequence, draft, outputs)
             agreed += not sequence.output and len(accepted.path) > 0
             sequence.tokens += accepted.tokens
-            drafter.observe(sequence, Observation(accepted.tokens, draft, accepted, outputs))
+            drafter.observe(sequence, Observation(accepted, draft, outputs))
         counts[sequence.output[0], sequence.output[1]] += 1
         drafter.end(sequence)
     first = distribution(logits_of([1, 2]), params)

@@ -43,7 +43,7 @@ def verify(drafter: Grown, sequences: list[Sequence], budget: int, wrong: bool =
         outputs = outputs_of(sequence.tokens, draft)
         seen = RejectionVerifier().verify(sequence, replace(draft, replacement=True) if wrong else draft, outputs)
         sequence.tokens += seen.tokens
-        drafter.observe(sequence, Observation(seen.tokens, draft, seen, outputs))
+        drafter.observe(sequence, Observation(seen, draft, outputs))
         accepted.append(len(seen.path))
     return accepted
 

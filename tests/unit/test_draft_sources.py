@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
-
 import numpy as np
 import pytest
 import torch
@@ -22,7 +20,7 @@ from outpace.decoding.drafters.trimmed import TokenCounts
 from outpace.decoding.methods import make_drafter
 from outpace.errors import ParameterError
 from outpace.models.batch import ForwardBatch
-from outpace.models.decoder import DecoderOutput
+from outpace.models.decoder import NO_TAPS, DecoderOutput, Taps
 from outpace.types import SamplingParams
 
 
@@ -33,7 +31,7 @@ class TrimmedFake(FakeDecoder):
         super().__init__(whole.salt)
         self.whole, self.ids = whole, ids
 
-    def forward(self, batch: ForwardBatch, storage: KVStorage, hidden_layers: Seq[int] = ()) -> DecoderOutput:
+    def forward(self, batch: ForwardBatch, storage: KVStorage, taps: Taps = NO_TAPS) -> DecoderOutput:
         out = self.whole.forward(batch, storage)
         logits = torch.full_like(out.logits, float("-inf"))
         logits[:, self.ids] = out.logits[:, self.ids]

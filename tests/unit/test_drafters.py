@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from drafting import propose
+from drafting import NO_OUTPUTS, propose
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,7 +32,7 @@ from outpace.decoding.tree import check_draft
 from outpace.decoding.verify.coupled import CoupledVerifier
 from outpace.errors import MethodError, ParameterError
 from outpace.registry import methods
-from outpace.types import NO_PARENT, Draft, SamplingParams
+from outpace.types import NO_PARENT, Accepted, Draft, SamplingParams
 
 CODE = """
 def area(shape):
@@ -90,7 +90,10 @@ def decode(
     verifier, sequence = CoupledVerifier(), Sequence(id, text[:prompt_length], prompt_length, SamplingParams())
     drafter.begin(sequence)
     sequence.tokens.append(text[prompt_length])
-    drafter.observe(sequence, Observation(text[prompt_length : prompt_length + 1], Draft.empty(), None, None))
+    drafter.observe(
+        sequence,
+        Observation(Accepted([], text[prompt_length : prompt_length + 1]), Draft.empty(), NO_OUTPUTS, "prefill"),
+    )
     steps = 0
     while len(sequence.tokens) < len(text):
         [draft] = propose(drafter, [sequence], [budget])
@@ -99,7 +102,7 @@ def decode(
         accepted = verifier.verify(sequence, draft, outputs)
         new = accepted.tokens[: len(text) - len(sequence.tokens)]
         sequence.tokens += new
-        drafter.observe(sequence, Observation(new, draft, accepted, outputs))
+        drafter.observe(sequence, Observation(Accepted(accepted.path, new), draft, outputs))
         steps += 1
     if end:
         drafter.end(sequence)
@@ -197,7 +200,7 @@ def test_a_drafter_may_be_skipped(name: str) -> None:
         new = accepted.tokens[: len(TEXT) - len(sequence.tokens)]
         sequence.tokens += new
         if awake and not unheard:
-            drafter.observe(sequence, Observation(new, draft, accepted, outputs))
+            drafter.observe(sequence, Observation(Accepted(accepted.path, new), draft, outputs))
     assert sequence.tokens == TEXT and calls > 10
     drafter.end(sequence)
 
@@ -317,7 +320,7 @@ def test_merged_learns_whom_to_believe() -> None:
         propose(merged, [sequence], [3])
         truth = np.array([2, 2, 2, 0])
         sequence.tokens += truth.tolist()
-        merged.observe(sequence, Observation(truth, Draft.empty(), None, None))
+        merged.observe(sequence, Observation(Accepted([], truth), Draft.empty(), NO_OUTPUTS, "prefill"))
     [draft] = propose(merged, [sequence], [3])
     assert draft.tokens.tolist() == [2, 2, 2]
     assert draft.scores is not None and draft.scores[0] > 0.8

@@ -10,7 +10,7 @@ from drafting import propose
 from outpace.decoding.contracts import Observation, Sequence
 from outpace.decoding.drafters.aded import Aded, Search, Trigrams
 from outpace.decoding.outputs import TargetOutputs
-from outpace.types import Draft, SamplingParams
+from outpace.types import Accepted, Draft, SamplingParams
 
 
 def test_trigrams_move_towards_the_latest_answers() -> None:
@@ -61,7 +61,7 @@ def test_aded_learns_the_target_s_distribution_in_rejected_rows_too() -> None:
     logits[1, [7, 8]] = [9, 8]  # after 2 3, rejected
     logits[2, [1, 0]] = [9, 8]  # after 2 4, rejected
     sequence.tokens.append(5)
-    drafter.observe(sequence, Observation([5], draft, None, TargetOutputs.of(torch.from_numpy(logits))))
+    drafter.observe(sequence, Observation(Accepted([], [5]), draft, TargetOutputs.of(torch.from_numpy(logits))))
     model = drafter._models[None]
     likely, less = 1 / (1 + np.exp(-1)), 1 / (1 + np.e)
     for pair, ids in (((1, 2), (5, 6)), ((2, 3), (7, 8)), ((2, 4), (1, 0))):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from drafting import propose
+from drafting import NO_OUTPUTS, propose
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,7 +15,7 @@ from outpace.decoding.drafters.ngram import Ngram
 from outpace.decoding.drafters.suffix import Suffix
 from outpace.decoding.tree import ancestors
 from outpace.errors import ParameterError
-from outpace.types import NO_PARENT, Draft, SamplingParams
+from outpace.types import NO_PARENT, Accepted, Draft, SamplingParams
 
 BEFORE = '''
 def sync_folders(source, target, dry_run=False):
@@ -71,7 +71,7 @@ def tau(drafter: Aggressive | Suffix | Ngram, prompt: list[int], output: list[in
         )  # fmt: skip
         new = ahead[: right + 1]
         sequence.tokens += new
-        drafter.observe(sequence, Observation(list(new), draft, None, None))
+        drafter.observe(sequence, Observation(Accepted([], list(new)), draft, NO_OUTPUTS, "prefill"))
         steps += 1
     drafter.end(sequence)
     assert not drafter._states
@@ -168,6 +168,6 @@ def test_an_empty_draft_is_judged_as_nothing() -> None:
     sequence = Sequence(0, [1, 2], 2, SamplingParams())
     drafter.begin(sequence)
     sequence.tokens.append(3)
-    drafter.observe(sequence, Observation([3], Draft.empty(), None, None))
+    drafter.observe(sequence, Observation(Accepted([], [3]), Draft.empty(), NO_OUTPUTS, "prefill"))
     [draft] = propose(drafter, [sequence], [0])
     assert len(draft) == 0 and NO_PARENT not in draft.tokens

@@ -54,7 +54,7 @@ def commit(drafter: Drafter, sequence: Sequence, target: Target, draft: Draft) -
     outputs = TargetOutputs.of(torch.from_numpy(np.stack([target(sequence.tokens + path) for path in paths])))
     accepted = CoupledVerifier().verify(sequence, draft, outputs)
     sequence.tokens += accepted.tokens
-    drafter.observe(sequence, Observation(accepted.tokens, draft, accepted, outputs))
+    drafter.observe(sequence, Observation(accepted, draft, outputs))
 
 
 def begin(drafter: Drafter, prompt: list[int], **params: float) -> Sequence:
@@ -272,7 +272,7 @@ def test_the_best_way_through_jacobi_s_lattice_is_its_next_guess() -> None:
         assert draft.parents[:4].tolist() == [NO_PARENT, 0, 1, 2]
         commit(drafter, sequence, by_last_two, draft)
         assert all(g.lattice is not None and len(g.lattice[0]) == 3 for g in inner.guesses)
-    assert drafter.expects_topk == 3
+    assert drafter.taps.topk == 3
 
 
 def test_rescored_settles_what_depends_on_the_position_alone() -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from drafting import PARAMS, FakeDecoder, V, plain, propose, step
+from drafting import NO_OUTPUTS, PARAMS, FakeDecoder, V, plain, propose, step
 from hashing import HashDecoder, engine_options
 
 from outpace.decoding.contracts import DrafterContext, Market, Observation, Sequence
@@ -28,7 +28,7 @@ from outpace.engine.engine import Engine, new_cache
 from outpace.errors import MethodError, ParameterError
 from outpace.models.batch import PAGE_SIZE, ForwardBatch
 from outpace.models.decoder import Decoder
-from outpace.types import Draft, Result, SamplingParams
+from outpace.types import Accepted, Draft, Result, SamplingParams
 
 SHAPES: dict[str, Callable[[Source], Grown]] = {
     "draft": DraftChain,
@@ -169,7 +169,9 @@ def test_a_foreseen_last_token_is_read_again() -> None:
     drafter.begin(sequence)
     [draft] = propose(drafter, [sequence], [6])
     sequence.tokens += draft.tokens[:3].tolist()
-    drafter.observe(sequence, Observation(draft.tokens[:3].tolist(), Draft.empty(), None, None))
+    drafter.observe(
+        sequence, Observation(Accepted([], draft.tokens[:3].tolist()), Draft.empty(), NO_OUTPUTS, "prefill")
+    )
     step(drafter, [sequence], [6])
     assert sequence.tokens == plain([1, 2], SamplingParams(), len(sequence.output))
     assert len(sequence.output) == 3 + 7
@@ -181,7 +183,7 @@ def test_a_stop_inside_the_draft_keeps_only_what_was_committed() -> None:
     drafter.begin(sequence)
     [draft] = propose(drafter, [sequence], [6])
     sequence.tokens += draft.tokens[:2].tolist()
-    drafter.observe(sequence, Observation(draft.tokens[:2].tolist(), draft, None, None))
+    drafter.observe(sequence, Observation(Accepted([], draft.tokens[:2].tolist()), draft, NO_OUTPUTS, "prefill"))
     assert source_of(drafter).cache.length(source_of(drafter)._kv[0]) == 4
     source_of(drafter).cache.check_integrity()
 

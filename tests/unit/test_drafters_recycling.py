@@ -13,7 +13,7 @@ from outpace.decoding.outputs import TargetOutputs
 from outpace.decoding.tree import check_draft
 from outpace.decoding.verify.coupled import CoupledVerifier
 from outpace.errors import ParameterError
-from outpace.types import NO_PARENT, Draft, SamplingParams
+from outpace.types import NO_PARENT, Accepted, Draft, SamplingParams
 
 
 def test_recycling_remembers_rejected_rows_too() -> None:
@@ -26,7 +26,7 @@ def test_recycling_remembers_rejected_rows_too() -> None:
     logits[1, [7, 8]] = [9, 8]  # after 3, rejected
     logits[2, [1, 0]] = [9, 8]  # after 4, rejected
     sequence.tokens.append(5)
-    drafter.observe(sequence, Observation([5], draft, None, TargetOutputs.of(torch.from_numpy(logits))))
+    drafter.observe(sequence, Observation(Accepted([], [5]), draft, TargetOutputs.of(torch.from_numpy(logits))))
     matrix = drafter._matrices[None]
     assert matrix.ids[[2, 3, 4]].tolist() == [[5, 6], [7, 8], [1, 0]]
     sequence.tokens.append(3)
@@ -44,7 +44,7 @@ def test_recycling_keeps_the_accepted_row_of_equal_tokens() -> None:
     accepted = CoupledVerifier().verify(sequence, draft, outputs)
     assert accepted.path == [0]
     sequence.tokens += accepted.tokens
-    drafter.observe(sequence, Observation(accepted.tokens, draft, accepted, outputs))
+    drafter.observe(sequence, Observation(accepted, draft, outputs))
     assert drafter._matrices[None].ids[3, 0] == 5
 
 
@@ -68,7 +68,7 @@ def test_recycling_tells_pairs_apart() -> None:
     for before, answer in ((2, 5), (3, 6)):
         sequence.tokens += [before, 1, answer]
         outputs = TargetOutputs.of(torch.from_numpy(np.eye(10, dtype=np.float32)[[answer]]))
-        drafter.observe(sequence, Observation([answer], Draft.empty(), None, outputs))
+        drafter.observe(sequence, Observation(Accepted([], [answer]), Draft.empty(), outputs))
     for before, expected in ((2, 5), (3, 6), (9, 6)):
         sequence.tokens += [before, 1]
         assert propose(drafter, [sequence], [1])[0].tokens.tolist() == [expected]

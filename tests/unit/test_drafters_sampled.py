@@ -65,7 +65,7 @@ def run(
         kept = verifier.verify(sequence, draft, outputs)
         sequence.tokens += kept.tokens
         accepted += len(kept.path)
-        drafter.observe(sequence, Observation(kept.tokens, draft, kept, outputs))
+        drafter.observe(sequence, Observation(kept, draft, outputs))
     drafter.end(sequence)
     return sequence.output, accepted
 

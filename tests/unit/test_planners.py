@@ -26,7 +26,7 @@ from outpace.decoding.sampling import certainty, distribution
 from outpace.decoding.tree import expected_accepted, keep_best, reaches
 from outpace.errors import MethodError
 from outpace.registry import methods
-from outpace.types import NO_PARENT, Draft, SamplingParams
+from outpace.types import NO_PARENT, Accepted, Draft, SamplingParams
 
 
 def table(seconds: list[float]) -> StepCosts:
@@ -282,7 +282,7 @@ def test_merged_records_the_certainty_of_the_first_row() -> None:
     market, merged.benefits[0].forward_s = Market(rate=20.0), 0.01
     propose(merged, [sequence], [0], market)
     outputs = TargetOutputs.of(torch.tensor([[0.0, 0.0, 0.0, 0.0]]))
-    merged.observe(sequence, Observation([1], Draft.empty(), None, None, first=outputs))
+    merged.observe(sequence, Observation(Accepted([], [1]), Draft.empty(), outputs, "prefill"))
     sequence.tokens.append(1)
     merged.benefits[0]._bins[0].trials = 9
     assert merged.benefits[0]._records[0].certainty == pytest.approx(0.25)
@@ -311,7 +311,7 @@ def test_a_skipped_drafter_is_neither_called_nor_shown_anything() -> None:
     for _ in range(3):
         merged.benefits[0].record_step(0, 0.0, 0, seconds=5.0)
     assert len(propose(merged, [sequence], [9], market)[0]) == 0
-    assert merged.expects_topk == 0
+    assert merged.taps.topk == 0
     sequence.tokens += [3, 1]
     for _ in range(9):
         merged.benefits[0].record_step(0, 0.0, 500, seconds=5.0)

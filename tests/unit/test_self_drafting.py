@@ -32,6 +32,7 @@ from outpace.decoding.verify.rejection import RejectionVerifier
 from outpace.engine.engine import Engine, new_cache
 from outpace.errors import MethodError, ParameterError
 from outpace.models.batch import Span, pack
+from outpace.models.decoder import Taps
 from outpace.models.native import NativeDecoder
 from outpace.models.torch_decoder import TorchDecoder
 from outpace.models.views import keep_pages
@@ -221,13 +222,13 @@ def test_retrieval_finds_the_page_that_the_query_asks_for() -> None:
     seq = cache.new()
     cache.reserve(seq, len(tokens))
     batch = pack([Span(tokens, 0)], cache.page_tables([seq]))
-    decoder.forward(batch, cache.storage)
+    last = decoder.config.num_layers - 1
+    queries = decoder.forward(batch, cache.storage, Taps(queries=(last,))).queries[last][-1]
     cache.commit(seq, range(len(tokens)))
     sequence = Sequence(0, [*tokens.tolist(), 7], 3, GREEDY, kv=seq)
-    drafter.retrieval.choose(sequence, len(tokens) - 1)
+    drafter.retrieval.choose(sequence, queries)
     pages = drafter.retrieval.pages(sequence, 9)
     storage: Any = cache.storage
-    queries = decoder.last_queries(len(tokens) - 1)
     keys = storage.keys[-1, cache.page_table(seq)[:9], :, :, :, 0]  # [9, Hkv, C, 16]
     shares = []
     for head, query in enumerate(queries):

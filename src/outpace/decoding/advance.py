@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..models.batch import Span
+from ..models.decoder import NO_TAPS, Taps
 from ..types import Accepted, Draft, Exactness, FloatArray, SamplingParams
 from .contracts import Sequence
 from .outputs import TargetOutputs
@@ -70,9 +71,9 @@ class Advance(ABC):
         """Of what it writes."""
 
     @property
-    def expects_topk(self) -> int:
-        """The largest k for which `observe` reads `topk` from the outputs, every time; 0 if it does not."""
-        return 0
+    def taps(self) -> Taps:
+        """What it reads from the outputs, every time, beside logits."""
+        return NO_TAPS
 
     def check(self, params: SamplingParams) -> None:  # noqa: B027
         """Raises ParameterError for what it cannot follow."""
@@ -105,8 +106,8 @@ class Advance(ABC):
         """What the answers to `work` mean, or to the last row of its text. Nothing is decided yet: see `observe`."""
 
     def observe(self, sequence: Sequence, work: Work, kept: Accepted, outputs: TargetOutputs) -> None:  # noqa: B027
-        """`kept` was committed and is in `sequence.tokens`: what `judge` gave, or the beginning of it. Not called for
-        sequences that failed."""
+        """`kept` was committed and is in `sequence.tokens`: what `judge` gave, or the beginning of it; nothing after a
+        chunk of its text that goes on. Not called for sequences that failed."""
 
     def account(self, step: Seq[tuple[Sequence, Work, Outcome]], others: int, seconds: float) -> None:  # noqa: B027
         """The step of its last `spans` took so long after them; it had `others` rows of other sequences in it."""

@@ -14,12 +14,12 @@ from collections.abc import Callable, Hashable
 from collections.abc import Sequence as Seq
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from ..cache.pages import PagedKVCache
-from ..models.decoder import Decoder
+from ..models.decoder import NO_TAPS, Decoder, Taps
 from ..models.tokenizer import Tokenizer
 from ..types import Accepted, DecodingStats, Draft, Exactness, IntArray, Precision, SamplingParams
 from .grammar import Matcher
@@ -81,13 +81,22 @@ class Sequence:
 
 @dataclass(slots=True, eq=False)
 class Observation:
-    """What a step revealed of one sequence. `outputs` is None after prefill (only the prompt was read)."""
+    """What a step revealed of one sequence.
 
-    new_tokens: list[int]  # committed by this step, already appended to sequence.tokens
+    accepted  what was committed; its tokens are in sequence.tokens already
+    outputs   valid during `observe` only; what is tapped is there for every row of a chunk
+    kind      "step": of its last token and a draft; "prefill": of a chunk of its text. The last one gives a token, the
+              others none, and no logits
+    """
+
+    accepted: Accepted
     draft: Draft
-    accepted: Accepted | None
-    outputs: TargetOutputs | None  # valid during `observe` only
-    first: TargetOutputs | None = None  # after prefill: the row that gave the first token; as valid
+    outputs: TargetOutputs
+    kind: Literal["prefill", "step"] = "step"
+
+    @property
+    def new_tokens(self) -> list[int]:
+        return self.accepted.tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,9 +146,9 @@ class Drafter(ABC):
     paper: ClassVar[str]
 
     @property
-    def expects_topk(self) -> int:
-        """The largest k for which `observe` reads `topk` from the outputs, every time; 0 if it does not."""
-        return 0
+    def taps(self) -> Taps:
+        """What `observe` reads from the outputs, every time, beside logits."""
+        return NO_TAPS
 
     @classmethod
     def create(cls, context: DrafterContext, **options: Any) -> Drafter:
@@ -161,8 +170,8 @@ class Drafter(ABC):
         """
 
     def observe(self, sequence: Sequence, seen: Observation) -> None:  # noqa: B027
-        """A step was committed. Not called for steps in which `propose` was not called: what it missed is in
-        `sequence.tokens`."""
+        """A step was committed, or a chunk of the text read. Not called for steps in which `propose` was not called:
+        what it missed is in `sequence.tokens`."""
 
     def explain(self) -> list[str]:
         """What it did and why, in lines for a person."""

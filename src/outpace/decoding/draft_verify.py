@@ -11,6 +11,7 @@ from collections.abc import Sequence as Seq
 from time import perf_counter
 
 from ..models.batch import Tree
+from ..models.decoder import Taps
 from ..types import Accepted, Draft, Exactness
 from .advance import Advance, Outcome, Work
 from .contracts import Drafter, Observation, Sequence, Verifier
@@ -35,8 +36,8 @@ class DraftVerify(Advance):
         return self.verifier.exactness
 
     @property
-    def expects_topk(self) -> int:
-        return self.drafter.expects_topk
+    def taps(self) -> Taps:
+        return self.drafter.taps
 
     def begin(self, sequence: Sequence) -> None:
         self.drafter.begin(sequence)
@@ -71,10 +72,8 @@ class DraftVerify(Advance):
         return Outcome(self.verifier.verify(sequence, NO_DRAFT if work.draft is None else work.draft, outputs))
 
     def observe(self, sequence: Sequence, work: Work, kept: Accepted, outputs: TargetOutputs) -> None:
-        if work.draft is None:
-            seen = Observation(kept.tokens, NO_DRAFT, kept, None, first=outputs)
-        else:
-            seen = Observation(kept.tokens, work.draft, kept, outputs)
+        draft = work.draft
+        seen = Observation(kept, NO_DRAFT, outputs, "prefill") if draft is None else Observation(kept, draft, outputs)
         self.drafter.observe(sequence, seen)
 
     def account(self, step: Seq[tuple[Sequence, Work, Outcome]], others: int, seconds: float) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from ..models.decoder import DecoderOutput
 from ..ops.select import row_argmax, row_topk
 from ..types import Logits
 
@@ -16,15 +17,15 @@ _ALL = slice(None)
 
 class StepOutputs:
     """Logits f32[R, V] of a whole packed step; argmax is computed for all rows at the first request, top-k too if it is
-    expected, else for the rows requested.
+    expected, else for the rows requested. Beside them what was tapped.
 
     `expect_topk`: the k that a drafter will request afterwards, for most rows (0: none); then one scan of the logits
     serves both. `threads`: that look for them.
     """
 
-    def __init__(self, logits: Logits, expect_topk: int = 0, threads: int = 1) -> None:
-        self.logits, self._threads = logits, threads
-        self._expected = min(expect_topk, logits.shape[1])
+    def __init__(self, output: DecoderOutput, expect_topk: int = 0, threads: int = 1) -> None:
+        self.output, self.logits, self._threads = output, output.rows, threads
+        self._expected = min(expect_topk, output.rows.shape[1])
         self._argmax: NDArray[np.int64] | None = None
         self.found: list[int] = []  # the argmax of each row, once somebody asked
         self.drawn: dict[int, int] = {}  # tokens that were drawn from rows already
@@ -53,17 +54,18 @@ class StepOutputs:
 
 
 class TargetOutputs:
-    """The rows `start:stop` of a step: one sequence's."""
+    """One sequence's part of a step: the logits `start:stop`, and `rows` of what was tapped. A chunk of a prompt has
+    more rows than logits."""
 
-    __slots__ = ("_start", "_step", "_stop")
+    __slots__ = ("_rows", "_start", "_step", "_stop")
 
-    def __init__(self, step: StepOutputs, start: int, stop: int) -> None:
-        self._step, self._start, self._stop = step, start, stop
+    def __init__(self, step: StepOutputs, start: int, stop: int, rows: slice) -> None:
+        self._step, self._start, self._stop, self._rows = step, start, stop, rows
 
     @classmethod
     def of(cls, logits: Logits) -> TargetOutputs:
         """Outputs of a step of one sequence."""
-        return cls(StepOutputs(logits), 0, len(logits))
+        return cls(StepOutputs(DecoderOutput(logits)), 0, len(logits), _ALL)
 
     def __len__(self) -> int:
         return self._stop - self._start
@@ -71,6 +73,14 @@ class TargetOutputs:
     def logits(self, row: int) -> Logits:
         """Raw logits f32[V] of one row; a view, not to be written to."""
         return self._step.logits[self._start + row]
+
+    def hidden(self, layer: int) -> Logits:
+        """The residual stream after a layer, f32[n, D]; see Taps."""
+        return self._step.output.hidden[layer][self._rows]
+
+    def queries(self, layer: int) -> Logits:
+        """The queries of a layer, f32[n, Hq, C]; see Taps."""
+        return self._step.output.queries[layer][self._rows]
 
     def argmax(self) -> NDArray[np.int64]:
         return self._step.argmax()[self._start : self._stop]

@@ -286,7 +286,7 @@ class Engine:
         if plan.empty:
             return events
         began = perf_counter()
-        judged = self._runner.forward(decoding, chunks, plan)
+        parts = self._runner.forward(decoding, chunks, plan)
         if decoding and chunks:
             self.scheduler.took(self._runner.rows, perf_counter() - began)
         self.steps += 1
@@ -295,7 +295,7 @@ class Engine:
             self.scheduler.prefilled(request.id, rows)
             if self.prefixes is not None and request.decoding and request.fresh and request.shares:
                 self.prefixes.insert(request.sequence.owner, request.sequence.tokens[: request.to_read], request.kv)
-        return [*events, *filter(None, map(self._advance, judged))]
+        return [*events, *filter(None, map(self._advance, parts))]
 
     def _start(self, start: Start) -> None:
         request = self._requests[start.id]
@@ -364,6 +364,9 @@ class Engine:
 
     def _commit(self, part: Part) -> StepEvent | None:
         request, draft, accepted = part.request, part.work.draft, part.outcome.accepted
+        if not part.judged:  # a chunk of a text that goes on
+            self._runner.commit(part, accepted)
+            return None
         kept_count, text = request.keep(accepted.tokens)
         kept = accepted if kept_count == len(accepted.tokens) else truncate(accepted, kept_count)
         if part.outcome.finished and request.finish is None:

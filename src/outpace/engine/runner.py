@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import or_
 from time import perf_counter
 
 from ..cache.pages import PagedKVCache
@@ -22,8 +24,8 @@ from ..decoding.outputs import StepOutputs, TargetOutputs
 from ..decoding.planners.planner import StepBudget
 from ..errors import OutpaceError
 from ..models.batch import pack
-from ..models.decoder import Decoder
-from ..types import Accepted, Logits
+from ..models.decoder import Decoder, Taps
+from ..types import Accepted
 from .jobs import StepPlan
 from .request import Request
 
@@ -34,8 +36,8 @@ NOTHING = Outcome(Accepted([], []))
 class Part:
     """What one sequence has of a step. `reads`: its rows are a chunk of its text. `judged`: unless that goes on.
 
-    `outputs` are of the rows that are judged, and valid until the next forward. `error`: what went wrong when they were
-    judged (a grammar that outgrew its limits, say); nothing is accepted then.
+    `outputs` are valid until the next forward. `error`: what went wrong when they were judged (a grammar that outgrew
+    its limits, say); nothing is accepted then.
     """
 
     request: Request
@@ -65,7 +67,7 @@ class Runner:
 
     def forward(self, decoding: list[Request], chunks: list[tuple[Request, int]], plan: StepPlan) -> list[Part]:
         """One step, with the drafts that `plan` allows. `chunks` are texts to read on, each with its number of rows;
-        they are committed here. Returns the parts that were judged, which are left for `commit`.
+        they are committed here. What its rows gave is left for `commit`.
         """
         began = perf_counter()
         groups = _spans(decoding, plan)
@@ -73,11 +75,9 @@ class Runner:
         spanned = perf_counter()
         parts += [_chunk(request, n) for request, n in chunks]
         try:
-            expected = max((advance.expects_topk for advance in groups), default=0)
-            self._run(parts, expected)
+            self._run(parts, drafted=bool(groups))
             forwarded = perf_counter()
-            judged = [part for part in parts if part.judged]
-            self._judge(judged)
+            self._judge([part for part in parts if part.judged])
         except BaseException:
             self.abandon([part.request for part in parts])
             raise
@@ -91,7 +91,7 @@ class Runner:
             rows = sum([len(part.work.tokens) for part in group])
             step = [(part.request.sequence, part.work, part.outcome) for part in group]
             advance.account(step, self.rows - rows, perf_counter() - spanned)
-        return judged
+        return parts
 
     def commit(self, part: Part, kept: Accepted) -> None:
         """Keep the rows of the accepted path and append its tokens; without tokens the rows stay open."""
@@ -113,8 +113,8 @@ class Runner:
             if request.cached:
                 self.cache.rollback(request.kv)
 
-    def _run(self, parts: list[Part], expect_topk: int) -> None:
-        """Reserve, pack and run; gives each part that is judged its outputs."""
+    def _run(self, parts: list[Part], drafted: bool) -> None:
+        """Reserve, pack and run; gives each part its outputs. `drafted`: there are others than chunks."""
         cache, works = self.cache, [part.work for part in parts]
         for part in parts:
             cache.reserve(part.request.kv, len(part.work.tokens))
@@ -127,19 +127,25 @@ class Runner:
             for work, row in zip(works, batch.row_start.tolist(), strict=False):
                 if work.embeddings is not None:
                     batch.embeddings[row : row + len(work.tokens)] = work.embeddings
-        reading = [part.request.reading for part in parts if part.reads and part.request.reading is not None]
         last = self.decoder.config.num_layers - 1
-        pooled = any(each.wants_hidden for each in reading)
-        out = self.decoder.forward(batch, cache.storage, (last,) if pooled else ())
-        step = StepOutputs(out.rows, expect_topk, self.threads)
+        taps = reduce(or_, [advance.taps for advance in {part.request.advance for part in parts}])
+        if any(
+            [part.reads and part.request.reading is not None and part.request.reading.wants_hidden for part in parts]
+        ):
+            taps |= Taps(hidden=(last,))
+        out = self.decoder.forward(batch, cache.storage, taps)
+        step = StepOutputs(out, taps.topk if drafted else 0, self.threads)
         row = logit = 0
         for part in parts:
-            rows, end = len(part.work.tokens), logit + _logit_rows(part.work)
-            if part.judged:
-                part.outputs = TargetOutputs(step, end - 1 if part.reads else logit, end)
-            if reading and part.reads:
-                _gather(part.request, out.rows[logit:end], out.hidden[last][row : row + rows] if pooled else None)
-            row, logit = row + rows, end
+            rows, end = slice(row, row + len(part.work.tokens)), logit + _logit_rows(part.work)
+            if part.reads:
+                reading = part.request.reading
+                if reading is not None:
+                    hidden = out.hidden[last][rows] if reading.wants_hidden else None
+                    reading.add(part.request.prefilled, out.rows[logit:end] if reading.wants_logits else None, hidden)
+                logit = end - part.judged
+            part.outputs = TargetOutputs(step, logit, end, rows)
+            row, logit = rows.stop, end
 
     def _judge(self, parts: list[Part]) -> None:
         """What the outputs mean. An error of one request (its grammar, its numbers) must not end the others of its
@@ -184,14 +190,3 @@ def _chunk(request: Request, n: int) -> Part:
 
 def _logit_rows(work: Work) -> int:
     return len(work.tokens) if work.logits == "all" else int(work.logits == "last")
-
-
-def _gather(request: Request, logits: Logits, hidden: Logits | None) -> None:
-    """Hand the rows of a chunk to what gathers them."""
-    reading = request.reading
-    if reading is not None:
-        reading.add(
-            request.prefilled,
-            logits if reading.wants_logits else None,
-            hidden if hidden is not None and reading.wants_hidden else None,
-        )

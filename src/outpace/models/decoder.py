@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -41,15 +41,40 @@ class Cpu:
         return self.type
 
 
+@dataclass(frozen=True, slots=True)
+class Taps:
+    """What a step is to give beside its logits. Whoever reads it declares it, and `|` joins what all of them want.
+
+    hidden    layers after which the residual stream is given
+    queries   layers whose queries are given, rotated and scaled as their attention uses them
+    topk      the largest k for which the likeliest tokens of nearly every row are read
+    """
+
+    hidden: tuple[int, ...] = ()
+    queries: tuple[int, ...] = ()
+    topk: int = 0
+
+    def __or__(self, other: Taps) -> Taps:
+        if other == self:
+            return self
+        hidden, queries = {*self.hidden, *other.hidden}, {*self.queries, *other.queries}
+        return Taps(tuple(sorted(hidden)), tuple(sorted(queries)), max(self.topk, other.topk))
+
+
+NO_TAPS = Taps()
+
+
 @dataclass(slots=True, eq=False)
 class DecoderOutput:
-    """`rows`: logits f32[R, V] of `batch.logit_rows`; `hidden[layer]` f32[T, D], the residual stream after that layer.
+    """`rows`: logits f32[R, V] of `batch.logit_rows`; `hidden[layer]` f32[T, D] and `queries[layer]` f32[T, Hq, C] as
+    Taps has them.
 
-    Both may be views of buffers that the next forward of the same decoder overwrites: copy what must live longer.
+    All may be views of buffers that the next forward of the same decoder overwrites: copy what must live longer.
     """
 
     rows: Logits
-    hidden: dict[int, Logits]
+    hidden: dict[int, Logits] = field(default_factory=dict)
+    queries: dict[int, Logits] = field(default_factory=dict)
 
     @property
     def logits(self) -> torch.Tensor:
@@ -77,8 +102,9 @@ class Decoder(ABC):
         """KV memory for `num_pages` pages, in this decoder's layout."""
 
     @abstractmethod
-    def forward(self, batch: ForwardBatch, storage: KVStorage, hidden_layers: Sequence[int] = ()) -> DecoderOutput:
-        """Run one packed step; writes the rows' keys and values to their places in `storage`."""
+    def forward(self, batch: ForwardBatch, storage: KVStorage, taps: Taps = NO_TAPS) -> DecoderOutput:
+        """Run one packed step; writes the rows' keys and values to their places in `storage`. Raises ParameterError for
+        taps that it does not have."""
 
     def final_norm(self, hidden: Logits) -> FloatArray:
         """The norm in front of the output head, of the residual stream after the last layer. f32[n, D] -> f32[n, D].

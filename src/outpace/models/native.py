@@ -30,7 +30,7 @@ from .batch import PAGE_SIZE, ForwardBatch
 from .block import describe
 from .checkpoint import Checkpoint
 from .config import ModelConfig, rope_inv_freq
-from .decoder import Cpu, Decoder, DecoderOutput, checked_ids, checked_layers
+from .decoder import NO_TAPS, Cpu, Decoder, DecoderOutput, Taps, checked_ids, checked_layers
 from .formats import Format, dequantise, take_outputs
 from .native_inputs import Inputs, Rope
 from .packed import Tensors, padded
@@ -178,7 +178,7 @@ class NativeDecoder(Decoder):
         rows = self._keep["embedding"][tokens, : self.config.hidden_size]
         return rows if rows.dtype == np.float32 else (rows.astype(np.uint16).astype(np.uint32) << 16).view(np.float32)
 
-    def forward(self, batch: ForwardBatch, storage: KVStorage, hidden_layers: Sequence[int] = ()) -> DecoderOutput:
+    def forward(self, batch: ForwardBatch, storage: KVStorage, taps: Taps = NO_TAPS) -> DecoderOutput:
         assert isinstance(storage, NativeStorage)
         rows, wanted = len(batch.tokens), len(batch.logit_rows)
         size = (rows, wanted, batch.page_tables.shape[1] * PAGE_SIZE)
@@ -190,7 +190,7 @@ class NativeDecoder(Decoder):
         self._point_at_rope(batch.positions)
         c[step.C_KEYS], c[step.C_VALUES] = storage.addresses
         c[step.C_KV_LAYER_BYTES], c[step.C_KV_PAGE_BYTES], c[step.C_KV_HEAD_BYTES] = storage.strides
-        hidden = self._hidden(hidden_layers, rows)
+        hidden = self._hidden(taps.hidden, rows)
         self._items[:] = 0
         self._team.run(c)
         del table  # was to live until the step is done
@@ -199,14 +199,14 @@ class NativeDecoder(Decoder):
             whole = self._buffers["all_logits"][:wanted]
             whole[:, self._head_ids] = logits
             logits = whole
-        return DecoderOutput(logits, hidden)
+        return DecoderOutput(logits, hidden, {layer: self._queries(layer, rows) for layer in taps.queries})
 
-    def last_queries(self, row: int) -> NDArray[np.float32]:
-        """Queries of the last layer for one row of the last forward, rotated and scaled as attention uses them.
-        f32[Hq, C], a copy; not for a view that skips that layer's attention."""
-        head = packed.head_width(self.config)
-        line = self._buffers["qkv"][row, : self.config.num_heads * head]
-        return line.reshape(self.config.num_heads, head).copy()
+    def _queries(self, layer: int, rows: int) -> NDArray[np.float32]:
+        """What the last layer left in the step's buffer. f32[T, Hq, C]"""
+        last, heads, head = self.config.num_layers - 1, self.config.num_heads, packed.head_width(self.config)
+        if layer != last or layer in self.skipped[0]:
+            raise ParameterError(f"the CPU decoder gives the queries of its last layer alone ({last}), if that attends")
+        return self._buffers["qkv"][:rows, : heads * head].reshape(rows, heads, head)
 
     # What follows keeps the control block in step with the buffers.
 

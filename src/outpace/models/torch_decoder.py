@@ -13,7 +13,7 @@ group of `G` sequences attends together, padded to its longest `n` rows and `S` 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,7 +31,7 @@ from .batch import PAGE_SIZE, ForwardBatch
 from .block import Block, Norm, Product, describe
 from .checkpoint import Checkpoint
 from .config import LayerType, ModelConfig, rope_inv_freq
-from .decoder import Decoder, DecoderOutput, checked_ids, checked_layers
+from .decoder import NO_TAPS, Decoder, DecoderOutput, Taps, checked_ids, checked_layers
 
 _DTYPES: dict[Precision, torch.dtype] = {
     "float32": torch.float32,
@@ -145,7 +145,7 @@ class TorchDecoder(Decoder):
         return self._embedding[self._to_device(tokens)].float().cpu().numpy()
 
     @torch.inference_mode()
-    def forward(self, batch: ForwardBatch, storage: KVStorage, hidden_layers: Sequence[int] = ()) -> DecoderOutput:
+    def forward(self, batch: ForwardBatch, storage: KVStorage, taps: Taps = NO_TAPS) -> DecoderOutput:
         assert isinstance(storage, TorchStorage), "a TorchDecoder runs over a storage of its own new_storage"
         assert batch.compact is None, "copies of pages in few bits are read by the CPU decoder alone"
         rotary = {kind: table.at(batch.positions) for kind, table in self._rope.items()}
@@ -153,15 +153,16 @@ class TorchDecoder(Decoder):
         groups = self._groups(batch)
         x = self._embedded(batch) * self._scale
         hidden: dict[int, Logits] = {}
+        queries: dict[int, Logits] = dict.fromkeys(taps.queries, x)
         for i, layer in enumerate(self._layers):
             if i not in self.skipped[0]:
-                y = self._attend(i, layer, x, rotary[layer.kind], written, groups, storage)
+                y = self._attend(i, layer, x, rotary[layer.kind], written, groups, storage, queries)
                 x = x + self._norm(y, layer.norms.get("post_1"))
             if i not in self.skipped[1]:
                 y = layer.mlp["gate_up"](self._norm(x, layer.norms["norm_2"]))
                 y = layer.mlp["down"](gated(y, self.config.activation))
                 x = x + self._norm(y, layer.norms.get("post_2"))
-            if i in hidden_layers:
+            if i in taps.hidden:
                 hidden[i] = x.float()
         rows = x[self._to_device(batch.logit_rows)]
         logits = self._head(self._norm(rows, self._final_norm)).float()
@@ -169,7 +170,7 @@ class TorchDecoder(Decoder):
             whole = torch.full((len(rows), self.config.vocab_size), -torch.inf, device=self.device)
             whole[:, self._head_ids] = logits
             logits = whole
-        return DecoderOutput(logits, hidden)
+        return DecoderOutput(logits, hidden, queries)
 
     def _embedded(self, batch: ForwardBatch) -> torch.Tensor:
         if batch.embeddings is None:
@@ -186,13 +187,17 @@ class TorchDecoder(Decoder):
         written: torch.Tensor,
         groups: list[_Group],
         storage: TorchStorage,
+        queries: dict[int, Logits],
     ) -> torch.Tensor:
-        """One layer's attention, its keys and values written to their slots. [T, D] -> [T, D]"""
+        """One layer's attention, its keys and values written to their slots, its queries kept where they are wanted.
+        [T, D] -> [T, D]"""
         c = self.config
         qkv = layer.attention["qkv"](self._norm(x, layer.norms["norm_1"]))
         qkv = qkv.view(len(x), c.num_heads + 2 * c.num_kv_heads, c.head_dim)
         q, k, v = qkv.split((c.num_heads, c.num_kv_heads, c.num_kv_heads), dim=1)
         q = rotate(self._norm(q, layer.norms.get("q_norm")).float(), *rotary).to(v.dtype)
+        if index in queries:
+            queries[index] = q.float() * c.attention_scale
         keys, values = storage.k_slots[index], storage.v_slots[index]
         keys[written] = rotate(self._norm(k, layer.norms.get("k_norm")).float(), *rotary).to(v.dtype)
         values[written] = v

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..cache.storage import KVStorage
 from .batch import ForwardBatch
-from .decoder import Decoder, DecoderOutput
+from .decoder import NO_TAPS, Decoder, DecoderOutput, Taps
 from .native import NativeDecoder
 
 _FEW = 8  # rows up to which int4, which reads less, is quicker than int8, which computes less
@@ -34,9 +34,9 @@ class TwoSpeed(Decoder):
     def new_storage(self, num_pages: int) -> KVStorage:
         return self.many.new_storage(num_pages)
 
-    def forward(self, batch: ForwardBatch, storage: KVStorage, hidden_layers: Sequence[int] = ()) -> DecoderOutput:
+    def forward(self, batch: ForwardBatch, storage: KVStorage, taps: Taps = NO_TAPS) -> DecoderOutput:
         decoder = self.few if len(batch.tokens) <= _FEW else self.many
-        return decoder.forward(batch, storage, hidden_layers)
+        return decoder.forward(batch, storage, taps)
 
     def embedding(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
         return self.few.embedding(tokens)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ...models.decoder import Taps
 from ...registry import register
 from ...types import NO_PARENT
 from ..contracts import DrafterContext, Observation, Sequence
@@ -179,8 +180,8 @@ class Aded(NodeDrafter[_State]):
         return cls(owner_of=context.owner_of or one_owner, **options)
 
     @property
-    def expects_topk(self) -> int:
-        return self.k
+    def taps(self) -> Taps:
+        return Taps(topk=self.k)
 
     def begin(self, sequence: Sequence) -> None:
         model = self._models.of(sequence)
@@ -216,7 +217,7 @@ class Aded(NodeDrafter[_State]):
     def observe(self, sequence: Sequence, seen: Observation) -> None:
         state = self._states[sequence.id]
         self._check(sequence, state)
-        if seen.outputs is None:
+        if seen.kind == "prefill":
             return
         root = len(sequence.tokens) - len(seen.new_tokens) - 1
         tokens = [sequence.tokens[root], *seen.draft.tokens.tolist()]

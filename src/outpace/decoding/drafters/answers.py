@@ -22,7 +22,6 @@ class Answers:
     """
 
     def __init__(self, sequence: Sequence, seen: Observation, own: Draft) -> None:
-        assert seen.outputs is not None
         self._sequence, self._outputs, self._own = sequence, seen.outputs, own
         self._root = len(sequence.tokens) - len(seen.new_tokens)
         self._depths = node_depths(own.parents)
@@ -78,4 +77,4 @@ class Answers:
 
 def follows(sequence: Sequence, seen: Observation, root: int) -> bool:
     """Whether a draft that was proposed when the sequence had `root` tokens was for this very step, and it decoded."""
-    return seen.outputs is not None and root == len(sequence.tokens) - len(seen.new_tokens)
+    return seen.kind == "step" and root == len(sequence.tokens) - len(seen.new_tokens)

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import ParameterError
+from ...models.decoder import Taps
 from ...registry import register
 from ...types import NO_PARENT, Draft, FloatArray
 from ..contracts import DrafterContext, Observation, Sequence
@@ -95,8 +96,8 @@ class Jacobi(NodeDrafter[JacobiState]):
         return cls(context.vocab_size, coupled=not context.sampled, **options)
 
     @property
-    def expects_topk(self) -> int:
-        return self.lattice
+    def taps(self) -> Taps:
+        return Taps(topk=self.lattice)
 
     def begin(self, sequence: Sequence) -> None:
         self._states[sequence.id] = JacobiState()

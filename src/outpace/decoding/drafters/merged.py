@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import or_
 from time import perf_counter
 
 import numpy as np
 
+from ...models.decoder import Taps
 from ...types import NO_PARENT, Draft
 from ..contracts import Drafter, Market, Observation, Proposal, Sequence
 from ..sampling import certainty, host_row
@@ -112,11 +115,12 @@ class Merged(Drafter):
         self._market = Market()  # of the last proposal
 
     @property
-    def expects_topk(self) -> int:
-        """Of the drafters called for most sequences: for the others the outputs scan a few rows again."""
+    def taps(self) -> Taps:
+        """Top-k of the drafters called for most sequences: for the others the outputs scan a few rows again."""
         calls = Counter(one.index for each in self._calls.values() for one in each)
         most = [i for i, times in calls.items() if 2 * times >= len(self._calls)]
-        return max((self.drafters[i].expects_topk for i in most), default=0)
+        topk = max((self.drafters[i].taps.topk for i in most), default=0)
+        return replace(reduce(or_, [drafter.taps for drafter in self.drafters]), topk=topk)
 
     def begin(self, sequence: Sequence) -> None:
         for drafter in self.drafters:
@@ -162,7 +166,7 @@ class Merged(Drafter):
             self._calibrations[one.index].update(sequence.id, one.draft, seen.new_tokens)
             drafter = self.drafters[one.index]
             drafter.observe(sequence, seen)
-            if seen.outputs is not None:
+            if seen.kind == "step":
                 seconds = one.seconds + perf_counter() - began
                 self.benefits[one.index].record_step(sequence.id, one.expected, gained.get(drafter.name, 0.0), seconds)
         self._calls[sequence.id] = []
@@ -170,11 +174,10 @@ class Merged(Drafter):
     def _record_certainty(self, sequence: Sequence, seen: Observation) -> None:
         """The target's certainty of its next token, for costly drafters that have not read this text yet."""
         waiting = [benefit for benefit in self.benefits if benefit.needs_certainty(sequence.id, self._market.rate)]
-        outputs = seen.first if seen.outputs is None else seen.outputs
-        if waiting and outputs is not None:
-            path = [] if seen.accepted is None else seen.accepted.path
+        if waiting and seen.new_tokens:
+            path = seen.accepted.path
             row = path[-1] + 1 if path else 0
-            value = certainty(host_row(outputs.logits(row)), sequence.params)
+            value = certainty(host_row(seen.outputs.logits(row)), sequence.params)
             for benefit in waiting:
                 benefit.record_certainty(sequence.id, value)
 
@@ -183,9 +186,8 @@ class Merged(Drafter):
         gains: dict[str, float] = {}
         for name in seen.draft.sources:
             gains[name] = gains.get(name, 0.0) - self._market.floor
-        if seen.accepted is not None:
-            for node in seen.accepted.path:
-                gains[seen.draft.sources[node]] += 1
+        for node in seen.accepted.path:
+            gains[seen.draft.sources[node]] += 1
         return gains
 
     def end(self, sequence: Sequence) -> None:

@@ -165,8 +165,7 @@ class OmniDraft(Drafter):
         if kept < before:
             self.source.rewind(state.sequence, kept)
         elif seen is not None:
-            new = state.twin.tokens[before:]
-            self.chain.observe(state.sequence, Observation(new, Draft.empty(), None, None))
+            self.chain.observe(state.sequence, seen)
 
     def _translate(self, sequence: Sequence, state: _State, chain: Draft, budget: int, floor: float) -> Draft:
         """The whole translation is checked later; the part that may pay is proposed."""

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import ParameterError
+from ...models.decoder import Taps
 from ...registry import register
 from ...types import NO_PARENT
 from ..contracts import DrafterContext, Observation, Sequence
@@ -98,8 +99,8 @@ class Recycling(NodeDrafter[_State]):
         self._matrices = PerOwner(self.owner_of, lambda: Adjacency(self.vocab_size, self.k), self.max_owners)
 
     @property
-    def expects_topk(self) -> int:
-        return self.k
+    def taps(self) -> Taps:
+        return Taps(topk=self.k)
 
     @classmethod
     def create(cls, context: DrafterContext, **options: Any) -> Recycling:
@@ -175,14 +176,14 @@ class Recycling(NodeDrafter[_State]):
     def observe(self, sequence: Sequence, seen: Observation) -> None:
         state = self._states[sequence.id]
         self._check(sequence, state)
-        if seen.outputs is None:
+        if seen.kind == "prefill":
             return
         root = len(sequence.tokens) - len(seen.new_tokens) - 1
         tokens = np.concatenate(([sequence.tokens[root]], seen.draft.tokens))
         before = tokens[np.concatenate(([0], seen.draft.parents + 1))]
         before[0] = sequence.tokens[max(root - 1, 0)]
         values, ids = seen.outputs.topk(self.k)
-        if seen.accepted is not None and seen.accepted.path:
+        if seen.accepted.path:
             # Of several rows with one context the accepted one counts: write it last.
             path = np.array(seen.accepted.path) + 1
             order = np.concatenate((np.delete(np.arange(len(tokens)), path), path))

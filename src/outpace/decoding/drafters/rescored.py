@@ -10,6 +10,7 @@ from heapq import heappop, heappush
 from typing import Any
 
 from ...errors import ParameterError
+from ...models.decoder import Taps
 from ...registry import method, register
 from ...types import NO_PARENT, Draft
 from ..contracts import Drafter, DrafterContext, Market, Observation, Proposal, Sequence
@@ -137,8 +138,8 @@ class Rescored(NodeDrafter[_State]):
         return cls(context.vocab_size, inner, base, **options)
 
     @property
-    def expects_topk(self) -> int:
-        return self.inner.expects_topk
+    def taps(self) -> Taps:
+        return self.inner.taps
 
     def begin(self, sequence: Sequence) -> None:
         self.inner.begin(sequence)

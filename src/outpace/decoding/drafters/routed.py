@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
+from functools import reduce
+from operator import or_
 from time import perf_counter
 
 from ...errors import MethodError
+from ...models.decoder import Taps
 from ...types import Draft
 from ..contracts import Drafter, Market, Observation, Proposal, Sequence
 
@@ -38,8 +41,8 @@ class Routed(Drafter):
             ) from None
 
     @property
-    def expects_topk(self) -> int:
-        return max(drafter.expects_topk for drafter in self._drafters.values())
+    def taps(self) -> Taps:
+        return reduce(or_, [drafter.taps for drafter in self._drafters.values()])
 
     def begin(self, sequence: Sequence) -> None:
         self.of(sequence.method).begin(sequence)

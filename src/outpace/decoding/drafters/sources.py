@@ -38,7 +38,7 @@ from ...cache.pages import PagedKVCache
 from ...cache.prefix import PrefixTree
 from ...errors import MethodError
 from ...models.batch import ForwardBatch, Span, Tree, pack
-from ...models.decoder import Decoder
+from ...models.decoder import NO_TAPS, Decoder, DecoderOutput
 from ..contracts import DrafterContext, Sequence
 
 if TYPE_CHECKING:
@@ -251,6 +251,8 @@ class SelfSource(Source):
     ) -> None:
         self.decoder, self.cache, self.view = decoder, cache, view
         self.vocab_size = decoder.config.vocab_size if vocab_size is None else vocab_size
+        self.taps = NO_TAPS
+        self.output: DecoderOutput  # of the last forward, as valid as its logits
 
     @classmethod
     def of(
@@ -301,7 +303,8 @@ class SelfSource(Source):
         batch = pack(spans, self.cache.page_tables([sequence.kv for sequence in sequences]))
         if self.view is not None:
             batch = self.view(batch, sequences)
-        return self.decoder.forward(batch, self.cache.storage).logits[:, : self.vocab_size]
+        self.output = self.decoder.forward(batch, self.cache.storage, self.taps)
+        return self.output.logits[:, : self.vocab_size]
 
 
 def draft_model_of(context: DrafterContext, method: str) -> Decoder:

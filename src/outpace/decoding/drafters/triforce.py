@@ -12,10 +12,12 @@ from ...cache.native_storage import NativeStorage
 from ...cache.pages import PagedKVCache
 from ...errors import ParameterError
 from ...models.batch import PAGE_SIZE, ForwardBatch
+from ...models.decoder import Taps
 from ...models.native import NativeDecoder
 from ...registry import register
 from ...types import FloatArray, IntArray
 from ..contracts import DrafterContext, Market, Observation, Sequence
+from ..sampling import host_row
 from .draft_model import DraftChain
 from .grown import Draws, Growth
 from .guessers import Guesser, LookupGuesser, ModelGuesser
@@ -43,8 +45,8 @@ class Retrieval:
     last layer. The first page and the `window` last ones are always in. The forward before a choice reads everything.
     """
 
-    def __init__(self, decoder: NativeDecoder, cache: PagedKVCache, budget: int, window: int, rebuild: int) -> None:
-        self.decoder, self.cache, self.budget, self.window, self.rebuild = decoder, cache, budget, window, rebuild
+    def __init__(self, layer: int, cache: PagedKVCache, budget: int, window: int, rebuild: int) -> None:
+        self.layer, self.cache, self.budget, self.window, self.rebuild = layer, cache, budget, window, rebuild
         self._chosen: dict[int, _Chosen] = {}
 
     def __call__(self, batch: ForwardBatch, sequences: Seq[Sequence]) -> ForwardBatch:
@@ -63,19 +65,19 @@ class Retrieval:
         chosen = self._chosen.get(sequence.id)
         return chosen is None or len(sequence.tokens) - chosen.tokens >= self.rebuild
 
-    def choose(self, sequence: Sequence, row: int) -> None:
-        """By the last query in `row` of the forward that was just run."""
-        storage, layer = self.cache.storage, self.decoder.config.num_layers - 1
+    def choose(self, sequence: Sequence, queries: FloatArray) -> None:
+        """By the queries of the last token. f32[Hq, C]"""
+        storage = self.cache.storage
         assert isinstance(storage, NativeStorage)
         full = self.cache.length(sequence.kv) // PAGE_SIZE
         table = self.cache.page_table(sequence.kv)
         old = self._chosen.get(sequence.id)
-        fresh = storage.page_means(layer, table[0 if old is None else len(old.means) : full])
+        fresh = storage.page_means(self.layer, table[0 if old is None else len(old.means) : full])
         means = fresh if old is None else np.concatenate((old.means, fresh))
         recent = max(full - self.window, 0)
         pages = np.arange(recent)
         if recent > self.budget:
-            shares = self._shares(self.decoder.last_queries(row), means)[:recent]
+            shares = self._shares(queries, means)[:recent]
             best = np.argsort(-shares, kind="stable")
             pages = np.union1d(best[best > 0][: self.budget - 1], [0])
         self._chosen[sequence.id] = _Chosen(len(sequence.tokens), pages, recent, means)
@@ -118,6 +120,8 @@ class TriForce(DraftChain):
     on CUDA, ParameterError out of range.
     """
 
+    source: SelfSource
+
     name = "triforce"
     paper = "https://arxiv.org/abs/2404.11912"
 
@@ -141,7 +145,9 @@ class TriForce(DraftChain):
                 raise ParameterError(f"{self.name}:{name}={value} is out of range: it must be at least 1")
         require_whole_attention(decoder, self.name)
         self.guesses = guesses
-        source.view = self.retrieval = Retrieval(decoder, source.cache, pages_of(budget), pages_of(window), rebuild)
+        last = decoder.config.num_layers - 1
+        source.taps = Taps(queries=(last,))
+        source.view = self.retrieval = Retrieval(last, source.cache, pages_of(budget), pages_of(window), rebuild)
         self.third: Guesser = LookupGuesser()
         if third is not None:
             require_whole_attention(third.decoder, self.name)
@@ -178,9 +184,10 @@ class TriForce(DraftChain):
         return (min(budget, self.max_tokens) - 1) * (1 + self.guesses)
 
     def _grow(self, growing: list[Growth], logits: torch.Tensor, market: Market) -> None:
+        queries = self.source.output.queries[self.retrieval.layer]
         for row, one in enumerate(growing):
             if self.retrieval.stale(one.sequence):
-                self.retrieval.choose(one.sequence, row)
+                self.retrieval.choose(one.sequence, host_row(queries[row]))
             self.third.rollback(one.sequence)  # of a round that was abandoned
         self._lengthen(growing, logits)
         stop, active = max(self.min_reach, market.forward_floor, market.floor), self._unfinished(growing, 0.0)
