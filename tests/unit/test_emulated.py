@@ -134,7 +134,9 @@ def test_blocks(processor, name, rows):
     packed = processor.array(np.zeros((-(-depth // 256), rows * blocks.X_BLOCK)), np.uint8)
     stride = packed.strides[0]
     pack = [("pack_blocks", x.ctypes.data + 4 * depth * r, depth, packed, stride, r) for r in range(rows)]
-    processor.same(packed, *pack)
+    by_row = packed.reshape(len(packed), rows, blocks.X_BLOCK)
+    for part in (by_row[..., : blocks.X_SUMS_16], by_row[..., blocks.X_SCALES :]):  # between them, a level's own sums
+        processor.same(part, *pack)
 
     w, other = (processor.array(panels_of(name, 48, depth, rng)) for _ in range(2))
     steps = w.shape[1] * FORMATS[name].unit_depth // 64
@@ -144,13 +146,13 @@ def test_blocks(processor, name, rows):
         A_OUT_STRIDE: out.strides[0], A_SCRATCH: scratch_of(processor),
     }  # fmt: skip
     plain, up = segment(processor, w, steps, bias=bias), segment(processor, other, steps)
-    processor.same(out, (name, plain, arguments(processor, entries)))
+    processor.same(out, *pack, (name, plain, arguments(processor, entries)))
     assert len(np.unique(out)) > 40 * rows
-    processor.same(out, (name, plain, arguments(processor, entries | {A_MODE: kinds.ADD})))
+    processor.same(out, *pack, (name, plain, arguments(processor, entries | {A_MODE: kinds.ADD})))
     gated = entries | {A_MODE: kinds.GATED_SILU, A_OTHER: up}
-    processor.same(out, (name, segment(processor, w, steps), arguments(processor, gated)))
+    processor.same(out, *pack, (name, segment(processor, w, steps), arguments(processor, gated)))
     embed = entries | {A_MODE: EMBED, A_FIRST: 17, A_ROW_SCALES: bias, A_OUT_STRIDE: 4 * 48}
-    processor.same(out, (name, plain, arguments(processor, embed)))
+    processor.same(out, *pack, (name, plain, arguments(processor, embed)))
 
 
 @ARM
