@@ -15,20 +15,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Event
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...models.decoder import Decoder
 from ...registry import register
-from ...types import NO_PARENT, Draft
+from ...types import NO_PARENT, Draft, Logits
 from ..contracts import DrafterContext, Market, Observation, Proposal, Sequence
 from .draft_model import DraftChain
 from .grown import NO_ROW, Choice, Draws, Growth, cell_of, coupled_draw, edit_rows, likeliest
 from .nodes import check_range
 from .rates import checked_nodes
 from .sources import ModelSource, draft_model_of
-
-if TYPE_CHECKING:
-    import torch
 
 _LEAST = 0.02  # probability below which a hedge does not repay its rows
 
@@ -232,7 +229,7 @@ class BranchDraft(DraftChain):
             tips = [(one, len(one.tokens) - 1) for one in active]
             self._choose(tips, self.source.extend([one.run([node]) for one, node in tips]))
 
-    def _choose(self, tips: list[tuple[Branching, int]], logits: torch.Tensor) -> list[int]:
+    def _choose(self, tips: list[tuple[Branching, int]], logits: Logits) -> list[int]:
         """The next node below each tip, from its row of `logits`."""
         edited = edit_rows(logits, [(one.sequence, one.path(node)) for one, node in tips])
         ids, p = likeliest(edited, 2)

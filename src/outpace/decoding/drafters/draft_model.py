@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ...errors import ParameterError
 from ...registry import register
+from ...types import Logits
 from ..contracts import Market
 from ..sampling import Stream, distribution_of, draw, host_row, uniform
 from .grown import Choice, Draws, Grown, Growth, cell_of, coupled_draw, dense, edit_rows, likeliest
 from .sources import Source
-
-if TYPE_CHECKING:
-    import torch
 
 
 @register(
@@ -54,7 +50,7 @@ class DraftChain(Grown):
     def _rows(self, budget: int) -> int:
         return min(budget, self.max_tokens) - 1
 
-    def _grow(self, growing: list[Growth], logits: torch.Tensor, market: Market) -> None:
+    def _grow(self, growing: list[Growth], logits: Logits, market: Market) -> None:
         stop, active = max(self.min_reach, market.forward_floor, market.floor), growing
         while active:
             self._lengthen(active, logits)
@@ -66,7 +62,7 @@ class DraftChain(Grown):
         for one in growing:
             one.finish(self.name, market.floor)
 
-    def _lengthen(self, chains: list[Growth], logits: torch.Tensor) -> None:
+    def _lengthen(self, chains: list[Growth], logits: Logits) -> None:
         """Add the next token of each, chosen from its row of `logits`."""
         edited = edit_rows(logits, [(one.sequence, one.tokens) for one in chains])
         ids, p = likeliest(edited, 1)

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from heapq import heappop, heappush, nlargest
-from typing import TYPE_CHECKING
 
 from ...errors import ParameterError
 from ...registry import register
-from ...types import NO_PARENT
+from ...types import NO_PARENT, Logits
 from ..contracts import Market
 from .grown import Candidate, Draws, Grown, Growth, edit_rows, likeliest
 from .sources import Source
-
-if TYPE_CHECKING:
-    import torch
 
 
 class _Frontier:
@@ -86,7 +82,7 @@ class DraftTree(Grown):
     def _rows(self, budget: int) -> int:
         return min(budget, self.max_depth - 1) * self.width
 
-    def _grow(self, growing: list[Growth], logits: torch.Tensor, market: Market) -> None:
+    def _grow(self, growing: list[Growth], logits: Logits, market: Market) -> None:
         frontiers = [_Frontier(one) for one in growing]
         nodes = [(frontier, NO_PARENT) for frontier in frontiers]  # of the rows of `logits`
         stop = max(self.min_reach, market.forward_floor, market.floor)
@@ -106,7 +102,7 @@ class DraftTree(Grown):
         for one in growing:
             one.finish(self.name, market.floor, most=one.budget)
 
-    def _offer_children(self, nodes: list[tuple[_Frontier, int]], logits: torch.Tensor) -> None:
+    def _offer_children(self, nodes: list[tuple[_Frontier, int]], logits: Logits) -> None:
         """The children of each node, of which `logits` has a row."""
         contexts = [(frontier.growth.sequence, frontier.growth.path(node)) for frontier, node in nodes]
         edited = edit_rows(logits, contexts)

@@ -13,21 +13,18 @@ from bisect import bisect_right
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...ops.select import row_logsumexp, row_topk
-from ...types import NO_PARENT, Draft, FloatArray, SamplingParams
+from ...types import NO_PARENT, Draft, FloatArray, Logits, SamplingParams
 from ..contracts import Drafter, DrafterContext, Market, Observation, Proposal, Sequence
 from ..sampling import choose, host_row, process
 from .rates import Rates, checked_nodes
 from .sources import Rows, Source
 from .trimmed import model_source
-
-if TYPE_CHECKING:
-    import torch
 
 NO_ROW = -1
 _EDGES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 0.95)  # bins of the source's probability of its choice
@@ -169,7 +166,7 @@ class Grown(Drafter):
         """The most rows of the source that a draft of `budget` nodes needs."""
 
     @abstractmethod
-    def _grow(self, growing: list[Growth], logits: torch.Tensor, market: Market) -> None:
+    def _grow(self, growing: list[Growth], logits: Logits, market: Market) -> None:
         """Grow and finish each. `logits` f32[B, V] after the last tokens, valid until a forward."""
 
     def begin(self, sequence: Sequence) -> None:
@@ -216,7 +213,7 @@ class Grown(Drafter):
         return float(self.confidence.value[cell])
 
     def _candidates(
-        self, sequence: Sequence, depth: int, row: torch.Tensor, ids: list[int], p: list[float]
+        self, sequence: Sequence, depth: int, row: Logits, ids: list[int], p: list[float]
     ) -> list[Candidate]:
         """Children to propose outright at `depth`, from processed logits f32[V] and the likeliest ids.
 
@@ -239,13 +236,13 @@ def cell_of(kind: Choice, p: float) -> Cell:
     return kind, bisect_right(_EDGES, p)
 
 
-def coupled_draw(row: torch.Tensor, params: SamplingParams, position: int) -> tuple[int, float]:
+def coupled_draw(row: Logits, params: SamplingParams, position: int) -> tuple[int, float]:
     """The token at `position` from processed logits f32[V], as the target will draw it, and its probability (T = 1)."""
     token = choose(host_row(row), params, position)
     return token, float(np.exp(float(row[token]) - row_logsumexp(row[None])[0]))
 
 
-def edit_rows(logits: torch.Tensor, rows: list[tuple[Sequence, list[int]]]) -> torch.Tensor:
+def edit_rows(logits: Logits, rows: list[tuple[Sequence, list[int]]]) -> Logits:
     """Penalties and bias of each row's sequence, given the draft tokens on the way to it. f32[R, V]"""
     if not any(sequence.params.edits_logits for sequence, _ in rows):
         return logits
@@ -253,9 +250,7 @@ def edit_rows(logits: torch.Tensor, rows: list[tuple[Sequence, list[int]]]) -> t
     for row, (sequence, path) in enumerate(rows):
         if sequence.params.edits_logits:
             edited[row] = _on_path(edited[row], sequence, path)
-    import torch
-
-    return torch.from_numpy(edited).to(logits.device)
+    return edited
 
 
 def _on_path(logits: FloatArray, sequence: Sequence, path: list[int]) -> FloatArray:
@@ -268,7 +263,7 @@ def _on_path(logits: FloatArray, sequence: Sequence, path: list[int]) -> FloatAr
     return edited
 
 
-def likeliest(logits: torch.Tensor, k: int) -> tuple[list[list[int]], list[list[float]]]:
+def likeliest(logits: Logits, k: int) -> tuple[list[list[int]], list[list[float]]]:
     """Ids and probabilities of the k likeliest tokens of each row. [R, k] each"""
     values, ids = row_topk(logits, min(k, logits.shape[1]))
     return ids.tolist(), np.exp(values - row_logsumexp(logits)[:, None]).tolist()

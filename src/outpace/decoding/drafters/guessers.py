@@ -8,18 +8,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...types import NO_PARENT
+from ...types import NO_PARENT, Logits
 from ..contracts import Sequence
 from .grown import Growth, coupled_draw
 from .ngram import NgramIndex
 from .sources import ModelSource, Rows
-
-if TYPE_CHECKING:
-    import torch
 
 _LONGEST_NGRAM = 4
 
@@ -122,7 +118,7 @@ class ModelGuesser(Guesser):
             rows = [self._further(one, guesses[one.sequence.id][-1]) for one in active]
         return [guesses[one.sequence.id] for one in growing]
 
-    def _choose(self, logits: torch.Tensor, one: Growth, ahead: int) -> int:
+    def _choose(self, logits: Logits, one: Growth, ahead: int) -> int:
         if one.sequence.params.greedy or not self.coupled:
             return int(logits.argmax())
         return coupled_draw(logits, one.sequence.params, one.root + len(one.tokens) + ahead)[0]

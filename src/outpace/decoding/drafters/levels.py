@@ -18,19 +18,15 @@ Shapes: `B` sequences, `R` nodes of a level, `V` vocabulary.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...types import NO_PARENT, FloatArray
+from ...types import NO_PARENT, FloatArray, Logits
 from ..contracts import Market
 from ..sampling import Stream, distribution_of, draw, host_row, uniform
 from .grown import Candidate, Choice, Draws, Grown, Growth, dense, edit_rows, likeliest
 from .rates import Rates
 from .sources import Source
-
-if TYPE_CHECKING:
-    import torch
 
 NONE = float("-inf")  # the value of a child that does not exist
 _LEAST_WEIGHT = 1e-6  # of what is left of a distribution; below it rounding would choose the token
@@ -129,7 +125,7 @@ class LevelTree(Grown):
         """Add at most `limit` nodes of one level, children of `families`, of a reach of `floor` at least; returns them.
         May look at `value` and `reach` of families, not at tokens."""
 
-    def _grow(self, growing: list[Growth], logits: torch.Tensor, market: Market) -> None:
+    def _grow(self, growing: list[Growth], logits: Logits, market: Market) -> None:
         stop = max(market.forward_floor, market.floor)
         luck: list[Luck] = [{NO_PARENT: (0.0, 0.0)} for _ in growing]
         level = [[NO_PARENT] for _ in growing]  # the nodes whose children come next; `logits` has their rows, in order
@@ -150,7 +146,7 @@ class LevelTree(Grown):
             one.finish(self.name, market.floor)
 
     def _families(
-        self, growing: list[Growth], level: list[list[int]], luck: list[Luck], logits: torch.Tensor
+        self, growing: list[Growth], level: list[list[int]], luck: list[Luck], logits: Logits
     ) -> list[list[Children]]:
         """The children of each node of the level, by sequence."""
         parents = [(i, node) for i, nodes in enumerate(level) for node in nodes]

@@ -30,7 +30,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -39,10 +38,9 @@ from ...cache.prefix import PrefixTree
 from ...errors import MethodError
 from ...models.batch import ForwardBatch, Span, Tree, pack
 from ...models.decoder import NO_TAPS, Decoder, DecoderOutput
+from ...types import FloatArray, Logits
 from ..contracts import DrafterContext, Sequence
-
-if TYPE_CHECKING:
-    import torch
+from ..sampling import host_row
 
 _CHUNK = 512  # rows of one forward while catching up
 
@@ -84,11 +82,11 @@ class Source(ABC):
         the logits after its last token are a draft of one node."""
 
     @abstractmethod
-    def catch_up(self, sequences: Seq[Sequence]) -> torch.Tensor:
+    def catch_up(self, sequences: Seq[Sequence]) -> Logits:
         """Read what is new of each. Returns the logits after its last token, f32[B, V]."""
 
     @abstractmethod
-    def extend(self, grown: Seq[Rows]) -> torch.Tensor:
+    def extend(self, grown: Seq[Rows]) -> Logits:
         """Run new rows of some of the sequences that were caught up with. Logits of all of them in order, f32[R, V]."""
 
     @abstractmethod
@@ -179,10 +177,10 @@ class ModelSource(Source):
                 self.cache.truncate(kv, 0)  # it has read nothing: what it found is not held for it
         return admitted
 
-    def catch_up(self, sequences: Seq[Sequence]) -> torch.Tensor:
+    def catch_up(self, sequences: Seq[Sequence]) -> Logits:
         kvs = [self._kv[sequence.id] for sequence in sequences]
         texts = [self.text(sequence) for sequence in sequences]
-        ends: list[torch.Tensor | None] = [None] * len(kvs)
+        ends: list[FloatArray | None] = [None] * len(kvs)
         todo = list(range(len(kvs)))
         while todo:
             space, now = _CHUNK, list[tuple[int, int, bool]]()  # (index, rows, last chunk)
@@ -206,13 +204,11 @@ class ModelSource(Source):
             if len(done) == len(kvs):
                 return logits
             for row, i in enumerate(done):
-                ends[i] = logits[row].clone()
+                ends[i] = host_row(logits[row]).copy()
             todo = [i for i in todo if ends[i] is None]
-        import torch
+        return np.stack([end for end in ends if end is not None])
 
-        return torch.stack([end for end in ends if end is not None])
-
-    def extend(self, grown: Seq[Rows]) -> torch.Tensor:
+    def extend(self, grown: Seq[Rows]) -> Logits:
         kvs, spans = [self._kv[rows.sequence.id] for rows in grown], []
         for kv, rows in zip(kvs, grown, strict=True):
             self.cache.reserve(kv, len(rows.parents))
@@ -220,15 +216,15 @@ class ModelSource(Source):
             spans.append(Span(rows.tokens, self.cache.length(kv), mask, len(rows.parents) - len(rows.tokens)))
         return self._forward([rows.sequence for rows in grown], spans)
 
-    def _forward(self, sequences: Seq[Sequence], spans: Seq[Span]) -> torch.Tensor:
+    def _forward(self, sequences: Seq[Sequence], spans: Seq[Span]) -> Logits:
         """Logits of the rows that the spans request."""
         return self._run(self.decoder, sequences, spans)
 
-    def _run(self, decoder: Decoder, sequences: Seq[Sequence], spans: Seq[Span]) -> torch.Tensor:
+    def _run(self, decoder: Decoder, sequences: Seq[Sequence], spans: Seq[Span]) -> Logits:
         batch = pack(spans, self.cache.page_tables([self._kv[sequence.id] for sequence in sequences]))
         if self.view is not None:
             batch = self.view(batch, sequences)
-        return decoder.forward(batch, self.cache.storage).logits[:, : self.vocab_size]
+        return decoder.forward(batch, self.cache.storage).rows[:, : self.vocab_size]
 
 
 class SelfSource(Source):
@@ -281,7 +277,7 @@ class SelfSource(Source):
             admitted.append(fits)
         return admitted
 
-    def catch_up(self, sequences: Seq[Sequence]) -> torch.Tensor:
+    def catch_up(self, sequences: Seq[Sequence]) -> Logits:
         spans = []
         for sequence in sequences:
             committed = self.cache.length(sequence.kv)
@@ -290,7 +286,7 @@ class SelfSource(Source):
             spans.append(Span(sequence.tokens[-1:], committed))
         return self._forward(sequences, spans)
 
-    def extend(self, grown: Seq[Rows]) -> torch.Tensor:
+    def extend(self, grown: Seq[Rows]) -> Logits:
         spans = []
         for rows in grown:
             kv, n = rows.sequence.kv, len(rows.parents)
@@ -299,12 +295,12 @@ class SelfSource(Source):
             spans.append(Span(rows.tokens, self.cache.length(kv), mask, 1 + n - len(rows.tokens)))
         return self._forward([rows.sequence for rows in grown], spans)
 
-    def _forward(self, sequences: Seq[Sequence], spans: list[Span]) -> torch.Tensor:
+    def _forward(self, sequences: Seq[Sequence], spans: list[Span]) -> Logits:
         batch = pack(spans, self.cache.page_tables([sequence.kv for sequence in sequences]))
         if self.view is not None:
             batch = self.view(batch, sequences)
         self.output = self.decoder.forward(batch, self.cache.storage, self.taps)
-        return self.output.logits[:, : self.vocab_size]
+        return self.output.rows[:, : self.vocab_size]
 
 
 def draft_model_of(context: DrafterContext, method: str) -> Decoder:

@@ -223,7 +223,7 @@ class Swift(DraftChain):
             table = cache.page_table(kv)
             pages = np.concatenate((table[: first // PAGE_SIZE], table[begin:]))
             batch = pack([Span(sequence.tokens[first:stop], first)], pages[None])
-            said = row_argmax(self._view.forward(batch, cache.storage).logits)
+            said = row_argmax(self._view.forward(batch, cache.storage).rows)
         finally:
             cache.rollback(kv)
         own = slice(max(sequence.prompt_length - 1 - first, 0), None)  # rows that predict output

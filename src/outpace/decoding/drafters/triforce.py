@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from ...models.batch import PAGE_SIZE, ForwardBatch
 from ...models.decoder import Taps
 from ...models.native import NativeDecoder
 from ...registry import register
-from ...types import FloatArray, IntArray
+from ...types import FloatArray, IntArray, Logits
 from ..contracts import DrafterContext, Market, Observation, Sequence
 from ..sampling import host_row
 from .draft_model import DraftChain
@@ -23,9 +23,6 @@ from .grown import Draws, Growth
 from .guessers import Guesser, LookupGuesser, ModelGuesser
 from .sources import ModelSource, Rows, SelfSource
 from .sparse import Streaming, keep_pages, pages_of, require_cpu, require_whole_attention
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(slots=True)
@@ -183,7 +180,7 @@ class TriForce(DraftChain):
         """Every forward runs a node and the guesses behind it, and gives one node at least."""
         return (min(budget, self.max_tokens) - 1) * (1 + self.guesses)
 
-    def _grow(self, growing: list[Growth], logits: torch.Tensor, market: Market) -> None:
+    def _grow(self, growing: list[Growth], logits: Logits, market: Market) -> None:
         queries = self.source.output.queries[self.retrieval.layer]
         for row, one in enumerate(growing):
             if self.retrieval.stale(one.sequence):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,13 +10,11 @@ from ...errors import ParameterError
 from ...models.batch import Span
 from ...models.decoder import Decoder
 from ...models.views import trim_head
-from ...types import IntArray
+from ...types import FloatArray, IntArray, Logits
 from ..contracts import DrafterContext, Sequence
+from ..sampling import host_row
 from .owners import OwnerOf, PerOwner, one_owner
 from .sources import ModelSource, draft_model_of
-
-if TYPE_CHECKING:
-    import torch
 
 _PATIENCE = 4  # used tokens outside a head before it is cut anew: a cut costs about as much as two or three forwards
 _MAX_OWNERS = 8  # each has a copy of its part of the head
@@ -91,13 +88,13 @@ class TrimmedSource(ModelSource):
         self._counts.pop(sequence.id, None)
         self._counted.pop(sequence.id, None)
 
-    def catch_up(self, sequences: Seq[Sequence]) -> torch.Tensor:
+    def catch_up(self, sequences: Seq[Sequence]) -> Logits:
         for sequence in sequences:
             self._counts[sequence.id].add(sequence.tokens[self._counted[sequence.id] :])
             self._counted[sequence.id] = len(sequence.tokens)
         return super().catch_up(sequences)
 
-    def _forward(self, sequences: Seq[Sequence], spans: Seq[Span]) -> torch.Tensor:
+    def _forward(self, sequences: Seq[Sequence], spans: Seq[Span]) -> Logits:
         """One forward for each owner."""
         groups: dict[TokenCounts, list[int]] = {}
         for i, sequence in enumerate(sequences):
@@ -105,14 +102,13 @@ class TrimmedSource(ModelSource):
         if len(groups) == 1:
             [counts] = groups
             return self._run(counts.decoder(), sequences, spans)
-        import torch
-
-        parts = [torch.empty(0, self.vocab_size)] * len(spans)
+        parts: list[FloatArray] = [np.empty((0, self.vocab_size), dtype=np.float32)] * len(spans)
         for counts, members in groups.items():
-            logits = self._run(counts.decoder(), [sequences[i] for i in members], [spans[i] for i in members]).clone()
-            for i, part in zip(members, logits.split([_wanted(spans[i]) for i in members]), strict=True):
+            logits = self._run(counts.decoder(), [sequences[i] for i in members], [spans[i] for i in members])
+            ends = np.cumsum([_wanted(spans[i]) for i in members])
+            for i, part in zip(members, np.split(host_row(logits).copy(), ends[:-1]), strict=True):
                 parts[i] = part
-        return torch.cat(parts)
+        return np.concatenate(parts)
 
 
 def _wanted(span: Span) -> int:
