@@ -171,14 +171,15 @@ class Emulated:
         self._names = list(kernels())
         symbols = {name: (self.folder / f"{name}.symbol").read_text("utf-8") for name in self._names}
         declared = "\n".join(f'int {name}() __asm__("{symbol}");' for name, symbol in symbols.items())
-        source = _DRIVER.replace("DECLARATIONS", declared).replace("BASE", f"{_BASE}ull").replace("SIZE", str(_SIZE))
+        base = _BASE + 2 * _SIZE * list(TARGETS).index(level)  # each level's own: tests of several levels take turns
+        source = _DRIVER.replace("DECLARATIONS", declared).replace("BASE", f"{base}ull").replace("SIZE", str(_SIZE))
         table = ", ".join(f"(kernel){name}" for name in self._names)
         (self.folder / "driver.c").write_text(source.replace("TABLE", table), "utf-8")
         # what handles errors asks for Python, and is not reached
         options = ["-static", "-O1", "-Wl,--unresolved-symbols=ignore-all"]
         objects = [f"{name}.o" for name in self._names]
         subprocess.run([_COMPILER, *options, "-o", "run", "driver.c", *objects, "-lm"], cwd=self.folder, check=True)
-        self._memory = _memory(self.folder / "memory")
+        self._memory = _memory(self.folder / "memory", base)
         self.clear()
 
     def clear(self) -> None:
@@ -224,17 +225,15 @@ def number(given: Any) -> int:
     return int(given.ctypes.data if isinstance(given, np.ndarray) else given)
 
 
-def _memory(path: Path) -> np.ndarray:
+def _memory(path: Path, base: int) -> np.ndarray:
     path.write_bytes(bytes(_SIZE))
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype, libc.mmap.argtypes = ctypes.c_void_p, [*[ctypes.c_size_t] * 5, ctypes.c_size_t]
-    libc.munmap.argtypes = [ctypes.c_size_t] * 2
-    libc.munmap(_BASE, _SIZE)  # of the processor before
     with path.open("r+b") as file:
         flags = _SHARED | _FIXED_WHERE_NOTHING_IS
-        where = libc.mmap(_BASE, _SIZE, mmap.PROT_READ | mmap.PROT_WRITE, flags, file.fileno(), 0)
-    assert where == _BASE, os.strerror(ctypes.get_errno())
-    return np.frombuffer((ctypes.c_uint8 * _SIZE).from_address(_BASE), dtype=np.uint8)
+        where = libc.mmap(base, _SIZE, mmap.PROT_READ | mmap.PROT_WRITE, flags, file.fileno(), 0)
+    assert where == base, os.strerror(ctypes.get_errno())
+    return np.frombuffer((ctypes.c_uint8 * _SIZE).from_address(base), dtype=np.uint8)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ from outpace.paths import cache_dir
 CODE = """
 import sys
 from outpace import LLM, SamplingParams
-drafting = dict(draft_model=sys.argv[1])
-for method, more in (("auto", {}), ("plain", {}), ("auto", drafting), ("draft-tree", drafting), ("vocabtrim", drafting)):
+drafting = dict(draft_model=sys.argv[1], draft_precision="int8")  # which is kept packed, as the target is
+with_model = [(method, drafting) for method in ("auto", "draft-tree", "vocabtrim")]
+for method, more in [("auto", {}), ("plain", {}), *with_model]:
     with LLM(sys.argv[1], method=method, device="cpu", threads=1, max_batch=1, **more) as llm:
         for params in (SamplingParams(max_tokens=4), SamplingParams(max_tokens=4, temperature=1.0, top_k=5)):
             assert len(llm.generate("abcabcabc", params)[0].token_ids) <= 4
