@@ -296,7 +296,7 @@ def quality_table() -> str:
         for precision, p in r["results"].items():
             against = next((f"{100 * v:+.2f} %" for k, v in p.items() if k.startswith("against_")), "")
             rows.append([link(r, r["config"]["model"]), precision, f"{p['perplexity']:.4f}", against])
-    return table(["model", "precision", "perplexity", "against bfloat16"], rows) if rows else ""
+    return table(["model", "precision", "perplexity", "against bfloat16, or the file"], rows) if rows else ""
 
 
 def loss_table() -> str:
