@@ -370,7 +370,7 @@ def test_a_real_build_answers_as_it_does_alone(mode):
 
     build = os.environ.get("OUTPACE_LLAMA")
     if not build:
-        pytest.skip("OUTPACE_LLAMA names no llama-server")
+        pytest.skip("another engine is not installed: OUTPACE_LLAMA names no llama-server")
     words, model = open_model("smollm2-135m").tokenizer, resolve("smollm2-135m").path
     prompts = [PeerPrompt(messages=[{"role": "user", "content": q}]) for q in ("Count to ten.", "Why?", "Say A B A B.")]
     options = {"threads": 2, "context": 512, "max_batch": 3, "past_end": True}
