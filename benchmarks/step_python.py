@@ -23,6 +23,7 @@ from common import note, public_name, save, table
 from outpace.bench.workloads import own_prompts
 from outpace.engine.llm import LLM
 from outpace.ops.cpu import team
+from outpace.ops.cpu.compiled import address_of
 from outpace.types import SamplingParams
 
 QUESTION = "How much of a step is Python: admission, plan, packing, choice of tokens, text, events, statistics?"
@@ -58,13 +59,13 @@ class Jobs:
         self._work = work
         self.clear()
 
-    def __call__(self, kind: int, control: int, me: int) -> None:
+    def __call__(self, job: int, control: int, me: int) -> None:
         began = thread_time()
-        self._work(kind, control, me)
-        self.seconds[kind] += thread_time() - began
+        self._work(job, control, me)
+        self.seconds[job] += thread_time() - began
 
     def clear(self) -> None:
-        self.seconds = dict.fromkeys((team.STEP, team.SAMPLE, team.TOP), 0.0)
+        self.seconds = dict.fromkeys(map(address_of, (team.STEP, team.SAMPLE, team.TOP)), 0.0)
 
 
 @contextmanager
@@ -99,8 +100,8 @@ def measure(llm: LLM, texts: list[list[int]], params: SamplingParams, steps: int
             spent = thread_time() - began
             assert len(events) == len(ids), "a sequence has ended: raise max_tokens"
             if i >= WARM:
-                found.kernel.append(jobs.seconds[team.STEP])
-                found.choosing.append(jobs.seconds[team.SAMPLE])
+                found.kernel.append(jobs.seconds[address_of(team.STEP)])
+                found.choosing.append(jobs.seconds[address_of(team.SAMPLE)])
                 found.python.append(spent - sum(jobs.seconds.values()))
     for id in ids:
         llm.cancel(id)
