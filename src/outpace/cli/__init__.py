@@ -29,6 +29,8 @@ COMMANDS = {
     "compare": ("outpace.cli.compare:compare", "Compare what each method gains."),
     "audit": ("outpace.cli.audit:audit", "Prove what a method does to the output."),
     "tune": ("outpace.cli.tune:tune", "Measure this machine, and say what the planner will do."),
+    "distil": ("outpace.cli.distil:distil", "Let a model write the texts that a head is trained on."),
+    "train-head": ("outpace.cli.distil:train_head", "Train a head that drafts for a model."),
     "config": ("outpace.cli.config:config", "Show the defaults in force, and where they come from."),
     "completion": ("outpace.cli.completion:completion", "Print the shell's completion script."),
 }

@@ -20,6 +20,7 @@ import numpy as np
 
 from ..cache.pages import PagedKVCache
 from ..models.decoder import NO_TAPS, Decoder, Taps
+from ..models.heads import Head
 from ..models.tokenizer import Tokenizer
 from ..types import Accepted, DecodingStats, Draft, Exactness, IntArray, Precision, SamplingParams
 from .grammar import Matcher
@@ -114,6 +115,7 @@ class DrafterContext:
     target_in: Callable[[Precision], Decoder] | None = None  # the target's weights in another precision
     tokenizer: Tokenizer | None = None  # of the target
     draft_tokenizer: Tokenizer | None = None  # of the draft model, which may be another
+    head: Head | None = None  # trained for the target
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +146,8 @@ class Drafter(ABC):
 
     name: ClassVar[str]
     paper: ClassVar[str]
+    #: Whether it observes every step and every chunk of a text, also those in which it was not called to propose
+    follows: ClassVar[bool] = False
 
     @property
     def taps(self) -> Taps:
@@ -170,8 +174,8 @@ class Drafter(ABC):
         """
 
     def observe(self, sequence: Sequence, seen: Observation) -> None:  # noqa: B027
-        """A step was committed, or a chunk of the text read. Not called for steps in which `propose` was not called:
-        what it missed is in `sequence.tokens`."""
+        """A step was committed, or a chunk of the text read. Unless it `follows`, not called for steps in which
+        `propose` was not called: what it missed is in `sequence.tokens`."""
 
     def explain(self) -> list[str]:
         """What it did and why, in lines for a person."""

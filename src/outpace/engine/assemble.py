@@ -9,6 +9,7 @@ from ..decoding.contracts import Drafter, DrafterContext, Verifier
 from ..decoding.grammar import grammars_of
 from ..decoding.methods import make_drafter, make_planner
 from ..decoding.planners.costs import StepCosts
+from ..models.heads import Head
 from .engine import Engine, new_cache
 from .load import LoadedModel
 from .options import EngineOptions
@@ -20,6 +21,7 @@ def assemble(
     options: EngineOptions,
     verifier: Verifier,
     costs: Callable[[], StepCosts],
+    head: Head | None = None,
 ) -> tuple[Engine, Drafter]:
     """The engine, and the drafter of its default method. `options` name a method and a planner, where the user left
     them to the engine. `costs` is called only where step times are needed, as measuring them takes a while.
@@ -38,6 +40,7 @@ def assemble(
         target_in=loaded.in_precision,
         tokenizer=tokenizer,
         draft_tokenizer=draft.tokenizer if draft is not None else None,
+        head=head,
     )
     planned = options.planner != "fixed"
     drafter = make_drafter(options.method, context, planned)

@@ -22,6 +22,7 @@ from ..types import Precision, RequestOptions, Result, SamplingParams
 from .assemble import assemble
 from .bar import Bar
 from .engine import Engine
+from .heads import open_head
 from .inboxes import Inboxes, Stream
 from .load import LoadedModel, Progress, check_loaded, load_draft_model, load_model
 from .measure import step_costs
@@ -30,6 +31,7 @@ from .needs import (
     DEFAULT_VERIFIER,
     LOSSLESS_METHOD,
     LOSSLESS_METHOD_WITH_DRAFT_MODEL,
+    LOSSLESS_METHOD_WITH_HEAD,
     check_options,
     check_vocabulary,
     for_method,
@@ -86,11 +88,12 @@ class LLM:
             )
         self.name = self.loaded.name  # by which responses call it; may be changed
         self.draft_loaded = self._open_draft()
+        self.head = open_head(options.head, self.loaded)
         self.method = self._best_lossless() if options.method == "auto" else options.method
         self.planner = "fixed" if self.method == "plain" else options.chosen_planner
         self.verifier = DEFAULT_VERIFIER if options.verifier == "auto" else options.verifier
         chosen = options.changed(method=self.method, planner=self.planner)
-        engine, self._drafter = assemble(self.loaded, self.draft_loaded, chosen, judge, self._costs)
+        engine, self._drafter = assemble(self.loaded, self.draft_loaded, chosen, judge, self._costs, self.head)
         self._inboxes = Inboxes(engine)
 
     def _open_draft(self) -> LoadedModel | None:
@@ -106,7 +109,9 @@ class LLM:
     def _best_lossless(self) -> str:
         if self.draft_loaded is not None:
             return LOSSLESS_METHOD_WITH_DRAFT_MODEL
-        return LOSSLESS_METHOD if self.loaded.decoder.row_invariant else "plain"
+        if not self.loaded.decoder.row_invariant:
+            return "plain"
+        return LOSSLESS_METHOD if self.head is None else LOSSLESS_METHOD_WITH_HEAD
 
     def _costs(self) -> StepCosts:
         progress = self._progress

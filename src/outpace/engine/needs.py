@@ -15,6 +15,7 @@ from .options import EngineOptions
 DEFAULT_VERIFIER = "coupled"
 LOSSLESS_METHOD = "suffix+recycling"
 LOSSLESS_METHOD_WITH_DRAFT_MODEL = f"{LOSSLESS_METHOD}+draft-tree:width=2,max_depth=12"  # the cheap ones first
+LOSSLESS_METHOD_WITH_HEAD = f"{LOSSLESS_METHOD}+spark"
 DRAFT_MODEL = "draft model"  # as drafters name it in what they need
 ANY_DRAFT_MODEL = "draft model of any vocabulary"
 OPTIONAL_DRAFT_MODEL = "draft model (optional)"

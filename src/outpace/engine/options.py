@@ -52,6 +52,13 @@ class EngineOptions:
         "Arithmetic of the draft model; auto: as the model, each in its own file's formats, but beside int8 int4 for "
         "drafting.",
     )
+    head: str | None = value(
+        None,
+        Text(),
+        "File of a trained head that drafts (`outpace train-head`); none: no head.",
+        metavar="FILE",
+        unset="the one that comes with the model, if any",
+    )
     method: str = value(
         "auto",
         Text(),

@@ -20,15 +20,20 @@ from ..errors import ParameterError
 #: Words in a row that a prompt must not share with a question that is kept out, as usual for such checks
 GRAM = 13
 
-KINDS = ("a short story", "a poem", "an e-mail", "a blog post", "a letter", "a speech", "a product description", "a plan")
-TOPICS = (
-    *("a lighthouse keeper", "the first day at a new school", "a broken bicycle", "learning to cook", "a rainy holiday"),
-    *("a garden in winter", "moving to another city", "an old map", "a lost dog", "a village market", "night trains"),
-    *("saving energy at home", "a football match", "a birthday in space", "an honest mistake", "the sea", "friendship"),
-    *("a library that never closes", "a job interview", "a robot that paints", "time zones", "bees", "a mountain hike"),
-    *("healthy breakfasts", "public transport", "a surprising inheritance", "learning the violin", "a power cut"),
+
+def _listed(*lines: str) -> list[str]:
+    return [item for line in lines for item in line.split("|")]
+
+
+KINDS = _listed("a short story|a poem|an e-mail|a blog post|a letter|a speech|a product description|a plan")
+TOPICS = _listed(
+    "a lighthouse keeper|the first day at a new school|a broken bicycle|learning to cook|a rainy holiday|bees|the sea",
+    "a garden in winter|moving to another city|an old map|a lost dog|a village market|night trains|time zones|jokes",
+    "saving energy at home|a football match|a birthday in space|an honest mistake|a job interview|a robot that paints",
+    "a library that never closes|a mountain hike|healthy breakfasts|public transport|a surprising inheritance",
+    "learning the violin|a power cut",
 )
-TONES = ("", " in a friendly tone", " for children", " in at most 150 words", " with a surprising end", " in plain words")
+TONES = _listed("| in a friendly tone| for children| in at most 150 words| with a surprising end| in plain words")
 QUESTIONS = (
     "Explain {0} to a beginner.",
     "What are the advantages and disadvantages of {0}?",
@@ -38,12 +43,11 @@ QUESTIONS = (
     "Give me three tips about {0}.",
     "What should I know about {0} before I start?",
 )
-SUBJECTS = (
-    *("photosynthesis", "inflation", "the water cycle", "vaccines", "black holes", "compound interest", "plate tectonics"),
-    *("electric cars", "the printing press", "the Roman Empire", "democracy", "machine learning", "the human heart"),
-    *("recycling", "databases", "the stock market", "volcanoes", "the internet", "meditation", "chess", "solar panels"),
-    *("public speaking", "remote work", "bread baking", "the moon", "tides", "DNA", "encryption", "gravity", "jazz"),
-    *("running a marathon", "growing tomatoes", "sleep", "budgeting", "the French Revolution", "batteries", "coral reefs"),
+SUBJECTS = _listed(
+    "photosynthesis|inflation|the water cycle|vaccines|black holes|compound interest|plate tectonics|electric cars|DNA",
+    "the printing press|the Roman Empire|democracy|machine learning|the human heart|recycling|databases|volcanoes|jazz",
+    "the stock market|the internet|meditation|chess|solar panels|public speaking|remote work|bread baking|the moon",
+    "encryption|gravity|running a marathon|growing tomatoes|sleep|budgeting|the French Revolution|batteries|tides",
 )
 CODE = (
     "Explain what this Python function does:\n```python\n{}\n```",

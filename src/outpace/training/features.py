@@ -103,9 +103,7 @@ class Features:
         tokens = np.array(found["tokens"], dtype=np.int64)
         return Example(int(found["ask"]), str(found["source"]), int(found["prompt"]), tokens, rows.reshape(shape))
 
-    def add(
-        self, decoder: Decoder, texts: Iterable[Text], progress: Callable[[int], None] | None = None
-    ) -> None:
+    def add(self, decoder: Decoder, texts: Iterable[Text], progress: Callable[[int], None] | None = None) -> None:
         """Read the texts that are not there yet with `decoder` and append their hidden states."""
         known, end = self.asks, self._index[-1][2] if self._index else 0
         written = [json.dumps(found) + "\n" for found, *_ in self._index]

@@ -1,8 +1,8 @@
 """The network of the block head, in torch: for training, and as the reference of what `decoding/heads/spark.py` runs.
 
 A small causal decoder reads what the target's hidden states say of each token of the text, one row a token, and then
-`block` slots, rows of their own, one for each of the next tokens: all of a draft in one pass. What a slot cannot know is
-the token that was drafted before it; an edge of low rank adds that to its logits (the Markov head of DSpark).
+`block` slots, rows of their own, one for each of the next tokens: all of a draft in one pass. What a slot cannot know
+is the token that was drafted before it; an edge of low rank adds that to its logits (the Markov head of DSpark).
 
 Shapes: `T` tokens of a text, `L` tapped layers, `D` width, `A` anchors (last tokens to draft behind), `G` slots, `V`
 hot vocabulary, `R` rank of the edge.
@@ -24,11 +24,11 @@ from ..models.config import ModelConfig, rope_inv_freq
 
 @dataclass(frozen=True)
 class SparkConfig:
-    """A block head. DFlash (arXiv:2602.06036) and DSpark (arXiv:2607.05147): 5 to 6 accepted tokens on mathematics, 3 on
-    chat, with five layers and over a million answers.
+    """A block head. DFlash (arXiv:2602.06036) and DSpark (arXiv:2607.05147): 5 to 6 accepted tokens on mathematics, 3
+    on chat, with five layers and over a million answers.
 
-    Parameters: `taps` layers of the target after which its residual stream is read; `layers` of the head; `block` slots;
-    `rank` of the edge.
+    Parameters: `taps` layers of the target after which its residual stream is read; `layers` of the head; `block`
+    slots; `rank` of the edge.
     """
 
     taps: tuple[int, ...] = (14, 26, 29)
@@ -44,6 +44,14 @@ def rms(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> Tensor:
 
 class Layer(nn.Module):
     """One layer of the target's own shape, without biases."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    gate: Tensor
+    up: Tensor
+    down: Tensor
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
@@ -94,7 +102,12 @@ def rotated(x: Tensor, places: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class Spark(nn.Module):
-    """Frozen from the target: `embed` f32[all, D], its hot rows `head` f32[V, D], and its final norm for the teacher."""
+    """Frozen from the target: `embed` f32[all, D], its hot rows `head` f32[V, D], its final norm for the teacher."""
+
+    hot: Tensor
+    embed: Tensor
+    head: Tensor
+    teacher_norm: Tensor
 
     def __init__(self, config: SparkConfig, model: ModelConfig, embed: Tensor, hot: Tensor, final_norm: Tensor) -> None:
         super().__init__()
@@ -109,7 +122,8 @@ class Spark(nn.Module):
         self.fuse = nn.Parameter(torch.randn(d, width) * 0.1 * width**-0.5)
         self.token = nn.Parameter(torch.eye(d))
         self.slots = nn.Parameter(torch.randn(config.block, d) * 0.02)
-        self.layers = nn.ModuleList([Layer(model) for _ in range(config.layers)])
+        self.each_layer = [Layer(model) for _ in range(config.layers)]
+        self.layers = nn.ModuleList(self.each_layer)
         self.norm = nn.Parameter(final_norm.clone())
         self.prev = nn.Parameter(torch.randn(config.rank, d) * d**-0.5)
         self.gate = nn.Parameter(torch.randn(config.rank, d) * d**-0.5)
@@ -132,8 +146,8 @@ class Spark(nn.Module):
         context = self.fused(features)
         first = context[anchors - 1] + self.embed[tokens[anchors]] @ self.token.T
         x = first[:, None] + self.slots
-        for layer in self.layers:
-            context, x = layer(context, x, anchors, self.rope, layer is self.layers[-1])
+        for layer in self.each_layer:
+            context, x = layer(context, x, anchors, self.rope, layer is self.each_layer[-1])
         y = rms(x, self.norm, self.model.rms_norm_eps)
         before = tokens[anchors[:, None] + torch.arange(self.config.block)]
         head, edge = (self.head, self.edge) if rows is None else (self.head[rows], self.edge[rows])
@@ -156,8 +170,8 @@ SOME_ROWS, LIKELY = 2048, 4
 def loss(net: Spark, tokens: Tensor, features: Tensor, anchors: Tensor) -> Tensor:
     """Cross entropy against the target's own distributions, later slots with less weight: they are reached less often.
 
-    The rows of the vocabulary that are there by chance stand for all the others, so their logits are raised by the log of
-    how many each stands for.
+    The rows of the vocabulary that are there by chance stand for all the others, so their logits are raised by the log
+    of how many each stands for.
     """
     slots, size = torch.arange(net.config.block), len(net.hot)
     with torch.no_grad():

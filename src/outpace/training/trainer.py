@@ -76,7 +76,8 @@ class Trainer:
         self.net, self.block, self.loss, self.hits = net, block, loss, hits
         self.features, self.recipe, self.folder = features, recipe, folder
         self.state = State()
-        self.optimizer = torch.optim.AdamW(net.parameters(), recipe.rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        betas = (0.9, 0.95)
+        self.optimizer = torch.optim.AdamW(net.parameters(), recipe.rate, betas, weight_decay=0.0, fused=True)
         ends = [features[i].ask % recipe.held_out == 0 for i in range(len(features))]
         self.test = [i for i, held in enumerate(ends) if held][: recipe.test_texts]
         self.train_on = [i for i, held in enumerate(ends) if not held]
@@ -91,8 +92,8 @@ class Trainer:
         kept, said = time.monotonic(), ""
         while state.visits < recipe.visits:
             one = self._example(state.step)
-            share = state.visits / recipe.visits
-            rate = recipe.rate * min(1.0, (state.step + 1) / recipe.warm_up) * (0.05 + 0.475 * (1 + math.cos(math.pi * share)))
+            rising = min(1.0, (state.step + 1) / recipe.warm_up)
+            rate = recipe.rate * rising * (0.05 + 0.475 * (1 + math.cos(math.pi * state.visits / recipe.visits)))
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             if (anchors := self._anchors(one, state.step)) is not None:
@@ -121,11 +122,12 @@ class Trainer:
             one = self.features[i]
             last = len(one.tokens) - self.block - 1
             if last > one.prompt:
-                anchors = torch.arange(one.prompt, last)
-                found.append(self.hits(self.net, torch.from_numpy(one.tokens), torch.from_numpy(one.features).float(), anchors))
+                tokens, rows = torch.from_numpy(one.tokens), torch.from_numpy(one.features).float()
+                found.append(self.hits(self.net, tokens, rows, torch.arange(one.prompt, last)))
         right = np.concatenate(found)
         chain = np.cumprod(right, axis=1).sum(axis=1)
-        return {"hits": [round(float(h), 4) for h in right.mean(axis=0)], "tokens_per_step": round(1 + float(chain.mean()), 4)}
+        by_slot = [round(float(h), 4) for h in right.mean(axis=0)]
+        return {"hits": by_slot, "tokens_per_step": round(1 + float(chain.mean()), 4)}
 
     def _example(self, step: int) -> Example:
         """Each epoch in another order, which depends on the seed and the step alone."""
@@ -164,13 +166,13 @@ class Trainer:
             return
         with safe_open(self._checkpoint, "pt") as file:
             about = file.metadata()
-            names = {name for name, _ in self.net.named_parameters()}
-            if about is None or {k[4:] for k in file.keys() if k.startswith("net.")} != names:
+            names, held = {name for name, _ in self.net.named_parameters()}, set(file.keys())
+            if about is None or {key[4:] for key in held if key.startswith("net.")} != names:
                 raise ParameterError(f"{self._checkpoint} is of another head: name another folder")
             self.state = State(**json.loads(about["state"]))
             for name, value in self.net.named_parameters():
                 with torch.no_grad():
                     value.copy_(file.get_tensor(f"net.{name}"))
-                if f"exp_avg.{name}" in file.keys():
+                if f"exp_avg.{name}" in held:
                     moments = {key: file.get_tensor(f"{key}.{name}") for key in ("exp_avg", "exp_avg_sq")}
                     self.optimizer.state[value] = {"step": torch.tensor(float(self.state.step)), **moments}

@@ -111,6 +111,7 @@ class Merged(Drafter):
         self.drafters = list(drafters)
         self.benefits = [Benefit() for _ in self.drafters]
         self._calibrations = [Calibration() for _ in self.drafters]
+        self._followers = [i for i, drafter in enumerate(self.drafters) if drafter.follows]
         self._calls: dict[int, list[_Call]] = {}
         self._market = Market()  # of the last proposal
 
@@ -158,6 +159,9 @@ class Merged(Drafter):
     def observe(self, sequence: Sequence, seen: Observation) -> None:
         self._record_certainty(sequence, seen)
         calls = self._calls[sequence.id]
+        for index in self._followers:
+            if all(one.index != index for one in calls):
+                self.drafters[index].observe(sequence, seen)
         if not calls:  # most of the time in a large batch, so it must cost nothing
             return
         gained = self._gains(seen)
