@@ -14,10 +14,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..cache.pages import PAGE_SIZE, PagedKVCache
+from ..decoding.drafters.spark import hidden_states
 from ..errors import ParameterError
-from ..models.batch import Span, pack
-from ..models.decoder import Decoder, Taps
+from ..models.decoder import Decoder
 from .corpus import Text
 
 _MOST = 60000.0  # float16 holds no more; a few channels of some models come near
@@ -114,7 +113,8 @@ class Features:
                 if text.ask in known:
                     continue
                 tokens = [*text.prompt_tokens, *text.tokens]
-                data.write(hidden_states(decoder, tokens, self.meta.layers).tobytes())
+                states = hidden_states(decoder, tokens, self.meta.layers)
+                data.write(np.clip(states, -_MOST, _MOST).astype(np.float16).tobytes())
                 data.flush()
                 line = {"ask": text.ask, "source": text.source, "prompt": len(text.prompt_tokens), "tokens": tokens}
                 lines.write(json.dumps(line) + "\n")
@@ -123,14 +123,3 @@ class Features:
                 end += len(tokens)
                 if progress is not None:
                     progress(len(self._index))
-
-
-def hidden_states(decoder: Decoder, tokens: list[int], layers: tuple[int, ...]) -> NDArray[np.float16]:
-    """The residual stream after each of `layers`, f16[T, layers, D]."""
-    cache = PagedKVCache(decoder.new_storage(-(-len(tokens) // PAGE_SIZE)))
-    kv = cache.new()
-    cache.reserve(kv, len(tokens))
-    batch = pack([Span(tokens, 0, logits="last")], cache.page_tables([kv]))
-    hidden = decoder.forward(batch, cache.storage, Taps(hidden=layers)).hidden
-    rows = np.stack([np.asarray(hidden[layer]) for layer in layers], axis=1)
-    return np.clip(rows, -_MOST, _MOST).astype(np.float16)

@@ -21,7 +21,7 @@ from .trainer import Recipe, State, Trainer, hot_tokens
 
 Progress = Callable[[str, float, float], None]
 
-_CHECKED = 256  # tokens of the text that goes into the file
+_CHECKED = 72  # tokens of the answer that goes into the file
 _INIT = (  # parts of a layer, where they are in the target's last one, and how much of them to begin with
     ("q", "self_attn.q_proj", 1.0),
     ("k", "self_attn.k_proj", 1.0),

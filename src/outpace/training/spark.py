@@ -180,7 +180,7 @@ def loss(net: Spark, tokens: Tensor, features: Tensor, anchors: Tensor) -> Tenso
         likely = torch.unique(teacher.topk(LIKELY).indices)
         chance = torch.ones(size)
         chance[likely] = 0
-        others = torch.multinomial(chance, max(SOME_ROWS - len(likely), 64))
+        others = torch.multinomial(chance, min(max(SOME_ROWS - len(likely), 64), size - len(likely)))
         rows = torch.cat([likely, others])
         raised = torch.zeros(len(rows))
         raised[len(likely) :] = math.log((size - len(likely)) / len(others))

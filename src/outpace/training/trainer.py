@@ -25,6 +25,7 @@ from ..errors import ParameterError
 from .features import Example, Features
 
 Progress = Callable[[str, float, float], None]
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of each tensor
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ class Trainer:
         """Write a checkpoint beside the old one and put it in its place: a kill leaves one of the two."""
         tensors = {f"net.{name}": value.detach().contiguous() for name, value in self.net.named_parameters()}
         for name, value in self.net.named_parameters():
-            for key in ("exp_avg", "exp_avg_sq"):
+            for key in _MOMENTS:
                 if value in self.optimizer.state:
                     tensors[f"{key}.{name}"] = self.optimizer.state[value][key].contiguous()
         new = self._checkpoint.with_suffix(".new")
@@ -174,5 +175,4 @@ class Trainer:
                 with torch.no_grad():
                     value.copy_(file.get_tensor(f"net.{name}"))
                 if f"exp_avg.{name}" in held:
-                    moments = {key: file.get_tensor(f"{key}.{name}") for key in ("exp_avg", "exp_avg_sq")}
-                    self.optimizer.state[value] = {"step": torch.tensor(float(self.state.step)), **moments}
+                    self.optimizer.state[value] = {key: file.get_tensor(f"{key}.{name}") for key in _MOMENTS}

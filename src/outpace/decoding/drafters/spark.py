@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...cache.pages import PagedKVCache
+from ...cache.pages import PAGE_SIZE, PagedKVCache
 from ...errors import MethodError
 from ...models.batch import Span, pack
 from ...models.decoder import Decoder, Taps
@@ -19,7 +19,7 @@ from ...models.native import NativeDecoder
 from ...ops.cpu.project import project
 from ...ops.select import row_logsumexp, row_topk
 from ...registry import register
-from ...types import NO_PARENT, FloatArray, Logits
+from ...types import NO_PARENT, FloatArray, Logits, Precision, SamplingParams
 from ..contracts import DrafterContext, Market, Observation, Sequence
 from .grown import Draws, Grown, Growth, edit_rows
 from .sources import Rows, Source
@@ -36,6 +36,16 @@ def scaled(x: FloatArray, eps: float = 1e-5) -> FloatArray:
 
 def sigmoid(x: FloatArray) -> FloatArray:
     return np.asarray(1 / (1 + np.exp(-np.clip(x, -30, 30))), dtype=np.float32)
+
+
+def hidden_states(decoder: Decoder, tokens: list[int], layers: tuple[int, ...]) -> FloatArray:
+    """The residual stream after each of `layers`, read in one step. f32[T, layers, D]"""
+    cache = PagedKVCache(decoder.new_storage(-(-len(tokens) // PAGE_SIZE)))
+    kv = cache.new()
+    cache.reserve(kv, len(tokens))
+    batch = pack([Span(tokens, 0, logits="last")], cache.page_tables([kv]))
+    hidden = decoder.forward(batch, cache.storage, Taps(hidden=layers)).hidden
+    return np.stack([np.asarray(hidden[layer]) for layer in layers], axis=1)
 
 
 @dataclass(slots=True, eq=False)
@@ -66,10 +76,12 @@ class BlockSource(Source):
 
     keeps = True
 
-    def __init__(self, head: Head, target: Decoder, num_pages: int, threads: int | None = None) -> None:
-        rows = output_rows(target, head.hot)
+    def __init__(
+        self, head: Head, target: Decoder, num_pages: int, threads: int | None = None, precision: Precision = "int8"
+    ) -> None:
+        checkpoint = HeadCheckpoint(head, target.config, output_rows(target, head.hot))
         self.head, self.target = head, target
-        self.decoder = NativeDecoder.from_checkpoint(HeadCheckpoint(head, target.config, rows), "int8", threads)
+        self.decoder = NativeDecoder.from_checkpoint(checkpoint, precision, threads)
         self.cache = PagedKVCache(self.decoder.new_storage(num_pages))
         self.vocab_size = target.config.vocab_size
         self.lattices: list[Lattice] = []
@@ -94,11 +106,38 @@ class BlockSource(Source):
         """The hidden states of tokens that are committed: of a chunk, or of a last token and the accepted ones."""
         path = [0, *(node + 1 for node in seen.accepted.path)]
         rows = slice(-_WINDOW, None) if seen.kind == "prefill" else path
-        taps = [scaled(np.asarray(seen.outputs.hidden(layer))[rows]) for layer in self.head.config.taps]
         waiting = self._texts[sequence.id].waiting
-        waiting.append(scaled(project(np.concatenate(taps, axis=1), self._fuse)))
+        taps = [np.asarray(seen.outputs.hidden(layer))[rows] for layer in self.head.config.taps]
+        waiting.append(self._fused(taps))
         while len(waiting) > 1 and sum(map(len, waiting[1:])) >= _WINDOW:
             del waiting[0]
+
+    def _fused(self, taps: list[FloatArray]) -> FloatArray:
+        """What the head reads of each token. f32[n, D] of each tapped layer -> f32[n, D]"""
+        return scaled(project(np.concatenate([scaled(rows) for rows in taps], axis=1), self._fuse))
+
+    def replay(self, tokens: Seq[int], prompt: int) -> FloatArray:
+        """How often each slot's likeliest token is the text's, behind each token from `prompt` on and given the true
+        tokens before it: the same figure as `training.spark.hits`. f32[G]"""
+        block, hot = self.head.config.block, self.head.hot
+        states = hidden_states(self.target, list(tokens), self.head.config.taps)
+        fused = self._fused([states[:, i] for i in range(states.shape[1])])
+        sequence = Sequence(-1, [], prompt, SamplingParams())
+        self.begin(sequence)
+        right = []
+        try:
+            read = 0
+            for place in range(prompt, len(tokens) - block - 1):
+                self._texts[-1].waiting, read = [fused[read:place]], place
+                sequence.tokens = list(tokens[: place + 1])
+                self.catch_up([sequence])
+                [lattice] = self.lattices
+                edges = (self.before[list(tokens[place : place + block])] * lattice.gates) @ self.all_edges
+                found = hot[(np.asarray(lattice.logits) + edges).argmax(axis=1)]
+                right.append(found == tokens[place + 1 : place + 1 + block])
+        finally:
+            self.end(sequence)
+        return np.mean(right, axis=0, dtype=np.float32) if right else np.zeros(block, dtype=np.float32)
 
     def admit(self, sequences: Seq[Sequence], rows: Seq[int]) -> list[bool]:
         admitted, free, block = [], self.cache.available_pages, self.head.config.block
