@@ -41,6 +41,7 @@ OTHER: dict[str, Any] = {
     "max_step_s": 0.5,
     "swap_tokens": 160,
     "draft_model": toy_loaded("small"),
+    "head": "none",
     "threads": None,  # the toy has none of its own
 }
 

@@ -9,10 +9,10 @@ from ..decoding.drafters.spark import BlockSource
 from ..errors import MethodError
 from ..models.heads import Head, fits, read
 from .load import LoadedModel
+from .needs import NO_HEAD
 
 #: Heads that come with the package, by the name of their model
 SHIPPED = Path(__file__).parent.parent / "heads"
-NO_HEAD = "none"
 LEAST_SHARE = 0.6  #: of the hits that a file records, which its head must have again
 
 

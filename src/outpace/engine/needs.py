@@ -18,6 +18,7 @@ LOSSLESS_METHOD_WITH_DRAFT_MODEL = f"{LOSSLESS_METHOD}+draft-tree:width=2,max_de
 LOSSLESS_METHOD_WITH_HEAD = f"{LOSSLESS_METHOD}+spark"
 DRAFT_MODEL = "draft model"  # as drafters name it in what they need
 ANY_DRAFT_MODEL = "draft model of any vocabulary"
+HEAD, NO_HEAD = "head", "none"  # what drafters name; the option's value for leaving it out
 OPTIONAL_DRAFT_MODEL = "draft model (optional)"
 
 
@@ -35,6 +36,10 @@ def _uses_draft_model(spec: str) -> bool:
     return spec == "auto" or _names_any(spec, DRAFT_MODEL, ANY_DRAFT_MODEL, OPTIONAL_DRAFT_MODEL)
 
 
+def _uses_head(spec: str) -> bool:
+    return spec == "auto" or _names_any(spec, HEAD)
+
+
 def check_options(options: EngineOptions) -> Verifier:
     """Refuse options that do not go together, before a model is loaded. Returns the verifier.
 
@@ -48,6 +53,11 @@ def check_options(options: EngineOptions) -> Verifier:
         raise MethodError(
             f"method {method!r} has no use for a draft model: leave it out, or use a method that needs one "
             f"(such as draft, or {LOSSLESS_METHOD_WITH_DRAFT_MODEL})"
+        )
+    if options.head not in (None, NO_HEAD) and not any(map(_uses_head, (method, *options.methods))):
+        raise MethodError(
+            f"method {method!r} has no use for head={options.head!r}: leave it out, or use a method that needs one "
+            f"(such as spark, or {LOSSLESS_METHOD_WITH_HEAD})"
         )
     if not has_draft and options.draft_precision != "auto":
         raise MethodError(
@@ -87,6 +97,8 @@ def for_method(
     unused: dict[str, Any] = {}
     if not any(map(_uses_draft_model, specs)):
         unused |= {"draft_model": None, "draft_precision": "auto"}
+    if changed.head != NO_HEAD and not any(map(_uses_head, specs)):
+        unused["head"] = None
     if method == "plain":
         unused["planner"] = "auto"
     if all(spec == "plain" for spec in specs):

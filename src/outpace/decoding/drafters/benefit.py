@@ -47,7 +47,8 @@ class _Record:
     prefilled: bool = False  # the drafter has read its text
     certainty: float = 0.0  # sum of the target's sampled certainties
     samples: int = 0
-    waited: int = 0  # steps without prefill
+    waited: int = 0  # times it might have been asked and had no prefill
+    sampled: int = -1  # `waited` at the last sample
 
 
 class Benefit:
@@ -110,19 +111,23 @@ class Benefit:
         return chosen
 
     def needs_certainty(self, id: int, rate: float) -> bool:
-        """Whether the drafter is costly and has not read this text: then `record_certainty` is to be called."""
-        if rate * self.forward_s < _COSTLY_FORWARD:
+        """Whether the drafter is costly, may be tried at all, and has not read this text: then `record_certainty` is to
+        be called."""
+        if not _COSTLY_FORWARD <= rate * self.forward_s <= _TOO_COSTLY:
             return False
         record = self._records.get(id)
         if record is None:
             return True
-        return not record.prefilled and (record.samples < _SAMPLES or record.waited % 8 == 0)
+        if record.prefilled or record.sampled == record.waited:  # nobody was asked since the last sample
+            return False
+        return record.samples < _SAMPLES or record.waited % 8 == 0
 
     def record_certainty(self, id: int, certainty: float) -> None:
         """`certainty`: the probability of the likeliest next token."""
         record = self._records.setdefault(id, _Record())
         record.certainty += certainty
         record.samples += 1
+        record.sampled = record.waited
 
     def _may_prefill(self, sequence: Sequence, record: _Record, rate: float) -> bool:
         """Whether the prefill, which a draft model must do first, costs a small share of what is still to come, and
