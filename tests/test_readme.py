@@ -39,7 +39,7 @@ def test_the_two_commands_are_one_line_each() -> None:
 
 
 def test_commands_in_the_table_are_all_there_are() -> None:
-    assert set(re.findall(r"^\| `outpace (\w+)", README, flags=re.M)) == set(COMMANDS)
+    assert set(re.findall(r"^\| `outpace ([\w-]+)", README, flags=re.M)) == set(COMMANDS)
 
 
 def test_snippet_is_six_lines_of_names_that_exist() -> None:

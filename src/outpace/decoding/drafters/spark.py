@@ -24,8 +24,7 @@ from ..contracts import DrafterContext, Market, Observation, Sequence
 from .grown import Draws, Grown, Growth, edit_rows
 from .sources import Rows, Source
 
-_CHUNK = 512  # rows of one forward while reading a long text
-_WINDOW = 512  # tokens of a prompt that are read at most: of what lies before, little is left in the hidden states
+_WINDOW = 128  # tokens that are read at once at most, of a prompt or after a rest: their hidden states know the others
 _CANDIDATES = 16  # tokens of a slot that an edge is computed for
 
 
@@ -62,10 +61,12 @@ class Lattice:
 
 @dataclass(slots=True, eq=False)
 class _Text:
-    """A sequence: its handle in the head's cache, and what was observed and not read yet, f32[n, D] each."""
+    """A sequence: its handle in the head's cache, and the hidden states that were observed and not read yet,
+    f32[n, L * D] each: nothing is computed of them before a draft is wanted."""
 
     kv: int
     waiting: list[FloatArray] = field(default_factory=list)
+    rows: int = 0  # of them
 
 
 class BlockSource(Source):
@@ -106,29 +107,32 @@ class BlockSource(Source):
         """The hidden states of tokens that are committed: of a chunk, or of a last token and the accepted ones."""
         path = [0, *(node + 1 for node in seen.accepted.path)]
         rows = slice(-_WINDOW, None) if seen.kind == "prefill" else path
-        waiting = self._texts[sequence.id].waiting
-        taps = [np.asarray(seen.outputs.hidden(layer))[rows] for layer in self.head.config.taps]
-        waiting.append(self._fused(taps))
-        while len(waiting) > 1 and sum(map(len, waiting[1:])) >= _WINDOW:
-            del waiting[0]
+        text = self._texts[sequence.id]
+        text.waiting.append(
+            np.hstack([np.asarray(seen.outputs.hidden(layer))[rows] for layer in self.head.config.taps])
+        )
+        text.rows += len(text.waiting[-1])
+        while text.rows - len(text.waiting[0]) >= _WINDOW:
+            text.rows -= len(text.waiting.pop(0))
 
-    def _fused(self, taps: list[FloatArray]) -> FloatArray:
-        """What the head reads of each token. f32[n, D] of each tapped layer -> f32[n, D]"""
-        return scaled(project(np.concatenate([scaled(rows) for rows in taps], axis=1), self._fuse))
+    def _fused(self, states: FloatArray) -> FloatArray:
+        """What the head reads of each token. f32[n, L * D] -> f32[n, D]"""
+        layers = scaled(states.reshape(len(states), len(self.head.config.taps), -1))
+        return scaled(project(layers.reshape(states.shape), self._fuse))
 
     def replay(self, tokens: Seq[int], prompt: int) -> FloatArray:
         """How often each slot's likeliest token is the text's, behind each token from `prompt` on and given the true
         tokens before it: the same figure as `training.spark.hits`. f32[G]"""
         block, hot = self.head.config.block, self.head.hot
         states = hidden_states(self.target, list(tokens), self.head.config.taps)
-        fused = self._fused([states[:, i] for i in range(states.shape[1])])
+        flat = states.reshape(len(states), -1)
         sequence = Sequence(-1, [], prompt, SamplingParams())
         self.begin(sequence)
         right = []
         try:
             read = 0
             for place in range(prompt, len(tokens) - block - 1):
-                self._texts[-1].waiting, read = [fused[read:place]], place
+                self._texts[-1].waiting, read = [flat[read:place]], place
                 sequence.tokens = list(tokens[: place + 1])
                 self.catch_up([sequence])
                 [lattice] = self.lattices
@@ -143,7 +147,7 @@ class BlockSource(Source):
         admitted, free, block = [], self.cache.available_pages, self.head.config.block
         for sequence in sequences:
             text = self._texts[sequence.id]
-            new = sum(map(len, text.waiting))
+            new = min(sum(map(len, text.waiting)), _WINDOW)
             length = self.cache.length(text.kv) + new + block
             pages = self.cache.pages_needed(text.kv, new + block)
             fits = pages <= free and length <= self.decoder.config.max_position and length > block
@@ -159,9 +163,9 @@ class BlockSource(Source):
         anchors = project(self.target.embedding(last), self._token)
         spans, parts, rows = list[Span](), list[FloatArray](), list[int]()
         for text, anchor in zip(texts, anchors, strict=True):
-            new = np.concatenate(text.waiting) if len(text.waiting) > 1 else text.waiting[0]
-            text.waiting = []
-            new = self._read(text, new)
+            states = np.concatenate(text.waiting) if len(text.waiting) > 1 else text.waiting[0]
+            text.waiting, text.rows = [], 0
+            new = self._fused(states[-_WINDOW:])
             self.cache.reserve(text.kv, len(new) + block)
             spans.append(Span([0] * (len(new) + block), self.cache.length(text.kv)))
             parts += [new, new[-1] + anchor + self.head.arrays["slots"]]
@@ -182,18 +186,6 @@ class BlockSource(Source):
         cuts = [slice(i, i + block) for i in range(0, len(slots), block)]
         self.lattices = [Lattice(values[c], ids[c], mass[c], gates[c], logits[c]) for c in cuts]
         return logits[::block]
-
-    def _read(self, text: _Text, new: FloatArray) -> FloatArray:
-        """Commit all but the last rows of a long text."""
-        while len(new) > _CHUNK:
-            part, new = new[:_CHUNK], new[_CHUNK:]
-            self.cache.reserve(text.kv, _CHUNK)
-            span = Span([0] * _CHUNK, self.cache.length(text.kv), logits="last")
-            batch = pack([span], self.cache.page_tables([text.kv]))
-            batch.embeddings = part
-            self.decoder.forward(batch, self.cache.storage)
-            self.cache.commit(text.kv, range(_CHUNK))
-        return new
 
     def extend(self, grown: Seq[Rows]) -> Logits:
         raise NotImplementedError("a block head runs all its slots at once")
