@@ -19,8 +19,8 @@ from typing import Literal, TypeVar
 from .errors import MethodError, did_you_mean
 from .types import Exactness
 
-Kind = Literal["drafter", "verifier", "planner", "mode"]
-METHOD_PACKAGES = tuple(f"outpace.decoding.{part}" for part in ("drafters", "verify", "planners", "modes"))
+Kind = Literal["drafter", "verifier", "planner", "mode", "policy"]
+METHOD_PACKAGES = tuple(f"outpace.decoding.{part}" for part in ("drafters", "verify", "planners", "modes", "policies"))
 
 T = TypeVar("T", bound=type)
 

@@ -244,6 +244,7 @@ class DecodingStats:
     cached_tokens: int = 0  # of the prompt, found in the prefix cache
     queue_s: float = 0.0  # waiting before the prompt was begun
     preemptions: int = 0  # how often it was stopped to free pages for others
+    kv_freed: int = 0  # bytes of keys and values that its policy gave back
     prediction_accepted: int = 0  # tokens of the caller's prediction that the output has, in order
     prediction_rejected: int = 0  # and those that it has not
 

@@ -34,6 +34,7 @@ class NativeStorage(KVStorage):
         self.keys = zeros((layers, num_pages, kv_heads, head // pair, PAGE_SIZE, pair), dtype)
         self.values = zeros((layers, num_pages, kv_heads, PAGE_SIZE // pair, head, pair), dtype)
         self.bytes_per_page = (self.keys.nbytes + self.values.nbytes) // max(num_pages, 1)
+        self.heads_per_page = layers * kv_heads
         layer, page, kv_head = self.keys.strides[:3]
         self.strides = (layer, page, kv_head)
         self.addresses = (self.keys.ctypes.data, self.values.ctypes.data)
@@ -55,6 +56,37 @@ class NativeStorage(KVStorage):
 
     def write_pages(self, blob: PageBlob, pages: NDArray[np.int64]) -> None:
         self.keys[:, pages], self.values[:, pages] = blob
+
+    def head_pages(self, pages: NDArray[np.integer]) -> NDArray[np.int64]:
+        """Numbers of the head pages that whole pages consist of, for `gather` and Ragged tables. [P] -> [L, Hkv, P]"""
+        layers, count, heads = self.keys.shape[:3]
+        each = (np.arange(layers)[:, None, None] * count + pages) * heads
+        return each + np.arange(heads)[:, None]
+
+    def gather(self, source: NDArray[np.int64], target: NDArray[np.int64]) -> None:
+        """Copy single places of single heads, as if all were read before any is written. A place is head page *
+        PAGE_SIZE + lane."""
+        (keys, values), width = (array.reshape(-1, *array.shape[3:]) for array in (self.keys, self.values)), self.pair
+        (from_page, from_lane), (to_page, to_lane) = np.divmod(source, PAGE_SIZE), np.divmod(target, PAGE_SIZE)
+        keys[to_page, :, to_lane] = keys[from_page, :, from_lane]
+        fp, fl = np.divmod(from_lane, width)
+        tp, tl = np.divmod(to_lane, width)
+        values[to_page, tp, :, tl] = values[from_page, fp, :, fl]
+
+    def head_keys(self, pages: NDArray[np.integer]) -> NDArray[np.float32]:
+        """Rotated keys of head pages, place by place. [P] -> f32[P * PAGE_SIZE, C]"""
+        return self._floats(self.keys.reshape(-1, *self.keys.shape[3:])[pages].transpose(0, 2, 1, 3))
+
+    def head_values(self, pages: NDArray[np.integer]) -> NDArray[np.float32]:
+        """The same of values."""
+        return self._floats(self.values.reshape(-1, *self.values.shape[3:])[pages].transpose(0, 1, 3, 2))
+
+    @staticmethod
+    def _floats(array: NDArray[Any]) -> NDArray[np.float32]:
+        exact = array if array.dtype == np.float32 else (array.astype(np.uint32) << 16).view(np.float32)
+        if array.dtype != np.float32:  # a view of last axes that are not side by side
+            exact = exact.reshape(array.shape)
+        return np.ascontiguousarray(exact).reshape(array.shape[0] * PAGE_SIZE, -1)
 
     def page_means(self, layer: int, pages: NDArray[np.integer]) -> NDArray[np.float32]:
         """Mean of the keys of whole pages. [P] -> f32[P, Hkv, C]"""

@@ -22,8 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CapacityError
+from ..models.batch import Ragged
 from .allocator import PageAllocator
+from .compaction import compact, places_of, ragged, release_segment, splits
 from .places import CLOSED, Path, Places, pages_for
+from .segments import HeadPages, Kept
 from .storage import PAGE_SIZE, KVStorage
 from .swap import AWAY, HostPages, Swapped
 
@@ -54,6 +57,7 @@ class PagedKVCache:
         self._pages = PageAllocator(storage.num_pages)
         self._sequences: dict[int, Places] = {}
         self._swapped: list[Swapped] = []
+        self._heads = HeadPages(storage.heads_per_page)
         self._next = 0
         self._tables = np.zeros((0, 0), dtype=np.int32)  # those last asked for, with room for longer ones
         self._tables_of: list[int] = []
@@ -77,6 +81,8 @@ class PagedKVCache:
         """Forget a sequence and what it had reserved."""
         s = self._sequences.pop(seq)
         self._release(s, 0)
+        if s.segment is not None:
+            release_segment(s.segment, self._heads, self._pages)
 
     # -- one step ------------------------------------------------------------------------------------------
 
@@ -122,7 +128,7 @@ class PagedKVCache:
         s.length += k
         s.reserved = CLOSED
         self._release(s, pages_for(s.length))
-        return s.length
+        return s.before + s.length
 
     def rollback(self, seq: int) -> None:
         """Drop the open reservation, if there is one."""
@@ -131,8 +137,9 @@ class PagedKVCache:
         self._release(s, pages_for(s.length))
 
     def truncate(self, seq: int, length: int) -> None:
-        """Forget committed places from `length` on."""
+        """Forget committed tokens from `length` on, which must not be in a segment."""
         s = self._sequences[seq]
+        length -= s.before
         assert s.reserved == CLOSED, f"sequence {seq} has an open reservation and cannot be truncated"
         assert 0 <= length <= s.length, f"cannot truncate {s.length} places to {length}"
         self._shorten(s, length)
@@ -157,6 +164,7 @@ class PagedKVCache:
         open, whose places it would hold too.
         """
         s = self._sequences[seq]
+        assert s.segment is None, f"sequence {seq} keeps a part of its places only, which others cannot begin with"
         assert 0 <= length <= s.length, f"cannot share {length} of {s.length} places"
         assert not (length % PAGE_SIZE and s.reserved > 0), f"sequence {seq} has provisional places in its last page"
         return s.pages[: pages_for(length)]
@@ -188,6 +196,7 @@ class PagedKVCache:
         """
         s = self._sequences[seq]
         assert s.reserved == CLOSED, f"sequence {seq} has an open reservation and cannot be swapped out"
+        assert s.segment is None, f"sequence {seq} has a segment and cannot be swapped out"
         host = s.host if s.host is not None else HostPages()
         leaving = [i for i, page in enumerate(s.pages) if not self._pages.is_shared(page)]
         host.read(self.storage, s.pages, leaving)
@@ -238,7 +247,12 @@ class PagedKVCache:
 
     def length(self, seq: int) -> int:
         """Committed tokens."""
-        return self._sequences[seq].length
+        s = self._sequences[seq]
+        return s.before + s.length
+
+    def before(self, seq: int) -> int:
+        """Committed tokens that a segment stands for; the first of the others is at place 0 of the sequence's pages."""
+        return self._sequences[seq].before
 
     def reserved(self, seq: int) -> int:
         """Places of the open reservation; 0 without one."""
@@ -264,6 +278,46 @@ class PagedKVCache:
                 self._tables[row, :n], self._tables[row, n:] = s.table[:n], 0
                 s.changed = False
         return self._tables[:, :most]
+
+    def compact(self, seq: int, tokens: int, kept: Kept) -> int:
+        """Keep of the first `tokens` committed places, a multiple of PAGE_SIZE, and of what an earlier call kept, in
+        each layer and head only those that `kept` numbers: first those kept before, then the others. See Segment.
+
+        Returns the bytes that are free now. Raises ParameterError for numbers that are not there, CapacityError, and
+        changes nothing, where forks hold so many of the pages that there are none for the copies.
+        """
+        s = self._sequences[seq]
+        assert s.reserved == CLOSED, f"sequence {seq} has an open reservation and cannot be compacted"
+        assert tokens % PAGE_SIZE == 0 and 0 <= tokens <= s.length, f"cannot compact {tokens} of {s.length} places"
+        before = self.bytes_held(seq)
+        compact(s, tokens, kept, self._heads, self)
+        return before - self.bytes_held(seq)
+
+    def ragged(self, seqs: Sequence[int]) -> list[Ragged | None] | None:
+        """What each layer and head of these sequences reads, where some have segments."""
+        found = [ragged(self._sequences[seq], self.storage) for seq in seqs]
+        return found if any(one is not None for one in found) else None
+
+    def read(
+        self, seq: int, layer: int, head: int, tokens: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int32]]:
+        """Rotated keys and values f32[N, C] of a layer and head, up to `tokens` places of the sequence's own pages, and
+        their positions in the text."""
+        pages, positions = places_of(self._sequences[seq], self.storage, layer, head, tokens)
+        storage = splits(self.storage)
+        return storage.head_keys(pages), storage.head_values(pages), positions
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        """Layers, and KV heads of each. Raises ParameterError where single heads cannot be left out."""
+        layers, _, heads = splits(self.storage).keys.shape[:3]
+        return layers, heads
+
+    def bytes_held(self, seq: int) -> int:
+        """Bytes of a sequence's pages and head pages, shared ones included."""
+        s = self._sequences[seq]
+        heads = 0 if s.segment is None else s.segment.head_pages
+        return len(s.pages) * self.storage.bytes_per_page + heads * self.storage.bytes_per_page // self._heads.per_page
 
     def pages_needed(self, seq: int, n: int) -> int:
         """Free or reclaimed pages that `reserve(seq, n)` would take."""
@@ -324,6 +378,12 @@ class PagedKVCache:
             if s.reserved > 0:
                 for page in s.pages[s.length // PAGE_SIZE :]:
                     assert not self._pages.is_shared(page), f"sequence {seq}: provisional page {page} is shared"
+        segments = {id(s.segment): s.segment for s in self._sequences.values() if s.segment is not None}
+        self._heads.check_integrity(
+            [n for one in segments.values() for row in one.pages for p in row for n in p.tolist()]
+        )
+        for page in self._heads.split_pages:
+            used[page] += 1
         for swapped in self._swapped:
             assert len(swapped.pages) == pages_for(swapped.length), "a swapped page is lost"
             assert set(swapped.away) <= swapped.host.indices, "a page is neither here nor there"

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from ..models.batch import Ragged
+from .segments import Segment
 from .storage import PAGE_SIZE
 from .swap import HostPages
 
@@ -29,10 +31,12 @@ def _slots(pages: Sequence[int]) -> NDArray[np.int64]:
 class Places:
     """Committed places and, behind them, those of the open reservation. `table` and `slots` mirror `pages`."""
 
-    __slots__ = ("changed", "host", "length", "pages", "reserved", "slots", "table")
+    __slots__ = ("changed", "host", "length", "pages", "ragged", "reserved", "segment", "slots", "table")
 
     def __init__(self) -> None:
-        self.length = 0  # committed
+        self.length = 0  # committed, behind the segment
+        self.segment: Segment | None = None  # what is kept of the tokens before
+        self.ragged: tuple[list[int], Ragged] | None = None  # what the kernels are told of it, for these pages
         self.reserved = CLOSED  # provisional; 0 is an open reservation too
         self.host: HostPages | None = None  # copies of complete pages, since it was out of the cache
         self.pages: list[int] = []
@@ -45,7 +49,22 @@ class Places:
         twin = Places()
         twin.length, twin.pages = self.length, self.pages.copy()
         twin.table, twin.slots = self.table.copy(), self.slots.copy()
+        twin.segment = self.segment
+        if self.segment is not None:
+            self.segment.holders += 1
         return twin
+
+    @property
+    def before(self) -> int:
+        """Tokens that the segment stands for."""
+        return 0 if self.segment is None else self.segment.tokens
+
+    def drop_first(self, count: int) -> list[int]:
+        """Take the first pages away, all of whose places are committed; returns them."""
+        dropped, pages = self.pages[:count], self.pages[count:]
+        self.pages, self.length = [], self.length - count * PAGE_SIZE
+        self.extend(pages)
+        return dropped
 
     def extend(self, pages: Sequence[int]) -> None:
         """More pages at the end."""

@@ -26,6 +26,8 @@ class KVStorage(ABC):
 
     num_pages: int
     bytes_per_page: int
+    #: Layers times heads, where a page can be split into head pages (cache.segments); 0 where it cannot
+    heads_per_page: int = 0
 
     @abstractmethod
     def copy_pages(self, source: NDArray[np.int64], target: NDArray[np.int64]) -> None:

@@ -14,6 +14,7 @@ from .contracts import Drafter, DrafterContext, Verifier
 from .drafters.merged import Merged
 from .planners.costs import StepCosts
 from .planners.planner import Planner
+from .policies.policy import KVPolicy
 
 Option = int | float | bool | str
 
@@ -84,6 +85,8 @@ def _value(name: str, key: str, text: str, default: Option) -> Option:
     try:
         if isinstance(default, bool):
             return {"true": True, "false": False}[text.lower()]
+        if isinstance(default, float) and text.endswith("%"):
+            return float(text[:-1]) / 100
         return type(default)(text)
     except (ValueError, KeyError):
         kind = (
@@ -113,6 +116,14 @@ def make_planner(name: str, costs: Callable[[], StepCosts]) -> Planner:
     """Raises MethodError for an unknown name. `costs` is called if the planner needs them."""
     cls: type[Planner] = method(name, "planner").cls
     return cls(costs() if cls.needs_costs else None)
+
+
+def make_policy(spec: str) -> KVPolicy:
+    """Build what `spec` names: "snapkv", "knorm:budget=50%,sinks=8". Raises MethodError for an unknown name,
+    ParameterError for an option that it does not have or out of range."""
+    name, _, text = (part.strip() for part in spec.partition(":"))
+    made: KVPolicy = method(name, "policy").cls(**_options(name, "policy", text))
+    return made
 
 
 def _make(name: str, context: DrafterContext, options: dict[str, Any]) -> Drafter:

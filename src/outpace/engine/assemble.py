@@ -36,7 +36,7 @@ def assemble(
         sampled=verifier.uses_q,
         owner_of=lambda sequence: sequence.owner,
         target=decoder,
-        cache=cache,
+        cache=cache if options.kv is None else None,  # a policy's places are not those that such drafters count on
         target_in=loaded.in_precision,
         tokenizer=tokenizer,
         draft_tokenizer=draft.tokenizer if draft is not None else None,

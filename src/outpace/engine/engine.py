@@ -18,6 +18,7 @@ from ..decoding.draft_verify import DraftVerify
 from ..decoding.drafters.plain import Plain
 from ..decoding.drafters.routed import Routed
 from ..decoding.grammar import Grammars, Matcher
+from ..decoding.methods import make_policy
 from ..decoding.planners.fixed import Fixed
 from ..decoding.planners.planner import Planner
 from ..errors import CapacityError, MethodError, ParameterError
@@ -27,6 +28,7 @@ from .exactness import exactness
 from .jobs import Job, Preempt, SchedulerLimits, Start
 from .load import size_of_cache
 from .memory import KVMemory
+from .needs import check_policy
 from .options import EngineOptions
 from .reading import PromptReader
 from .request import DraftTrace, Request, StepEvent, truncate
@@ -75,6 +77,9 @@ class Engine:
         self.method = method if method is not None else drafter.name
         self.cache = new_cache(decoder, options) if cache is None else cache
         self.planner = planner if planner is not None else Fixed()
+        self.policy = None if options.kv is None else make_policy(options.kv)
+        if self.policy is not None:
+            check_policy(decoder, self.cache, options)
         self.methods = {"plain": Plain(), **(methods or {})}
         self.advance = DraftVerify(Routed(drafter, self.methods), verifier, self.planner)
         self._runner = Runner(decoder, self.cache)
@@ -137,6 +142,7 @@ class Engine:
             method=(method or self.method) if advance is self.advance else advance.name,
             advance=advance,
             options=options,
+            policy=self.policy,
             reader=self._reader(prompt, params, options),
         )
         job = self._job(request)
@@ -184,6 +190,7 @@ class Engine:
         if request.method == "plain" or advance is not self.advance:
             job.max_draft = 0
         job.rows, job.ahead = advance.rows, request.unread
+        job.pause = sequence.prompt_length if self.policy is not None else 0
         return job
 
     def _text(self, params: SamplingParams) -> TextStream | None:
@@ -295,6 +302,7 @@ class Engine:
             self.scheduler.prefilled(request.id, rows)
             if self.prefixes is not None and request.decoding and request.fresh and request.shares:
                 self.prefixes.insert(request.sequence.owner, request.sequence.tokens[: request.to_read], request.kv)
+            request.compact(self.cache)
         return [*events, *filter(None, map(self._advance, parts))]
 
     def _start(self, start: Start) -> None:
@@ -330,7 +338,7 @@ class Engine:
 
     def _share(self, request: Request) -> None:
         """Keep what a request leaves in the cache for others of its owner, until its pages are needed."""
-        if self.prefixes is not None and request.cached and request.shares:
+        if self.prefixes is not None and request.cached and request.shares and not self.cache.before(request.kv):
             common = request.common[: self.cache.length(request.kv)]
             self.prefixes.insert(request.sequence.owner, common, request.kv, final=True)
 
@@ -403,8 +411,10 @@ class Engine:
     def _exactness(
         self, params: SamplingParams, method: str, alone: bool, advance: Advance
     ) -> tuple[Exactness, list[str]]:
-        if advance is not self.advance:
+        if advance is not self.advance and self.policy is None:
             return advance.exactness, []
+        if self.policy is not None:
+            return "approximate", [f"{self.policy.says()} are kept"]
         return exactness(self.decoder, self.verifier, params, method, alone)
 
     def check_integrity(self) -> None:

@@ -115,6 +115,7 @@ class Job:
     whole: bool = False  # every row of its prompt must be run: nothing comes from the prefix cache
     logits: bool = False  # and gives logits
     rows: int = 1  # of a step, beside drafts
+    pause: int = 0  # tokens after which a chunk ends, since something is done with what was read up to there
     ahead: int = 0  # tokens at the end of its text that it does not read before it decodes: its first step does
 
     order: int = field(default=-1, init=False)  # of arrival
@@ -149,6 +150,11 @@ class Job:
     def unread(self) -> int:
         """Tokens to read before it decodes."""
         return self.target - self.read
+
+    @property
+    def ahead_of_pause(self) -> int:
+        """Of the tokens to read those before the next pause."""
+        return min(self.pause - self.read, self.unread) if self.read < self.pause else self.unread
 
     @property
     def remaining(self) -> int:

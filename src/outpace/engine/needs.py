@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..cache.pages import PagedKVCache
 from ..decoding.contracts import Verifier
-from ..decoding.methods import make_verifier, split_spec
-from ..errors import MethodError
+from ..decoding.methods import make_policy, make_verifier, split_spec
+from ..errors import MethodError, ParameterError
+from ..models.decoder import Decoder
 from ..registry import method as registry_method
 from .load import LoadedModel
 from .options import EngineOptions
@@ -67,6 +69,8 @@ def check_options(options: EngineOptions) -> Verifier:
         registry_method(options.planner, "planner")
         if method == "plain":
             raise MethodError(f"planner {options.planner!r} has nothing to plan with method 'plain': drop one")
+    if options.kv is not None:
+        make_policy(options.kv)
     verifier = make_verifier(DEFAULT_VERIFIER if options.verifier == "auto" else options.verifier)
     if method == "plain" and not any(spec != "plain" for spec in options.methods):
         if options.verifier not in ("auto", DEFAULT_VERIFIER):
@@ -86,6 +90,21 @@ def check_options(options: EngineOptions) -> Verifier:
             "lower the one or raise the other"
         )
     return verifier
+
+
+def check_policy(decoder: Decoder, cache: PagedKVCache, options: EngineOptions) -> None:
+    """Refuse what a KV policy does not go with. Raises MethodError."""
+    try:
+        cache.heads  # noqa: B018
+    except ParameterError as error:
+        raise MethodError(f"kv={options.kv!r}: {error}") from None
+    if "sliding" in decoder.config.layer_types:
+        raise MethodError(f"kv={options.kv!r}: this model's sliding layers keep a window already; leave kv out")
+    if options.swap_tokens:
+        raise MethodError(
+            f"kv={options.kv!r} does not go with swap_tokens={options.swap_tokens}: a text of which a part is kept is "
+            "read again, not brought back; leave swap_tokens out"
+        )
 
 
 def for_method(

@@ -86,6 +86,14 @@ class EngineOptions:
     )
     threads: int | None = value(None, Whole(1, 1024), "CPU threads.", unset="one per core")
     device: str = value("auto", Text(), "cpu, cuda, or auto: cuda if there is one.")
+    kv: str | None = value(
+        None,
+        Text(),
+        "What is kept of a prompt's keys and values once it was read, see `outpace methods`: snapkv:budget=25% keeps a "
+        "quarter; approximate.",
+        metavar="POLICY",
+        unset="all",
+    )
     max_batch: int = value(8, Whole(1, MOST_ROWS), "Requests that decode at once.")
     max_rows: int | None = value(
         None,

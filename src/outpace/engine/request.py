@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 
+import numpy as np
+
+from ..cache.pages import PagedKVCache
 from ..cache.swap import Swapped
 from ..decoding.advance import Advance
 from ..decoding.contracts import NOT_CACHED, Sequence
 from ..decoding.drafters.rates import checked_nodes
+from ..decoding.policies.policy import KVPolicy
 from ..types import (
     Accepted,
     DecodingStats,
     Draft,
     Exactness,
     FinishReason,
+    FloatArray,
     IntArray,
+    Logits,
     PromptReading,
     RequestOptions,
     Result,
@@ -71,6 +78,8 @@ class Request:
     advance: Advance
     options: RequestOptions = field(default_factory=RequestOptions)
     reader: PromptReader | None = None  # gathers what is requested of its prompt
+    policy: KVPolicy | None = None  # what is kept of its prompt
+    queries: dict[int, FloatArray] = field(default_factory=dict)  # by layer, of the prompt's last rows, for the policy
     prefilled: int = 0
     to_read: int = field(init=False)
     swapped: Swapped | None = None  # its keys and values, while they are out of the cache
@@ -103,7 +112,31 @@ class Request:
     def common(self) -> list[int]:
         """Of its tokens those whose keys and values are the same in every request that begins with them."""
         sequence = self.sequence
+        if self.policy is not None:  # which looks at the rows of its window
+            return sequence.tokens[: max(sequence.prompt_length - self.policy.window, 0)]
         return sequence.tokens if self.advance.shares_output else sequence.tokens[: sequence.prompt_length]
+
+    def window_of(self, rows: int) -> int:
+        """Of the next `rows` rows of its prompt how many the policy wants the queries of; they are the last ones."""
+        if self.policy is None or not self.policy.window:
+            return 0
+        end = min(self.prefilled + rows, self.sequence.prompt_length)
+        return max(min(rows, end - (self.sequence.prompt_length - self.policy.window)), 0)
+
+    def tap(self, queries: Mapping[int, Logits], rows: slice) -> None:
+        """Keep those of a chunk that was run; before it counts as read."""
+        wanted = self.window_of(rows.stop - rows.start)
+        for layer, found in queries.items() if wanted else ():
+            new = np.array(found[rows.stop - wanted : rows.stop], dtype=np.float32)
+            old = self.queries.get(layer)
+            self.queries[layer] = new if old is None else np.concatenate([old, new])
+
+    def compact(self, cache: PagedKVCache) -> None:
+        """Keep of its prompt, which was read to the end, what the policy says."""
+        if self.policy is not None and self.prefilled == self.sequence.prompt_length and not cache.before(self.kv):
+            queries, self.queries = self.queries, {}
+            freed = self.policy.compact(cache, self.kv, queries)
+            self.stats.kv_freed = freed
 
     @property
     def kv(self) -> int:
@@ -135,6 +168,7 @@ class Request:
 
     def begin_again(self, cached: int) -> None:
         """It has `cached` tokens in the KV cache, and must read the rest of its tokens."""
+        self.queries.clear()
         self.prefilled, self.to_read = cached, len(self.sequence.tokens) - self.unread
         if self.reading is not None:
             self.reading.restart()

@@ -118,9 +118,13 @@ class Runner:
         cache, works = self.cache, [part.work for part in parts]
         for part in parts:
             cache.reserve(part.request.kv, len(part.work.tokens))
+            if before := cache.before(part.request.kv):
+                part.work.before, part.work.committed = before, part.work.committed - before
             if len(parts) > 1:
                 part.request.alone = False
-        batch = pack(works, cache.page_tables([part.request.kv for part in parts]))
+        kvs = [part.request.kv for part in parts]
+        batch = pack(works, cache.page_tables(kvs))
+        batch.ragged = cache.ragged(kvs)
         self.rows = len(batch.tokens)
         if any([work.embeddings is not None for work in works]):
             batch.embeddings = self.decoder.embedding(batch.tokens)
@@ -133,6 +137,8 @@ class Runner:
             [part.reads and part.request.reading is not None and part.request.reading.wants_hidden for part in parts]
         ):
             taps |= Taps(hidden=(last,))
+        if any([part.reads and part.request.window_of(len(part.work.tokens)) for part in parts]):
+            taps |= Taps(queries=tuple(range(last + 1)))
         out = self.decoder.forward(batch, cache.storage, taps)
         step = StepOutputs(out, taps.topk if drafted else 0, self.threads)
         row = logit = 0
@@ -144,6 +150,7 @@ class Runner:
                     hidden = out.hidden[last][rows] if reading.wants_hidden else None
                     reading.add(part.request.prefilled, out.rows[logit:end] if reading.wants_logits else None, hidden)
                 logit = end - part.judged
+                part.request.tap(out.queries, rows)
             part.outputs = TargetOutputs(step, logit, end, rows)
             row, logit = rows.stop, end
 

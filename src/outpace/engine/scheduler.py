@@ -318,7 +318,7 @@ class Scheduler:
         for job in self._ranked:
             if rows <= 0:
                 break
-            n = self._rows_in(job, min(job.unread, rows, logits if job.logits else rows), spare)
+            n = self._rows_in(job, min(job.ahead_of_pause, rows, logits if job.logits else rows), spare)
             if n:
                 plan.chunks.append((job.id, n))
                 rows -= n

@@ -61,6 +61,16 @@ class Compact:
 
 
 @dataclass(slots=True, eq=False)
+class Ragged:
+    """What each layer and head of a sequence reads: its head pages, in order. A head page holds PAGE_SIZE places of one
+    head; `table` names them by their number in the storage, the sequence's own pages at the end among them. `before`:
+    places of this head in front of the sequence's own pages; positions are in the keys already."""
+
+    table: NDArray[np.int32]  # [L, Hkv, P]
+    before: NDArray[np.int32]  # [L, Hkv], multiples of PAGE_SIZE
+
+
+@dataclass(slots=True, eq=False)
 class ForwardBatch:
     # filled from the spans
     tokens: NDArray[np.int64]  # [T]
@@ -77,6 +87,8 @@ class ForwardBatch:
     logit_rows: NDArray[np.int64]  # [R] ascending
     # filled by who has vectors instead of tokens (`Decoder.embedding`); `tokens` then only count
     embeddings: NDArray[np.float32] | None = None  # [T, D]
+    # filled by the cache, where a sequence has other places in each layer and head; None: it has not
+    ragged: Sequence[Ragged | None] | None = None  # [B]
     # filled by who drafts from a compact copy of the keys and values; not for verifying
     compact: Compact | None = None
 
@@ -96,6 +108,7 @@ class Span:
     mask: Mask = CAUSAL
     offset: int = 0
     logits: Literal["all", "last", "none"] = "all"
+    before: int = 0  # tokens of the text before the first of the committed places, which are elsewhere (Ragged)
 
 
 _NOTHING = np.empty(0, dtype=np.int32)
@@ -116,16 +129,17 @@ def pack(spans: Sequence[Span], page_tables: NDArray[np.int32]) -> ForwardBatch:
     starts = np.array(row_start, dtype=np.int32)
     committed = np.array([span.committed for span in spans], dtype=np.int32)
     offsets = np.array([span.offset for span in spans], dtype=np.int32)
-    where = committed
+    begins = np.array([span.committed + span.before for span in spans], dtype=np.int32)
+    where = begins
     if len(tokens) != len(spans):
         lengths = starts[1:] - starts[:-1]
         offsets = np.arange(len(tokens), dtype=np.int32) + (offsets - starts[:-1]).repeat(lengths)
-        where = committed.repeat(lengths)
+        where = begins.repeat(lengths)
     seen = [None if span.mask is CAUSAL else _seen(span) for span in spans]
     positions = (where + offsets).astype(np.int64)
     for span, one, begin, end in zip(spans, seen, row_start, row_start[1:], strict=False):
         if one is not None and isinstance(span.mask, Tree):
-            positions[begin:end] = one[0][1:] - one[0][:-1] + (span.committed - 1)
+            positions[begin:end] = one[0][1:] - one[0][:-1] + (span.committed + span.before - 1)
     visible_start, visible = _join(seen, row_start)
     return ForwardBatch(
         tokens=np.array(tokens, dtype=np.int64),

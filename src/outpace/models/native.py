@@ -16,6 +16,7 @@ from ..cache.native_storage import NativeStorage
 from ..cache.storage import KVStorage
 from ..errors import ParameterError, UnsupportedModel
 from ..ops.cpu import isa, step
+from ..ops.cpu.address import address
 from ..ops.cpu.attention import MAX_QUERIES
 from ..ops.cpu.attention_int4 import SCRATCH_FIXED
 from ..ops.cpu.blocks import X_BLOCK
@@ -26,7 +27,7 @@ from ..ops.cpu.ready import made_ready
 from ..ops.cpu.team import team
 from ..types import FloatArray, Logits, Precision
 from . import packed
-from .batch import PAGE_SIZE, ForwardBatch
+from .batch import PAGE_SIZE, ForwardBatch, Ragged
 from .block import describe
 from .checkpoint import Checkpoint
 from .config import ModelConfig, rope_inv_freq
@@ -78,7 +79,7 @@ class NativeDecoder(Decoder):
         self._control = np.zeros(step.CONTROL_SIZE, dtype=np.int64)
         self._arrays = Inputs(self._control)
         self._most: tuple[int, ...] = (0, 0, 0)  # rows, rows of logits and places that the buffers hold
-        self._saves_hidden = False
+        self._saves_hidden = self._saves_queries = False
         self._rope = Rope(rope_inv_freq(config, "full"))
         self._rope_local = Rope(rope_inv_freq(config, "sliding")) if config.rope_local_theta else None
         self._fill_constants()
@@ -181,7 +182,10 @@ class NativeDecoder(Decoder):
     def forward(self, batch: ForwardBatch, storage: KVStorage, taps: Taps = NO_TAPS) -> DecoderOutput:
         assert isinstance(storage, NativeStorage)
         rows, wanted = len(batch.tokens), len(batch.logit_rows)
-        size = (rows, wanted, batch.page_tables.shape[1] * PAGE_SIZE)
+        pages = max(
+            [batch.page_tables.shape[1], *(one.table.shape[2] for one in batch.ragged or () if one is not None)]
+        )
+        size = (rows, wanted, pages * PAGE_SIZE)
         if any(map(gt, size, self._most)) or not self._logit_rows:
             self._most = tuple(map(max, size, self._most))
             self._reserve(*self._most)
@@ -190,7 +194,7 @@ class NativeDecoder(Decoder):
         self._point_at_rope(batch.positions)
         c[step.C_KEYS], c[step.C_VALUES] = storage.addresses
         c[step.C_KV_LAYER_BYTES], c[step.C_KV_PAGE_BYTES], c[step.C_KV_HEAD_BYTES] = storage.strides
-        hidden = self._hidden(taps.hidden, rows)
+        hidden, queries = self._hidden(taps.hidden, rows), self._queries(taps.queries, rows)
         self._items[:] = 0
         self._team.run(c)
         del table  # was to live until the step is done
@@ -199,14 +203,21 @@ class NativeDecoder(Decoder):
             whole = self._buffers["all_logits"][:wanted]
             whole[:, self._head_ids] = logits
             logits = whole
-        return DecoderOutput(logits, hidden, {layer: self._queries(layer, rows) for layer in taps.queries})
+        return DecoderOutput(logits, hidden, queries)
 
-    def _queries(self, layer: int, rows: int) -> NDArray[np.float32]:
-        """What the last layer left in the step's buffer. f32[T, Hq, C]"""
-        last, heads, head = self.config.num_layers - 1, self.config.num_heads, packed.head_width(self.config)
-        if layer != last or layer in self.skipped[0]:
-            raise ParameterError(f"the CPU decoder gives the queries of its last layer alone ({last}), if that attends")
-        return self._buffers["qkv"][:rows, : heads * head].reshape(rows, heads, head)
+    def _queries(self, layers: Sequence[int], rows: int) -> dict[int, Logits]:
+        """Where the step saves the queries of the wanted layers, f32[T, Hq, C] each."""
+        if self._saves_queries:
+            self._layers[:, step.L_SAVE_QUERIES] = -1
+        self._saves_queries = bool(layers)
+        if not layers:
+            return {}
+        if skipped := self.skipped[0] & set(layers):
+            raise ParameterError(f"layer {min(skipped)} is left out here and has no queries")
+        out = np.empty((len(layers), rows, self.config.num_heads, packed.head_width(self.config)), dtype=np.float32)
+        self._control[step.C_QUERIES_OUT] = out.ctypes.data
+        self._layers[list(layers), step.L_SAVE_QUERIES] = range(len(layers))
+        return dict(zip(layers, out, strict=True))
 
     # What follows keeps the control block in step with the buffers.
 
@@ -224,7 +235,7 @@ class NativeDecoder(Decoder):
         sliding = np.array([kind == "sliding" for kind in cfg.layer_types])
         self._layers[:, step.L_WINDOW] = (cfg.sliding_window or 0) * sliding
         self._layers[:, step.L_LOCAL_ROPE] = sliding & (self._rope_local is not None)
-        self._layers[:, step.L_SAVE_HIDDEN] = -1
+        self._layers[:, step.L_SAVE_HIDDEN] = self._layers[:, step.L_SAVE_QUERIES] = -1
         for i, block in enumerate(self._model.blocks):
             self._records.fill(self._layers[i], f"{i}.", block)
         values = {
@@ -346,6 +357,9 @@ class NativeDecoder(Decoder):
         put(step.C_COMMITTED, batch.committed, np.int32)
         put(step.C_PAGES, batch.page_tables, np.int32)
         put(step.C_LOGIT_INDEX, batch.logit_rows, np.int64)
+        c[step.C_RAGGED] = 0
+        if batch.ragged is not None:
+            put(step.C_RAGGED, np.array([_record(one) for one in batch.ragged], dtype=np.int64), np.int64)
         c[step.C_COMPACT] = 0
         if batch.compact is not None:
             assert self.precision != "float32", "copies in few bits are made of bf16"
@@ -376,3 +390,8 @@ class NativeDecoder(Decoder):
         self._control[step.C_HIDDEN_OUT] = out.ctypes.data
         self._layers[list(layers), step.L_SAVE_HIDDEN] = range(len(layers))
         return {layer: out[i, :, : self.config.hidden_size] for i, layer in enumerate(layers)}
+
+
+def _record(one: Ragged | None) -> tuple[int, int, int]:
+    """See step.C_RAGGED."""
+    return (0, 0, 0) if one is None else (address(one.table), one.table.shape[2], address(one.before))

@@ -31,21 +31,27 @@ from .tiles import load_tile_config, release_tiles
     C_KV_LAYER_BYTES, C_KV_PAGE_BYTES, C_KV_HEAD_BYTES, C_KV_BF16, C_X, C_QKV, C_ATTENTION, C_GATED,
     C_SUBLAYER, C_INPUTS, C_INPUT_SCALES, C_THREAD_SPACE, C_THREAD_STRIDE,
     C_SCORE_STRIDE, C_HIDDEN_OUT, C_COMPACT, C_COMPACT_PAGES, C_ATTEND,
-) = range(64)  # fmt: skip
+    C_RAGGED, C_QUERIES_OUT,
+) = range(66)  # fmt: skip
 (
     L_QKV, L_OUT, L_GATE_UP, L_DOWN,  # products
     L_NORM_1, L_NORM_2, L_POST_1, L_POST_2, L_Q_NORM, L_K_NORM, L_WINDOW, L_LOCAL_ROPE, L_SAVE_HIDDEN,
-    L_SKIP_ATTENTION, L_SKIP_MLP,
-) = range(15)  # fmt: skip
+    L_SKIP_ATTENTION, L_SKIP_MLP, L_SAVE_QUERIES,
+) = range(16)  # fmt: skip
 (
     F_EPS, F_EMBEDDING_SCALE, F_ATTENTION_SCALE,
 ) = range(3)  # fmt: skip
 
-CONTROL_SIZE, LAYER_SIZE = 64, 15
+CONTROL_SIZE, LAYER_SIZE = 72, 16
 LAYER_STRIDE = 8 * LAYER_SIZE
 
 # What C_EMBEDDING is: rows of float32 or bf16, or the record of a segment whose outputs are the rows
 ROWS_F32, ROWS_BF16, PANELS = range(3)
+
+# C_RAGGED: 0, or for each sequence a record of these: a table of head pages for each layer and head, i32[L, Hkv, P],
+# its P, and how many places lie before the sequence's own pages, i32[L, Hkv]. A table of 0: the pages are as usual.
+R_TABLE, R_WIDTH, R_BEFORE = range(3)
+RAGGED_SIZE = 3
 
 assert (C_BARRIER, C_ARRIVED, C_THREADS) == (J_BARRIER, J_ARRIVED, J_THREADS)
 
@@ -131,6 +137,7 @@ def _attention(c, layer, index, space):
     scores = spare + 128 * head + 64
     store_i64(spare + 96 * head, 0)
     pairs = get(c, C_LEVEL) >= BF16 and is_bf16
+    ragged = get(c, C_RAGGED)
     layout, few_bits = get(c, C_COMPACT), 0  # pages that a draft reads from their copy in few bits
     counter = get(c, C_ITEMS) + 8 * index
     wanted, item = atomic_add(counter, 1), 0
@@ -147,6 +154,13 @@ def _attention(c, layer, index, space):
             visible_start, visible = get(c, C_VISIBLE_START), get(c, C_VISIBLE)
             window, pages = get(layer, L_WINDOW), get(c, C_PAGES) + b * get(c, C_PAGES_STRIDE)
             k, v, page_bytes = keys + kv * head_bytes, values + kv * head_bytes, get(c, C_KV_PAGE_BYTES)
+            if ragged != 0:
+                record = ragged + 8 * RAGGED_SIZE * b
+                if get(record, R_TABLE) != 0:  # this head's own pages, wherever in the storage they lie
+                    mine = index * kv_heads + kv
+                    pages = get(record, R_TABLE) + 4 * mine * get(record, R_WIDTH)
+                    committed += load_i32(get(record, R_BEFORE) + 4 * mine)
+                    k, v, page_bytes = get(c, C_KEYS), get(c, C_VALUES), head_bytes
             if layout:
                 few_bits = load_i32(get(c, C_COMPACT_PAGES) + 4 * b)
             if few_bits:
@@ -178,6 +192,19 @@ def attention(c: int, space: int) -> None:
 
 
 @njit
+def _save_queries(c, layer, me, threads):
+    """Rotated and scaled, f32[rows, heads, C], to the place of this layer."""
+    save, rows, width = get(layer, L_SAVE_QUERIES), get(c, C_ROWS), get(c, C_HEADS) * get(c, C_HEAD)
+    if save < 0:
+        return
+    columns = (get(c, C_HEADS) + 2 * get(c, C_KV_HEADS)) * get(c, C_HEAD)
+    for t in range(me, rows, threads):
+        for i in range(0, width, 16):
+            out = get(c, C_QUERIES_OUT) + 4 * ((save * rows + t) * width + i)
+            vstore(out, vload(get(c, C_QKV) + 4 * (t * columns + i)))
+
+
+@njit
 def _post_norm(c, me, threads, rows, norm, eps):
     width, true_width = get(c, C_WIDTH), get(c, C_TRUE_WIDTH)
     for t in range(me, rows, threads):
@@ -200,6 +227,7 @@ def _attention_sublayer(c, layer, index, me, threads, arrived, space, eps, atten
     arrived = meet(c, threads, arrived)
     _rotate_and_write(c, layer, me, threads, keys, values, eps, attention_scale, space)
     arrived = meet(c, threads, arrived)
+    _save_queries(c, layer, me, threads)
     put(space, 0, layer)
     put(space, 1, index)
     call_at(get(c, C_ATTEND), c, space)
