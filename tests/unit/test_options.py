@@ -42,6 +42,7 @@ OTHER: dict[str, Any] = {
     "swap_tokens": 160,
     "draft_model": toy_loaded("small"),
     "head": "none",
+    "kv": None,  # does not go with swap_tokens
     "threads": None,  # the toy has none of its own
 }
 

@@ -316,8 +316,10 @@ class PagedKVCache:
     def bytes_held(self, seq: int) -> int:
         """Bytes of a sequence's pages and head pages, shared ones included."""
         s = self._sequences[seq]
-        heads = 0 if s.segment is None else s.segment.head_pages
-        return len(s.pages) * self.storage.bytes_per_page + heads * self.storage.bytes_per_page // self._heads.per_page
+        whole = len(s.pages) * self.storage.bytes_per_page
+        if s.segment is None:
+            return whole
+        return whole + s.segment.head_pages * self.storage.bytes_per_page // self._heads.per_page
 
     def pages_needed(self, seq: int, n: int) -> int:
         """Free or reclaimed pages that `reserve(seq, n)` would take."""

@@ -67,7 +67,8 @@ class HeadPages:
 
     def pages_needed(self, count: int) -> int:
         """Whole pages that taking so many head pages splits."""
-        return -(-max(count - len(self._free), 0) // self.per_page)
+        missing = count - len(self._free)
+        return -(-missing // self.per_page) if missing > 0 else 0
 
     def split(self, page: int, numbers: NDArray[np.int64]) -> None:
         """Take a whole page apart; `numbers` of its head pages."""

@@ -119,7 +119,7 @@ def weights_options(function: F) -> F:
 
 def model_options(function: F) -> F:
     """Which model, with what arithmetic, and how it decodes."""
-    decoding = ("draft_model", "draft_precision", "head", "method", "verifier", "planner", "max_rows")
+    decoding = ("draft_model", "draft_precision", "head", "kv", "method", "verifier", "planner", "max_rows")
     return weights_options(engine_options(*decoding)(function))
 
 

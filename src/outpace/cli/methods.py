@@ -70,6 +70,7 @@ def methods(name: str | None, as_json: bool) -> None:
         "drafter": "Drafters (--method NAME; a+b merges two, a:option=value sets an option)",
         "verifier": "Verifiers (--verifier NAME)",
         "planner": "Planners (--planner NAME)",
+        "policy": "What is kept of keys and values (--kv NAME; NAME:budget=25% sets an option)",
         "mode": "Other ways to generate (outpace suggest)",
     }
     for kind, title in titles.items():

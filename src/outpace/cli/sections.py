@@ -13,7 +13,7 @@ SECTIONS = {
         *("temperature", "top_k", "top_p", "min_p", "seed"),
         *("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias"),
     ),
-    "Decoding": ("method", "head", "draft_model", "draft_precision", "verifier", "planner", "max_rows"),
+    "Decoding": ("method", "head", "draft_model", "draft_precision", "verifier", "planner", "max_rows", "kv"),
     "Output": (),
 }
 

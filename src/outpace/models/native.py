@@ -80,6 +80,7 @@ class NativeDecoder(Decoder):
         self._arrays = Inputs(self._control)
         self._most: tuple[int, ...] = (0, 0, 0)  # rows, rows of logits and places that the buffers hold
         self._saves_hidden = self._saves_queries = False
+        self._ragged = np.zeros((0, step.RAGGED_SIZE), dtype=np.int64)
         self._rope = Rope(rope_inv_freq(config, "full"))
         self._rope_local = Rope(rope_inv_freq(config, "sliding")) if config.rope_local_theta else None
         self._fill_constants()
@@ -359,7 +360,8 @@ class NativeDecoder(Decoder):
         put(step.C_LOGIT_INDEX, batch.logit_rows, np.int64)
         c[step.C_RAGGED] = 0
         if batch.ragged is not None:
-            put(step.C_RAGGED, np.array([_record(one) for one in batch.ragged], dtype=np.int64), np.int64)
+            self._ragged = np.array([_record(one) for one in batch.ragged], dtype=np.int64)  # as long as the step
+            c[step.C_RAGGED] = address(self._ragged)
         c[step.C_COMPACT] = 0
         if batch.compact is not None:
             assert self.precision != "float32", "copies in few bits are made of bf16"
