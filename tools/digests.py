@@ -74,7 +74,7 @@ def outputs(model: str, precisions: tuple[str, ...], threads: int) -> Iterator[t
 
 
 def every_drafter() -> list[str]:
-    alone = [m.name for m in methods() if m.kind == "drafter" and "draft model" not in m.needs]
+    alone = [m.name for m in methods() if m.kind == "drafter" and not {"draft model", "head"} & set(m.needs)]
     return [name for name in alone if name not in ("omnidraft", "rapid")] + ["suffix+recycling"]
 
 
