@@ -106,6 +106,20 @@ def test_what_is_freed_is_said_and_others_may_begin_alike(target: NativeDecoder,
     assert short.token_ids == run(engine_of(target, None), [PROMPTS[1]], GREEDY)[0].token_ids
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_first_and_the_last_tokens_are_always_kept(target: NativeDecoder, name: str) -> None:
+    engine = engine_of(target, f"{name}:budget=30%,sinks=5,recent=20")
+    id = engine.add(PROMPTS[0], GREEDY)
+    for _ in range(3):
+        engine.step()
+    kv = engine._requests[id].kv
+    assert engine.cache.before(kv) == 128  # of 150, in whole pages, the last 20 left alone
+    for layer in range(3):
+        for head in range(2):
+            *_, positions = engine.cache.read(kv, layer, head, 0)
+            assert positions[:5].tolist() == [0, 1, 2, 3, 4] and len(positions) == 16
+
+
 def test_a_budget_of_everything_changes_nothing(target: NativeDecoder) -> None:
     assert alone(target, "snapkv:budget=100%", GREEDY) == alone(target, None, GREEDY)
     assert alone(target, "snapkv" + SMALL, GREEDY) != alone(target, None, GREEDY)
