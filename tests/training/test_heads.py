@@ -145,6 +145,9 @@ def test_what_drafts_is_the_network_that_was_trained(target: NativeDecoder, tmp_
         wanted = torch.sigmoid(y[row] @ net.gate.T).detach()
         np.testing.assert_allclose(source.lattices[0].gates, wanted, rtol=2e-3, atol=2e-3)
         assert source.cache.length(source._texts[1].kv) == anchor  # nothing of a draft stays
+        source.catch_up([sequence])  # as when a step was abandoned
+        np.testing.assert_allclose(source.lattices[0].logits, mine[row], rtol=2e-3, atol=2e-3)
+        assert source.cache.length(source._texts[1].kv) == anchor
 
 
 def observe(source: BlockSource, sequence: TokenSequence, states: np.ndarray) -> None:

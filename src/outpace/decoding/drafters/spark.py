@@ -67,6 +67,7 @@ class _Text:
     kv: int
     waiting: list[FloatArray] = field(default_factory=list)
     rows: int = 0  # of them
+    last: FloatArray | None = None  # what was read of the newest token, f32[D]
 
 
 class BlockSource(Source):
@@ -163,12 +164,15 @@ class BlockSource(Source):
         anchors = project(self.target.embedding(last), self._token)
         spans, parts, rows = list[Span](), list[FloatArray](), list[int]()
         for text, anchor in zip(texts, anchors, strict=True):
-            states = np.concatenate(text.waiting) if len(text.waiting) > 1 else text.waiting[0]
-            text.waiting, text.rows = [], 0
-            new = self._fused(states[-_WINDOW:])
+            if text.waiting:  # there is nothing new behind a step that was abandoned
+                new = self._fused(np.concatenate(text.waiting)[-_WINDOW:])
+                text.last = new[-1]
+            else:
+                new = np.empty((0, anchors.shape[1]), dtype=np.float32)
+            assert text.last is not None, "a text that nothing was read of is not admitted"
             self.cache.reserve(text.kv, len(new) + block)
             spans.append(Span([0] * (len(new) + block), self.cache.length(text.kv)))
-            parts += [new, new[-1] + anchor + self.head.arrays["slots"]]
+            parts += [new, text.last + anchor + self.head.arrays["slots"]]
             rows.append(len(new))
         batch = pack(spans, self.cache.page_tables([text.kv for text in texts]))
         batch.embeddings = np.concatenate(parts)
@@ -179,6 +183,7 @@ class BlockSource(Source):
         out = self.decoder.forward(batch, self.cache.storage, Taps(hidden=(top,)))
         for text, n in zip(texts, rows, strict=True):
             self.cache.commit(text.kv, range(n))
+            text.waiting, text.rows = [], 0
         gates = sigmoid(project(self.decoder.final_norm(out.hidden[top][slots]), self._gate))
         logits = np.asarray(out.rows)
         values, ids = row_topk(logits, _CANDIDATES)
