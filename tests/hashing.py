@@ -15,6 +15,7 @@ import torch
 from outpace.cache.storage import PAGE_SIZE, KVStorage
 from outpace.decoding.contracts import Drafter, Market, Observation, Proposal
 from outpace.decoding.contracts import Sequence as TokenSequence
+from outpace.engine.engine import Engine
 from outpace.engine.load import LoadedModel
 from outpace.engine.options import EngineOptions
 from outpace.models.batch import ForwardBatch
@@ -22,7 +23,7 @@ from outpace.models.checkpoint import TokenizerFiles
 from outpace.models.config import ModelConfig
 from outpace.models.decoder import NO_TAPS, Decoder, DecoderOutput, Taps
 from outpace.models.tokenizer import Tokenizer
-from outpace.types import Draft
+from outpace.types import Draft, Result
 
 VOCAB = 40
 EOS = 39
@@ -31,6 +32,19 @@ EOS = 39
 def engine_options(**given: Any) -> EngineOptions:
     """For an engine without an LLM: a small cache, and no prefixes unless they are asked for."""
     return EngineOptions(**{"kv_tokens": 4096, "max_rows": 16, "prefix_cache": False, **given})
+
+
+def finished(engine: Engine) -> dict[int, Result]:
+    """Step until nobody is left, and compare the books after every step. Raises what goes wrong with a request."""
+    results = {}
+    while not engine.idle:
+        for event in engine.step():
+            if event.error is not None:
+                raise event.error
+            if event.result is not None:
+                results[event.id] = event.result
+        engine.check_integrity()
+    return results
 
 
 class HashStorage(KVStorage):

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hashing import engine_options
+from hashing import engine_options, finished
 from toy import random_tokens, toy_checkpoint
 
 from outpace.decoding.contracts import DrafterContext
@@ -44,14 +44,8 @@ def engine_of(target: Any, kv: str | None, method: str = "plain", **options: Any
 
 
 def run(engine: Engine, prompts: list[list[int]], params: SamplingParams) -> list[Result]:
-    ids, results = [engine.add(prompt, params) for prompt in prompts], {}
-    while not engine.idle:
-        for event in engine.step():
-            if event.error is not None:
-                raise event.error
-            if event.result is not None:
-                results[event.id] = event.result
-        engine.check_integrity()
+    ids = [engine.add(prompt, params) for prompt in prompts]
+    results = finished(engine)
     return [results[id] for id in ids]
 
 

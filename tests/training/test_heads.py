@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hashing import engine_options
+from hashing import engine_options, finished
 from toy import random_tokens, toy_checkpoint
 
 from outpace.decoding.contracts import DrafterContext, Observation
@@ -31,7 +31,7 @@ from outpace.models.native import NativeDecoder
 from outpace.training.corpus import Text
 from outpace.training.features import Features, Meta
 from outpace.training.spark import Spark, SparkConfig, hits, loss
-from outpace.training.trainer import Recipe, Trainer, hot_tokens
+from outpace.training.trainer import Recipe, Trainer, hot_tokens, parted
 from outpace.types import Accepted, Draft, SamplingParams
 
 TAPS, BLOCK = (0, 1, 2), 4
@@ -97,14 +97,7 @@ def run(
     engine = engine_of(target, head, method, **options)
     each = params if isinstance(params, list) else [params] * len(prompts)
     ids = [engine.add(prompt, one) for prompt, one in zip(prompts, each, strict=True)]
-    results = {}
-    while not engine.idle:
-        for event in engine.step():
-            if event.error is not None:
-                raise event.error
-            if event.result is not None:
-                results[event.id] = event.result
-        engine.check_integrity()
+    results = finished(engine)
     run.tokens_per_step = np.mean([len(r.token_ids) / r.stats.steps for r in results.values()])  # type: ignore[attr-defined]
     return [results[id].token_ids for id in ids]
 
@@ -167,27 +160,27 @@ def by_heart(net: Spark, tokens: torch.Tensor, features: torch.Tensor, anchors: 
 
 @pytest.fixture(scope="module")
 def trained(target: NativeDecoder, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Text]]:
-    """A head that knows three texts by heart: its folder, and the texts."""
+    """A head that knows some texts by heart: its folder, and these texts."""
     folder = tmp_path_factory.mktemp("head")
-    texts = texts_of(target)
+    texts = texts_of(target, 5)
     features = Features(folder / "features", Meta("toy", "float32", TAPS, target.config.hidden_size))
-    features.add(target, [*texts, replace(texts[0], ask=4 * 25)])  # the last one is held out, and known
+    features.add(target, texts)
     net = net_of(target)
     trainer = Trainer(net, BLOCK, by_heart, hits, features, RECIPE, folder)
-    state = trainer.run()
-    assert state.history[-1]["tokens_per_step"] > 1 + 0.8 * BLOCK, state.history
-    one = features[0]
+    trainer.run()
+    one = features[trainer.train_on[0]]
     found = hits(net, torch.from_numpy(one.tokens), torch.from_numpy(one.features).float(), torch.arange(5, 35))
+    assert found.mean() > 0.95
     check = Check(tuple(one.tokens[: 35 + BLOCK + 1].tolist()), 5, tuple(found.mean(0).tolist()))
     head_of(net, folder / "head.safetensors", check)
-    return folder, texts
+    return folder, [texts[i] for i in trainer.train_on]
 
 
 def test_texts_known_by_heart_are_drafted_whole(target: NativeDecoder, trained: tuple[Path, list[Text]]) -> None:
     """An index that is off by one anywhere cannot pass."""
     folder, texts = trained
     head = read(folder / "head.safetensors")
-    params = [replace(GREEDY, max_tokens=40, temperature=HOT, seed=i) for i in range(len(texts))]
+    params = [replace(GREEDY, max_tokens=40, temperature=HOT, seed=(text.ask - 1) // 2) for text in texts]
     prompts = [text.prompt_tokens for text in texts]
     assert run(target, head, prompts[:3], params[:3]) == [text.tokens for text in texts[:3]]
     assert run.tokens_per_step > 2.5  # type: ignore[attr-defined]  # of 5: the draws must agree too
@@ -222,9 +215,7 @@ def test_a_text_that_begins_in_the_prefix_tree(target: NativeDecoder, trained: t
     engine = engine_of(target, head, "spark")
     for tokens in (prompt, longer, longer):
         engine.add(tokens, GREEDY)
-        results = []
-        while not engine.idle:
-            results += [event.result for event in engine.step() if event.result is not None]
+        results = list(finished(engine).values())
         assert results[0].token_ids == run(target, None, [tokens], GREEDY)[0]
         assert results[0].stats.sources["spark"].proposed > 0
 
@@ -264,8 +255,25 @@ def test_training_goes_on_where_it_was_stopped(
     rest.run()
     for (name, one), (_, other) in zip(straight.net.named_parameters(), rest.net.named_parameters(), strict=True):
         assert torch.equal(one, other), name
-    with pytest.raises(ParameterError, match="another head"):
-        Trainer(net_of(target, layers=2), BLOCK, loss, hits, features, short, tmp_path / "parted")
+    for net, recipe, message in (
+        (net_of(target, layers=2), short, "another head"),
+        (net_of(target, hot=torch.arange(80)), short, "has edge of shape"),
+        (net_of(target), replace(short, rate=1e-4), "begun with rate=0.003, not 0.0001"),
+        (net_of(target), replace(short, seed=1), "begun with seed=0, not 1"),
+    ):
+        with pytest.raises(ParameterError, match=message):
+            Trainer(net, BLOCK, loss, hits, features, recipe, tmp_path / "parted")
+    longer = Trainer(net_of(target), BLOCK, loss, hits, features, replace(short, visits=2000), tmp_path / "parted")
+    assert longer.state.visits == rest.state.visits
+
+
+def test_no_prompt_is_trained_on_and_held_out(target: NativeDecoder, tmp_path: Path) -> None:
+    texts = texts_of(target, 12, 8)
+    features = Features(tmp_path, Meta("toy", "float32", TAPS, target.config.hidden_size))
+    features.add(target, [*texts, *(replace(text, ask=text.ask + 100, tokens=text.tokens[::-1]) for text in texts)])
+    sides = parted(features, replace(RECIPE, held_out=3))
+    prompts = [{tuple(features[i].tokens[: features[i].prompt].tolist()) for i in side} for side in sides]
+    assert sorted(sides[0] + sides[1]) == list(range(24)) and all(prompts) and not prompts[0] & prompts[1]
 
 
 def test_features_that_were_cut_short_go_on(target: NativeDecoder, tmp_path: Path) -> None:
@@ -287,7 +295,8 @@ def test_features_that_were_cut_short_go_on(target: NativeDecoder, tmp_path: Pat
 
 def test_hot_tokens_are_the_most_used(target: NativeDecoder, trained: tuple[Path, list[Text]]) -> None:
     features = Features(trained[0] / "features")
-    hot = hot_tokens((features[i] for i in range(len(features))), 272, 40).tolist()
+    train_on, _ = parted(features, RECIPE)
+    hot = hot_tokens((features[i] for i in train_on), 272, 40).tolist()
     written = [token for text in trained[1] for token in text.tokens]
     assert hot == sorted(set(hot)) and len(hot) == 40
     assert max(set(written), key=written.count) in hot

@@ -41,7 +41,7 @@ OTHER: dict[str, Any] = {
     "max_step_s": 0.5,
     "swap_tokens": 160,
     "draft_model": toy_loaded("small"),
-    "head": "none",
+    "head": None,  # the methods here have no use for one
     "kv": None,  # does not go with swap_tokens
     "threads": None,  # the toy has none of its own
 }

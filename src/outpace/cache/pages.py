@@ -295,6 +295,8 @@ class PagedKVCache:
 
     def ragged(self, seqs: Sequence[int]) -> list[Ragged | None] | None:
         """What each layer and head of these sequences reads, where some have segments."""
+        if not self._heads:
+            return None
         found = [ragged(self._sequences[seq], self.storage) for seq in seqs]
         return found if any(one is not None for one in found) else None
 

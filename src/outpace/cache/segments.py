@@ -65,6 +65,10 @@ class HeadPages:
         self._page_of: dict[int, int] = {}  # of each head page of a split page
         self._used: dict[int, int] = {}  # by split page, how many of it are taken
 
+    def __bool__(self) -> bool:
+        """Whether any page is split."""
+        return bool(self._used)
+
     def pages_needed(self, count: int) -> int:
         """Whole pages that taking so many head pages splits."""
         missing = count - len(self._free)
@@ -87,18 +91,16 @@ class HeadPages:
 
     def give(self, numbers: Sequence[int]) -> list[int]:
         """Give head pages back. Returns pages that are whole again, and no longer split."""
-        whole = []
         for number in numbers:
-            page = self._page_of[number]
-            self._used[page] -= 1
-            self._free.append(number)
-            if not self._used[page]:
-                whole.append(page)
+            self._used[self._page_of[number]] -= 1
+        self._free.extend(numbers)
+        whole = {page for page, used in self._used.items() if not used}
+        for number in [number for number in self._free if self._page_of[number] in whole]:
+            del self._page_of[number]
+        self._free = [number for number in self._free if number in self._page_of]
         for page in whole:
             del self._used[page]
-            self._free = [number for number in self._free if self._page_of[number] != page]
-            self._page_of = {number: of for number, of in self._page_of.items() if of != page}
-        return whole
+        return sorted(whole)
 
     @property
     def split_pages(self) -> list[int]:

@@ -74,20 +74,12 @@ def train_head(texts: Path, folder: Path, **options: Any) -> None:
     The bar says how many tokens a step has on texts that were held out. A checkpoint is written every minute; the same
     command goes on where it was stopped. A head never changes the text, only how soon it is there.
     """
-    from ..models.prepared import open_model
     from ..training.head import HeadPlan
     from ..training.head import train_head as run
-    from ..training.spark import SparkConfig
     from ..training.trainer import Recipe
 
-    layers = open_model(options["model"]).config.num_layers
-    taps = (layers // 2 - 1, layers - 4, layers - 1)
-    plan = HeadPlan(
-        SparkConfig(taps, options["layers"], options["block"], options["rank"]),
-        options["hot"],
-        Recipe(visits=options["visits"], rate=options["rate"], seed=options["seed"]),
-        options["threads"],
-    )
+    recipe = Recipe(visits=options["visits"], rate=options["rate"], seed=options["seed"])
+    plan = HeadPlan(recipe=recipe, **{name: options[name] for name in ("layers", "block", "rank", "hot", "threads")})
     with progress_bar() as progress:
         path = run(options["model"], texts, folder, plan, progress)
     from ..models.heads import read

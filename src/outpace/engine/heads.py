@@ -1,4 +1,4 @@
-"""Which trained head drafts for a model: the one that was named, or the one that comes with it."""
+"""The trained head that drafts for a model: read, and held against the model."""
 
 from __future__ import annotations
 
@@ -9,23 +9,14 @@ from ..decoding.drafters.spark import BlockSource
 from ..errors import MethodError
 from ..models.heads import Head, fits, read
 from .load import LoadedModel
-from .needs import NO_HEAD
 
-#: Heads that come with the package, by the name of their model
-SHIPPED = Path(__file__).parent.parent / "heads"
 LEAST_SHARE = 0.6  #: of the hits that a file records, which its head must have again
 
 
 def open_head(name: str | None, target: LoadedModel) -> Head | None:
     """Raises MethodError for a head of another model, ModelNotFound or CorruptModel for a file that is none."""
-    if name == NO_HEAD:
-        return None
     if name is None:
-        path = SHIPPED / f"{target.name}.safetensors"
-        if not path.is_file() or target.decoder.device.type != "cpu":
-            return None
-        head = read(path)
-        return None if fits(head, target.decoder.config) else head
+        return None
     head = read(Path(name).expanduser())
     if why := fits(head, target.decoder.config):
         raise MethodError(f"{name} is not a head of {target.name}: {why}")
@@ -42,5 +33,5 @@ def _check(head: Head, target: LoadedModel) -> None:
         raise MethodError(
             f"{head.path} is right on {hits:.1%} of the tokens of its own text, and was on {recorded:.1%} when it was "
             f"trained for {head.config.target.get('name')}: it is a head of another model than {target.name}, or of "
-            "another version; train one with `outpace train-head`, or use --head none"
+            "another version; train one with `outpace train-head`, or leave --head out"
         )

@@ -20,7 +20,7 @@ LOSSLESS_METHOD_WITH_DRAFT_MODEL = f"{LOSSLESS_METHOD}+draft-tree:width=2,max_de
 LOSSLESS_METHOD_WITH_HEAD = f"{LOSSLESS_METHOD}+spark"
 DRAFT_MODEL = "draft model"  # as drafters name it in what they need
 ANY_DRAFT_MODEL = "draft model of any vocabulary"
-HEAD, NO_HEAD = "head", "none"  # what drafters name; the option's value for leaving it out
+HEAD = "head"
 OPTIONAL_DRAFT_MODEL = "draft model (optional)"
 
 
@@ -56,7 +56,7 @@ def check_options(options: EngineOptions) -> Verifier:
             f"method {method!r} has no use for a draft model: leave it out, or use a method that needs one "
             f"(such as draft, or {LOSSLESS_METHOD_WITH_DRAFT_MODEL})"
         )
-    if options.head not in (None, NO_HEAD) and not any(map(_uses_head, (method, *options.methods))):
+    if options.head is not None and not any(map(_uses_head, (method, *options.methods))):
         raise MethodError(
             f"method {method!r} has no use for head={options.head!r}: leave it out, or use a method that needs one "
             f"(such as spark, or {LOSSLESS_METHOD_WITH_HEAD})"
@@ -116,7 +116,7 @@ def for_method(
     unused: dict[str, Any] = {}
     if not any(map(_uses_draft_model, specs)):
         unused |= {"draft_model": None, "draft_precision": "auto"}
-    if changed.head != NO_HEAD and not any(map(_uses_head, specs)):
+    if not any(map(_uses_head, specs)):
         unused["head"] = None
     if method == "plain":
         unused["planner"] = "auto"

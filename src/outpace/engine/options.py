@@ -55,9 +55,9 @@ class EngineOptions:
     head: str | None = value(
         None,
         Text(),
-        "File of a trained head that drafts (`outpace train-head`); none: no head.",
+        "File of a trained head that drafts; `outpace train-head` makes one.",
         metavar="FILE",
-        unset="the one that comes with the model, if any",
+        unset="none",
     )
     method: str = value(
         "auto",

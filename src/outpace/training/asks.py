@@ -10,7 +10,6 @@ import ast
 import json
 import random
 import re
-import sys
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -132,4 +131,4 @@ def mixed(sources: Sequence[tuple[str, Iterator[str], float]], rng: random.Rando
         if prompt is None:
             left.remove(chosen)
         else:
-            yield sys.intern(name), prompt
+            yield name, prompt

@@ -17,7 +17,7 @@ from ..models.prepared import open_model
 from . import corpus
 from .features import Features, Meta
 from .spark import Spark, SparkConfig, hits, loss
-from .trainer import Recipe, State, Trainer, hot_tokens
+from .trainer import Recipe, State, Trainer, hot_tokens, parted
 
 Progress = Callable[[str, float, float], None]
 
@@ -37,9 +37,11 @@ _INIT = (  # parts of a layer, where they are in the target's last one, and how 
 
 @dataclass(frozen=True)
 class HeadPlan:
-    """What to train. `hot`: tokens that it can propose; `spark` None: taps at half, most and all of the target."""
+    """What to train. `hot`: tokens that it can propose; the others as in SparkConfig."""
 
-    spark: SparkConfig | None = None
+    layers: int = 1
+    block: int = 6
+    rank: int = 128
     hot: int = 8192
     recipe: Recipe = field(default_factory=Recipe)
     threads: int | None = None
@@ -75,9 +77,7 @@ def _features(model: str, texts: Path, folder: Path, plan: HeadPlan, progress: P
     wanted = list(corpus.read(texts))
     with LLM(model, method="plain", threads=plan.threads, max_batch=1, progress=progress) as llm:
         layers, width = llm.config.num_layers, llm.config.hidden_size
-        taps = (layers // 2 - 1, layers - 4, layers - 1) if plan.spark is None else plan.spark.taps
-        if max(taps) != layers - 1:
-            raise ParameterError(f"taps={taps}: the last is layer {layers - 1}, which the target's own head reads")
+        taps = sorted({max(layers // 2 - 1, 0), max(layers - 4, 0), layers - 1})  # the head reads the last one
         highest = max((max(text.tokens) for text in wanted), default=0)
         if highest >= llm.config.vocab_size:
             size = llm.config.vocab_size
@@ -95,9 +95,15 @@ def _hot(features: Features, folder: Path, plan: HeadPlan, model: str) -> torch.
     """Chosen once for a training."""
     kept = folder / "hot.json"
     if kept.exists():
-        return torch.tensor(json.loads(kept.read_text(encoding="utf-8")))
+        found = json.loads(kept.read_text(encoding="utf-8"))
+        if len(found) != plan.hot:
+            raise ParameterError(f"{folder} was begun with hot={len(found)}: go on with it, or name another folder")
+        return torch.tensor(found)
     total = open_model(model).config.vocab_size
-    hot = hot_tokens((features[i] for i in range(len(features))), total, min(plan.hot, total))
+    if plan.hot > total:
+        raise ParameterError(f"hot={plan.hot} is more than the model's vocabulary of {total} tokens")
+    train_on, _ = parted(features, plan.recipe)
+    hot = hot_tokens((features[i] for i in train_on), total, plan.hot)
     kept.write_text(json.dumps(hot.tolist()), encoding="utf-8")
     return hot
 
@@ -112,7 +118,7 @@ def new_net(model: str, hot: torch.Tensor, taps: tuple[int, ...], plan: HeadPlan
     def tensor(name: str) -> torch.Tensor:
         return torch.from_numpy(np.array(checkpoint.tensor(name), dtype=np.float32))
 
-    chosen = replace(plan.spark or SparkConfig(), taps=tuple(taps))
+    chosen = SparkConfig(tuple(taps), plan.layers, plan.block, plan.rank)
     plain = replace(config, qkv_bias=False, qk_norm=False, rope_local_theta=None)
     net = Spark(chosen, plain, tensor("model.embed_tokens.weight"), hot, tensor("model.norm.weight"))
     with torch.no_grad():

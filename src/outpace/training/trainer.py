@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from ..errors import ParameterError
 from .features import Example, Features
 
 Progress = Callable[[str, float, float], None]
+_MAY_CHANGE = {"visits", "test_every", "keep_every"}  # between two starts of one training
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of each tensor
 
 
@@ -36,7 +38,7 @@ class Recipe:
     rate: float = 1e-3
     warm_up: int = 50  # steps
     anchors: int = 3  # one in so many places of an answer is drafted from, each time others
-    held_out: int = 50  # one in so many texts is never trained on
+    held_out: int = 50  # one in so many prompts is never trained on
     test_texts: int = 24
     test_every: int = 100_000  # visits
     keep_every: float = 60.0  # seconds between checkpoints
@@ -50,6 +52,16 @@ class State:
     step: int = 0
     visits: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)  # of the tests on held-out texts
+
+
+def parted(features: Features, recipe: Recipe) -> tuple[list[int], list[int]]:
+    """Which texts are trained on, and which are held out: by their prompts, so that no prompt is among both."""
+    sides: tuple[list[int], list[int]] = [], []
+    for i in range(len(features)):
+        one = features[i]
+        digest = sha256(one.tokens[: one.prompt].tobytes()).digest()
+        sides[int.from_bytes(digest[:8], "little") % recipe.held_out == 0].append(i)
+    return sides
 
 
 def hot_tokens(examples: Iterator[Example], vocab_size: int, most: int) -> Tensor:
@@ -79,18 +91,19 @@ class Trainer:
         self.state = State()
         betas = (0.9, 0.95)
         self.optimizer = torch.optim.AdamW(net.parameters(), recipe.rate, betas, weight_decay=0.0, fused=True)
-        ends = [features[i].ask % recipe.held_out == 0 for i in range(len(features))]
-        self.test = [i for i, held in enumerate(ends) if held][: recipe.test_texts]
-        self.train_on = [i for i, held in enumerate(ends) if not held]
+        self.train_on, held = parted(features, recipe)
+        self.test = held[: recipe.test_texts]
         if not self.train_on or not self.test:
-            raise ParameterError(f"{len(ends)} texts are too few to train on and to hold some out: write more of them")
+            raise ParameterError(
+                f"{len(features)} texts are too few to train on and to hold some out: write more of them"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         self._load()
 
     def run(self, progress: Progress | None = None) -> State:
         """Until all visits are done. Ctrl-C leaves the last checkpoint."""
         recipe, state = self.recipe, self.state
-        kept, said = time.monotonic(), ""
+        kept, said, value = time.monotonic(), "", torch.tensor(math.nan)
         while state.visits < recipe.visits:
             one = self._example(state.step)
             rising = min(1.0, (state.step + 1) / recipe.warm_up)
@@ -170,6 +183,19 @@ class Trainer:
             names, held = {name for name, _ in self.net.named_parameters()}, set(file.keys())
             if about is None or {key[4:] for key in held if key.startswith("net.")} != names:
                 raise ParameterError(f"{self._checkpoint} is of another head: name another folder")
+            before, now = json.loads(about["recipe"]), asdict(self.recipe)
+            for name in now.keys() - _MAY_CHANGE:
+                if before.get(name) != now[name]:
+                    raise ParameterError(
+                        f"{self.folder} was begun with {name}={before.get(name)}, not {now[name]}: go on with the "
+                        "same, or name another folder"
+                    )
+            for name, value in self.net.named_parameters():
+                if (shape := tuple(file.get_slice(f"net.{name}").get_shape())) != tuple(value.shape):
+                    raise ParameterError(
+                        f"{self._checkpoint} has {name} of shape {shape}, not {tuple(value.shape)}: go on with the "
+                        "same block, rank, layers and hot tokens, or name another folder"
+                    )
             self.state = State(**json.loads(about["state"]))
             for name, value in self.net.named_parameters():
                 with torch.no_grad():
