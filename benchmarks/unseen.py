@@ -31,6 +31,7 @@ QUESTION = (
 @click.command(help=__doc__)
 @click.option("--model", default="smollm2-135m", show_default=True)
 @click.option("--draft-model")
+@click.option("--head", help="A trained head's file.")
 @click.option("--method", default="auto", show_default=True)
 @click.option("--precision", default="auto", show_default=True)
 @click.option("--threads", type=int)
@@ -45,6 +46,7 @@ def main(**options: Any) -> None:
     llm = LLM(
         options["model"],
         draft_model=options["draft_model"],
+        head=options["head"],
         precision=options["precision"],
         threads=options["threads"],
         method=options["method"],
@@ -79,6 +81,7 @@ def main(**options: Any) -> None:
     keys = ("method", "temperature", "per_category", "longest", "lengths", "threads")
     config = {key: options[key] for key in keys}
     config |= {"model": public_name(options["model"]), "draft_model": options["draft_model"]}
+    config |= {"head": options["head"] and Path(options["head"]).name}
     config |= {"precision": llm.arithmetic, "prompts": [path.name for path in options["paths"]]}
     save(options["name"] or f"unseen-{public_name(options['model'])}", QUESTION, config, {"answers": rows}, page(rows))
 

@@ -268,6 +268,22 @@ def test_a_costly_drafter_reads_no_text_that_the_target_is_not_certain_of() -> N
     assert not cheap.needs_certainty(2, rate), "a cheap forward needs no certainty"
 
 
+def test_certainty_is_looked_at_when_a_drafter_may_be_asked_and_no_more_often() -> None:
+    """It costs a pass over the vocabulary for each row, so not in every step of a large batch."""
+    benefit, rate = Benefit(), 20.0
+    run(benefit, gain=1.0, steps=20, rate=rate, seconds=0.02)
+    [text] = [Sequence(2, [1, 2, 3], 3, SamplingParams())]
+    looked = 0
+    for _ in range(64):
+        for _ in range(3):  # steps in which nobody is asked
+            if benefit.needs_certainty(2, rate):
+                benefit.record_certainty(2, 0.05)
+                looked += 1
+        assert not benefit.select([text], [0.0], rate)
+    assert 8 <= looked <= 16
+    assert not benefit.needs_certainty(2, 10 * rate), "it costs more than it can ever gain"
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0, 2.0])
 def test_no_token_is_drawn_more_often_than_the_certainty_says(temperature: float) -> None:
     logits = np.random.default_rng(0).normal(size=50).astype(np.float32) * 3

@@ -406,15 +406,17 @@ class Engine:
 
     def _result(self, request: Request) -> Result:
         params = request.sequence.params
-        return request.result(*self._exactness(params, request.method, request.alone, request.advance))
+        kept = request.stats.kv_freed > 0
+        return request.result(*self._exactness(params, request.method, request.alone, request.advance, kept))
 
     def _exactness(
-        self, params: SamplingParams, method: str, alone: bool, advance: Advance
+        self, params: SamplingParams, method: str, alone: bool, advance: Advance, kept: bool = True
     ) -> tuple[Exactness, list[str]]:
-        if advance is not self.advance and self.policy is None:
-            return advance.exactness, []
-        if self.policy is not None:
+        """`kept`: whether the KV policy, if there is one, gave anything up."""
+        if self.policy is not None and kept:
             return "approximate", [f"{self.policy.says()} are kept"]
+        if advance is not self.advance:
+            return advance.exactness, []
         return exactness(self.decoder, self.verifier, params, method, alone)
 
     def check_integrity(self) -> None:

@@ -95,6 +95,11 @@ class Features:
     def asks(self) -> set[int]:
         return {int(found["ask"]) for found, *_ in self._index}
 
+    def tokens(self, i: int) -> tuple[list[int], int]:
+        """Of a text, and where its answer begins; without its hidden states."""
+        found, *_ = self._index[i]
+        return found["tokens"], int(found["prompt"])  # type: ignore[return-value]
+
     def __getitem__(self, i: int) -> Example:
         found, start, end = self._index[i]
         shape = (end - start, len(self.meta.layers), self.meta.width)

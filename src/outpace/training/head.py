@@ -103,7 +103,7 @@ def _hot(features: Features, folder: Path, plan: HeadPlan, model: str) -> torch.
     if plan.hot > total:
         raise ParameterError(f"hot={plan.hot} is more than the model's vocabulary of {total} tokens")
     train_on, _ = parted(features, plan.recipe)
-    hot = hot_tokens((features[i] for i in train_on), total, plan.hot)
+    hot = hot_tokens(map(features.tokens, train_on), total, plan.hot)
     kept.write_text(json.dumps(hot.tolist()), encoding="utf-8")
     return hot
 

@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -58,18 +58,19 @@ def parted(features: Features, recipe: Recipe) -> tuple[list[int], list[int]]:
     """Which texts are trained on, and which are held out: by their prompts, so that no prompt is among both."""
     sides: tuple[list[int], list[int]] = [], []
     for i in range(len(features)):
-        one = features[i]
-        digest = sha256(one.tokens[: one.prompt].tobytes()).digest()
+        tokens, prompt = features.tokens(i)
+        digest = sha256(np.array(tokens[:prompt], dtype=np.int64).tobytes()).digest()
         sides[int.from_bytes(digest[:8], "little") % recipe.held_out == 0].append(i)
     return sides
 
 
-def hot_tokens(examples: Iterator[Example], vocab_size: int, most: int) -> Tensor:
-    """The `most` tokens that the target writes most often, ascending; ids in order fill up. i64[V]"""
+def hot_tokens(texts: Iterable[tuple[list[int], int]], vocab_size: int, most: int) -> Tensor:
+    """The `most` tokens that the target writes most often, ascending; ids in order fill up. i64[V]. A text is its
+    tokens and where its answer begins."""
     counts: Counter[int] = Counter()
-    for one in examples:
-        counts.update(one.tokens[one.prompt :].tolist())
-        counts.update(set(one.tokens[: one.prompt].tolist()))
+    for tokens, prompt in texts:
+        counts.update(tokens[prompt:])
+        counts.update(set(tokens[:prompt]))
     ranked = [token for token, _ in counts.most_common(most)]
     rest = (token for token in range(vocab_size) if token not in counts)
     ranked += [token for _, token in zip(range(most - len(ranked)), rest, strict=False)]
