@@ -101,6 +101,21 @@ def test_a_model_writes_its_own_texts_and_goes_on(tmp_path: Path, default_llm: L
         distil(default_llm, few, tmp_path / "few.jsonl")
 
 
+def test_a_question_of_its_own_that_is_kept_out_is_not_answered(tmp_path: Path, default_llm: LLM) -> None:
+    wanted = Distil(tokens=40, longest=16, weights={"self": 1.0})
+    distil(default_llm, wanted, tmp_path / "own.jsonl")
+
+    def questions(file: str) -> set[str]:
+        said = [default_llm.tokenizer.decode(text.prompt_tokens) for text in corpus.read(tmp_path / file)]
+        return {prompt.partition("\nuser\n")[2].rpartition("\nassistant")[0] for prompt in said}
+
+    asked = questions("own.jsonl")
+    kept = tmp_path / "kept.jsonl"
+    kept.write_text("".join(json.dumps({"prompt": question}) + "\n" for question in asked))
+    distil(default_llm, Distil(**{**vars(wanted), "keep_out": (kept,)}), tmp_path / "other.jsonl")
+    assert asked and "" not in asked and questions("other.jsonl") and not asked & questions("other.jsonl")
+
+
 def test_a_users_turn_begins_behind_the_template(default_llm: LLM) -> None:
     begun = default_llm.tokenizer.decode(users_turn(default_llm))
     assert begun.rstrip("\n").endswith("user")

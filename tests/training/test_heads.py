@@ -16,8 +16,9 @@ import torch
 from hashing import engine_options, finished
 from toy import random_tokens, toy_checkpoint
 
-from outpace.decoding.contracts import DrafterContext, Observation
+from outpace.decoding.contracts import Drafter, DrafterContext, Market, Observation, Proposal
 from outpace.decoding.contracts import Sequence as TokenSequence
+from outpace.decoding.drafters.merged import Merged
 from outpace.decoding.drafters.spark import BlockSource, hidden_states
 from outpace.decoding.methods import make_drafter
 from outpace.decoding.outputs import StepOutputs, TargetOutputs
@@ -206,6 +207,56 @@ def test_no_head_changes_a_text(
     head = read(trained[0] / "head.safetensors")
     expected = [run(target, None, [prompt], params)[0] for prompt in PROMPTS]
     assert run(target, head, PROMPTS, params, **options) == expected
+
+
+@pytest.mark.parametrize("method", ["spark", "recycling+spark"])
+def test_what_the_head_is_shown_is_the_committed_text(
+    target: NativeDecoder, trained: tuple[Path, list[Text]], method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each token once and in order, whatever was drafted and rejected beside it."""
+    shown: list[np.ndarray] = []
+    feed = BlockSource.feed
+
+    def recorded(self: BlockSource, sequence: TokenSequence, seen: Observation) -> None:
+        feed(self, sequence, seen)
+        shown.append(self._texts[sequence.id].waiting[-1])
+
+    monkeypatch.setattr(BlockSource, "feed", recorded)
+    folder, [text, *_] = trained
+    params = replace(GREEDY, max_tokens=40, temperature=HOT, seed=(text.ask - 1) // 2)
+    [tokens] = run(target, read(folder / "head.safetensors"), [text.prompt_tokens], params, method)
+    assert len(shown) < 30  # some drafts were right
+    states = hidden_states(target, [*text.prompt_tokens, *tokens[:-1]], TAPS)
+    assert np.array_equal(np.concatenate(shown), states.reshape(len(states), -1))
+
+
+class Silent(Drafter):
+    """Drafts nothing and counts what it is shown."""
+
+    name = "silent"
+    paper = ""
+
+    def __init__(self, follows: bool) -> None:
+        self.follows = follows  # type: ignore[misc]  # of the instance, here
+        self.seen = 0
+
+    def propose(self, sequences: Any, budgets: Any, market: Market) -> Proposal:
+        return Proposal([Draft.empty()] * len(sequences))
+
+    def observe(self, sequence: TokenSequence, seen: Observation) -> None:
+        self.seen += 1
+
+
+def test_who_follows_sees_the_steps_in_which_nobody_drafted() -> None:
+    drafters = [Silent(False), Silent(True)]
+    merged, sequence = Merged(drafters), TokenSequence(1, [1, 2], 2, GREEDY)
+    merged.begin(sequence)
+    logits = TargetOutputs.of(np.zeros((1, 8), np.float32))
+    for budget in (0, 3, 0):
+        merged.propose([sequence], [budget], Market())
+        merged.observe(sequence, Observation(Accepted(path=[], tokens=[5]), Draft.empty(), logits))
+    merged.observe(sequence, Observation(Accepted([], []), Draft.empty(), logits, "prefill"))
+    assert [one.seen for one in drafters] == [1, 4]
 
 
 def test_a_text_that_begins_in_the_prefix_tree(target: NativeDecoder, trained: tuple[Path, list[Text]]) -> None:
